@@ -1,0 +1,75 @@
+"""Run a function on N real ranks (gloo), forked from a process that has already imported torch and megatron: a second a case."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+    """Call `function(*args)` on `world` ranks with the default process group up; returns each rank's (picklable) result in rank order.
+
+    A rank that raises fails the call with that rank's traceback; a rank that hangs fails it after `timeout_s`.
+    """
+    assert not dist.is_initialized(), "the parent must not have a process group"
+    torch.set_num_threads(1)  # a fork after OpenMP threads were started may hang
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world):
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(rank, world, f"{folder}/store", send, function, args))
+            process.start()
+            send.close()
+            pipes.append(receive)
+            processes.append(process)
+        try:
+            return _results(pipes, timeout_s)
+        finally:
+            for process in processes:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), timeout_s)
+        if not ready:
+            raise AssertionError(f"ranks {sorted(waiting)} gave no result within {timeout_s:.0f} s")
+        for rank, pipe in list(waiting.items()):
+            if pipe not in ready:
+                continue
+            try:
+                failed, value = pipe.recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without a result") from None
+            if failed:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+            del waiting[rank]
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _child(rank: int, world: int, store: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        send.send((False, function(*args)))
+    except BaseException:  # noqa: BLE001 - whatever a rank raises is the test's result
+        send.send((True, traceback.format_exc()))
+    send.close()
+    os._exit(0)  # skip other tests' exit handlers inherited from the parent
