@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import traceback
@@ -53,7 +54,7 @@ def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
             if pipe not in ready:
                 continue
             try:
-                failed, value = pipe.recv()
+                failed, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a result") from None
             if failed:
@@ -68,8 +69,9 @@ def _child(rank: int, world: int, store: str, send: Connection, function: Callab
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        send.send((False, function(*args)))
+        answer = (False, function(*args))
     except BaseException:  # noqa: BLE001 - whatever a rank raises is the test's result
-        send.send((True, traceback.format_exc()))
+        answer = (True, traceback.format_exc())
+    send.send_bytes(pickle.dumps(answer))  # plain pickle: tensors by value, the rank is about to end
     send.close()
     os._exit(0)  # skip other tests' exit handlers inherited from the parent

@@ -1,0 +1,106 @@
+"""Reading a run folder: metrics.jsonl, recipe.yaml and rollouts/step_*.parquet. Memory is bounded whatever the run's size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import yaml
+
+from megafork.recipe import RecipeError
+
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl: "step" (int) and metric name -> number or None."""
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a metrics.jsonl, in the file's order. A half-written last line (a killed run) is left out.
+
+    Raises RecipeError, naming the line, when any other line is not a JSON object with a whole-numbered "step".
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise RecipeError(f"{str(path)!r} does not exist: give the folder of a run that has written metrics") from None
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise RecipeError(f"{str(path)!r} line {number} is not valid JSON: the file is damaged, remove that line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise RecipeError(f"{str(path)!r} line {number} is not an object with a whole-numbered 'step': remove that line")
+        metrics.append(row)
+    return metrics
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The run's resolved recipe as plain sections, {} where there is none. Not validated: an older run's keys may since have changed."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    """The run's roll-out files by step; the number in the name is the step."""
+    return sorted((folder / "rollouts").glob("step_*.parquet"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    digits = path.stem.removeprefix("step_")
+    if not digits.isdigit():
+        raise RecipeError(f"{str(path)!r} is not named step_<number>.parquet: rename or remove it")
+    return int(digits)
+
+
+def open_rollouts(path: Path) -> parquet.ParquetFile:
+    """Opens a roll-out file; raises RecipeError for a file that is cut short or is not parquet."""
+    try:
+        return parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise RecipeError(f"{str(path)!r} is not a whole parquet file ({' '.join(str(error).split())}): remove it") from None
+
+
+def read_entropies(file: parquet.ParquetFile, *, at_most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Entropies (fp32, nats) and fork mask (bool) of the file's response tokens, read by row group until `at_most` tokens are there.
+
+    Prompts lie in the file in the order they were drawn, so the first tokens are a fair sample of the step.
+    """
+    entropies, masks, tokens = [], [], 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=["entropies", "mask"])
+        entropies.append(_flat(table, "entropies").astype(np.float32))
+        masks.append(_flat(table, "mask").astype(bool))
+        tokens += entropies[-1].size
+        if tokens >= at_most:
+            break
+    if not entropies:
+        return np.empty(0, np.float32), np.empty(0, bool)
+    return np.concatenate(entropies)[:at_most], np.concatenate(masks)[:at_most]
+
+
+def read_rows(file: parquet.ParquetFile, wanted: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The rows with these indices, in the file's order; only the row groups that hold them are read."""
+    indices, start = sorted(wanted), 0
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).num_rows
+        here = [index - start for index in indices if start <= index < start + size]
+        if here:
+            yield from file.read_row_group(group).take(here).to_pylist()
+        start += size
+
+
+def _flat(table: pyarrow.Table, column: str) -> np.ndarray:
+    return table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)

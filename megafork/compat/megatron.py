@@ -1,0 +1,44 @@
+"""Upstream bugs of megatron-core 0.16.1 to 0.19 in the distributed optimizer when Adam is torch's own (no Transformer Engine, no apex)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+
+class FixedDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer whose torch Adam state survives a checkpoint."""
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """Upstream copies every key of Adam's state from `tensors`, which never holds `step`: KeyError."""
+        main_param = self.optimizer.param_groups[self.model_param_group_index_map[model_param][0]]["params"][
+            self.model_param_group_index_map[model_param][1]
+        ]
+        super()._set_main_param_and_optimizer_states(model_param, {"step": self.optimizer.state[main_param]["step"], **tensors})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Upstream gives all parameters one `step` tensor, which Adam then counts up once a parameter: each gets its own."""
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].detach().clone()
+
+
+def fix_optimizer_state(optimizer: Any) -> None:
+    """Mend the optimizer that `get_megatron_optimizer` returned. Without effect where Transformer Engine or apex brings its own Adam.
+
+    Adam's state is made at once, because upstream's `state_dict()` asserts that at least one step was done.
+    """
+    if HAVE_APEX_OR_TE:
+        return
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        assert type(inner) is DistributedOptimizer
+        inner.__class__ = FixedDistributedOptimizer
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                inner.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -1,0 +1,1 @@
+"""Prompts, the tokenizer, and verifiers that score responses."""

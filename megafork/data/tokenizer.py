@@ -1,0 +1,108 @@
+"""A model folder's tokenizer: text to token ids and back, its chat template, and the ids that end a response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from megafork.recipe import RecipeError
+
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Thin view of a transformers tokenizer. `path` is where it came from, for error messages."""
+
+    path: str
+    backend: Any
+    eos_ids: tuple[int, ...]
+    """Ids that end a response: the tokenizer's own, then those of generation_config.json. Empty if neither names one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included. The model's embedding may have more rows."""
+        return len(self.backend)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of exactly this text; no special token is added."""
+        return self.backend.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Display text of each token, special ones included. Joined they are the whole text.
+
+        A character whose bytes are spread over several tokens is shown at the last of them; the others are empty.
+        """
+        pieces: list[str] = []
+        start, shown = 0, 0  # decoding starts one piece early: some decoders drop the space that begins their input
+        for end in range(1, len(ids) + 1):
+            known = self._with_special(ids[start:shown])
+            text = self._with_special(ids[start:end])
+            if text.endswith(_UNFINISHED) and end < len(ids):
+                pieces.append("")
+                continue
+            pieces.append(text[len(known) :])
+            start, shown = shown, end
+        return pieces
+
+    def chat(self, prompt: str | list[dict[str, str]]) -> str:
+        """A user's prompt, or whole messages, in the chat template, up to where the assistant begins. Raises RecipeError."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.backend.chat_template is None:
+            raise RecipeError(
+                f"data.template is 'chat' but the tokenizer of {self.path!r} has no chat template: give a text with {{prompt}} instead"
+            )
+        try:
+            return self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise RecipeError(f"data.template is 'chat' but the chat template of {self.path!r} refuses a prompt: {error}") from None
+
+    def _with_special(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face folder, or of a hub name such as `Qwen/Qwen3-8B`. A folder is read without any network.
+
+    Raises RecipeError when there is none. A folder with only a SentencePiece `tokenizer.model` is refused: transformers 5.19 converts it
+    without the leading space that SentencePiece adds, which gives other ids than the model was trained with.
+    """
+    local = Path(path).is_dir()
+    # with a config.json alone transformers builds an empty tokenizer and says nothing
+    if local and not any((Path(path) / name).is_file() for name in _VOCABULARY_FILES):
+        raise RecipeError(f"model.path is {path!r}: the folder has no tokenizer; put the model's tokenizer.json there")
+    if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise RecipeError(f"model.path is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
+    try:
+        backend = AutoTokenizer.from_pretrained(path, local_files_only=local)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a file it cannot read
+        reason = " ".join(str(error).split())[:200]
+        mend = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
+        raise RecipeError(f"model.path is {path!r}: its tokenizer could not be loaded; {mend} ({type(error).__name__}: {reason})") from None
+    return Tokenizer(path, backend, _eos_ids(path, backend, local))
+
+
+def _eos_ids(path: str, backend: Any, local: bool) -> tuple[int, ...]:
+    ids = [] if backend.eos_token_id is None else [backend.eos_token_id]
+    try:
+        found = cached_file(path, "generation_config.json", local_files_only=local)
+    except OSError:  # a model need not have one
+        return tuple(ids)
+    try:
+        more = json.loads(Path(found).read_text()).get("eos_token_id")
+    except ValueError as error:
+        raise RecipeError(f"model.path is {path!r}: its generation_config.json is not valid JSON; restore or delete it ({error})") from None
+    ids += [more] if isinstance(more, int) else more or []
+    return tuple(dict.fromkeys(ids))

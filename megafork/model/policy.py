@@ -1,0 +1,89 @@
+"""The policy: Megatron's GPTModel whose head answers log-prob and entropy at the positions asked for, never a full [tokens, V] of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor, nn
+
+from megafork.parallel.vocab import gather_rows, log_prob_and_entropy
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """What the head is asked for one packed micro-batch.
+
+    positions [P] int64: indices into this CP rank's packed tokens; targets [P] int64: the token that follows each;
+    temperature: of the roll-out. `entropy_grad`: whether the entropy takes part in the gradient.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    temperature: float = 1.0
+    entropy_grad: bool = False
+
+
+class VocabHead(ColumnParallelLinear):
+    """The output projection that returns (log_prob [P], entropy [P]) in fp32 instead of logits.
+
+    It is called as a module, and not as a function on its weight, so that the hooks of Megatron's DDP run.
+    All TP ranks must call with the same request.
+    """
+
+    real_vocab_size: int
+    chunk: int | None
+
+    def forward(self, hidden: Tensor, request: HeadRequest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """hidden: [T, 1, H], or [T / tp, 1, H] with sequence parallelism."""
+        rows = hidden.squeeze(1)
+        if self.sequence_parallel:
+            rows = gather_rows(rows, request.positions, self.tp_group)
+        else:
+            rows = rows.index_select(0, request.positions)
+        return log_prob_and_entropy(
+            rows,
+            self.weight if weight is None else weight,
+            request.targets,
+            temperature=request.temperature,
+            vocab_size=self.real_vocab_size,
+            group=self.tp_group,
+            entropy_grad=request.entropy_grad,
+            chunk=self.chunk,
+        )
+
+
+class Policy(GPTModel):
+    """GPTModel whose `labels` argument is a HeadRequest; the last pipeline stage returns (log_prob [P], entropy [P])."""
+
+    def __init__(self, *args: Any, real_vocab_size: int, head_chunk: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = VocabHead
+            self.output_layer.real_vocab_size = real_vocab_size
+            self.output_layer.chunk = head_chunk
+
+    def _postprocess(self, hidden_states: Tensor, labels: HeadRequest | None, **unused: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, labels, weight=weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in fp32 (arXiv 1910.07467). Megatron's torch norm refuses sequence parallelism; this one marks its weight
+    so that the gradient is summed over the TP ranks."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(hidden.dtype)

@@ -1,0 +1,123 @@
+"""From a model's shape to a Megatron model: Qwen3 (dense), Qwen2.5 and the Llama family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megafork.model.attention import PackedCoreAttention
+from megafork.model.policy import Policy, RMSNorm
+from megafork.parallel.mesh import Mesh
+from megafork.parallel.vocab import chunk_for
+from megafork.recipe import Recipe
+from megafork.shape import Shape, check_layout
+
+
+def transformer_config(shape: Shape, recipe: Recipe) -> TransformerConfig:
+    """Megatron's config for this model under the recipe's layout and precision."""
+    layout = recipe.parallel
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.dtype]
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sp,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it even in a dense model
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        calculate_per_token_loss=True,  # gradients are plain sums; the loss carries its own global denominator
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        **_recompute(recipe),
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """Weights are loaded, not drawn. `perform_initialization=False` would also skip marking them as tensor parallel, and so falsify
+    the gradient norm."""
+    return weight
+
+
+def _recompute(recipe: Recipe) -> dict[str, Any]:
+    if recipe.model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recipe.model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's local layer spec with our norm (sequence parallel) and our core attention (packing, context parallel)."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedCoreAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+
+
+def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
+    """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call. Load weights before building the optimizer."""
+    check_layout(shape, recipe.parallel)
+    config = transformer_config(shape, recipe)
+    layout = recipe.parallel
+    chunks = []
+    for stage in range(layout.vpp):
+        first = mesh.pp_rank == 0 and stage == 0
+        last = mesh.pp_rank == layout.pp - 1 and stage == layout.vpp - 1
+        vp_stage = stage if layout.vpp > 1 else None
+        padded = shape.padded_vocab(layout.tp)
+        chunks.append(
+            Policy(
+                config=config,
+                transformer_layer_spec=layer_spec(shape, config, vp_stage),
+                vocab_size=padded,
+                max_sequence_length=shape.max_positions or recipe.longest_sequence,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=shape.tied,
+                position_embedding_type="rope",
+                rotary_base=shape.rope_theta,
+                rope_scaling=shape.rope_scaling is not None,
+                rope_scaling_factor=float((shape.rope_scaling or {}).get("factor", 1.0)),
+                vp_stage=vp_stage,
+                real_vocab_size=shape.vocab,
+                head_chunk=chunk_for(recipe.loss.head_memory_mb, padded // layout.tp),
+            )
+        )
+    return [chunk.to(mesh.device) for chunk in chunks]

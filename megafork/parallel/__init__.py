@@ -1,0 +1,5 @@
+"""Process groups and what is computed across them: the vocabulary-parallel head and the exact threshold."""
+
+from megafork.compat import cpu
+
+cpu.install()

@@ -1,0 +1,119 @@
+"""The process groups of a run, from the recipe's `parallel:` section. Megatron's own groups are the only global state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megafork.recipe import Parallel, RecipeError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the layout and the groups it belongs to.
+
+    Ranks are laid out as Megatron does it: tp fastest, then cp, dp, pp. `dp` is what the world leaves after tp x pp x cp.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    layout: Parallel
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks that share each layer's weights."""
+        return mpu.get_tensor_model_parallel_group()
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Ranks that share each sequence's tokens."""
+        return mpu.get_context_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same weights and train on other sequences."""
+        return mpu.get_data_parallel_group()
+
+    @property
+    def token_group(self) -> dist.ProcessGroup:
+        """DP x CP: ranks that together hold every token once. Losses and thresholds are reduced over it."""
+        return mpu.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """TP x PP: ranks that together hold the model once."""
+        return mpu.get_model_parallel_group()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the head, and with it log-probs and entropies."""
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+
+def join_world(device: torch.device | None = None, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Join the default process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; every rank must call.
+
+    Returns this rank's device: its GPU by LOCAL_RANK, or the CPU with gloo.
+    """
+    if device is None:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return device
+
+
+def build_mesh(layout: Parallel, *, seed: int, device: torch.device) -> Mesh:
+    """Make Megatron's process groups; every rank of the world must call. Raises RecipeError when the world does not fit the layout."""
+    world = dist.get_world_size()
+    check_world(layout, world)
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        rank=dist.get_rank(),
+        world=world,
+        device=device,
+        layout=layout,
+        dp=world // layout.model_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+    )
+
+
+def check_world(layout: Parallel, world: int) -> None:
+    """Refuse a number of ranks that the layout does not divide."""
+    if world % layout.model_size:
+        raise RecipeError(
+            f"parallel.tp x pp x cp is {layout.tp} x {layout.pp} x {layout.cp} = {layout.model_size}, which does not divide the {world} ranks: "
+            "start a multiple of it (run.ranks), or choose a smaller layout"
+        )

@@ -1,0 +1,170 @@
+"""Exact order statistics of float32 values that are spread over ranks and micro-batches: no gather, no sort, no limit on their number.
+
+A float32 maps to an integer key of the same order. Three passes find the key of the k-th largest value, 11 + 11 + 10 bits at a time:
+each pass counts the next bits of the values that share the bits found so far, and one all-reduce of the counts (16 KiB a statistic)
+joins the ranks. Counts are integers, so the result is the same to the last bit on every rank and for every split of the values.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SHIFTS = (21, 10, 0)
+_BINS = 2048
+_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}  # values gone over at once, so that temporaries stay small (on a CPU: in its cache)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The k-th largest of `total` values. `tau` compares exactly with the float32 values: `values >= tau` are `selected`."""
+
+    tau: float
+    selected: int
+    """Values >= tau; more than k where values tie at tau."""
+    total: int
+    ties: int
+    """Values equal to tau."""
+
+
+def top_threshold(values: Tensor | Sequence[Tensor], fraction: float, *, group: dist.ProcessGroup | None) -> Threshold:
+    """The threshold that keeps the largest `fraction` of all values: their k-th largest, k = ceil(fraction * total).
+
+    values: float32, any shape, a tensor or a list of them (micro-batches); a rank may hold none. fraction: in (0, 1], taken as the
+    decimal it is written as, so 0.07 of 100 values are 7. Without any value on any rank tau is +inf and nothing is selected.
+    Infinities are values; -0.0 equals 0.0. group: the ranks that hold the values, None for this one alone.
+
+    Collective: every rank of the group calls it, with the same fraction; three all-reduces of 16 KiB.
+    Raises on every rank: ValueError for a NaN, naming its rank and position (in the rank's values, flattened in order).
+    Raises at once: TypeError for another dtype, ValueError for a fraction out of range.
+    """
+    return top_thresholds(values, [fraction], group=group)[0]
+
+
+def top_thresholds(values: Tensor | Sequence[Tensor], fractions: Sequence[float], *, group: dist.ProcessGroup | None) -> list[Threshold]:
+    """`top_threshold` for several fractions in the same three passes and all-reduces (16 KiB a fraction)."""
+    exact = [_exact(fraction) for fraction in fractions]
+    return _kth_largest(values, lambda total: [math.ceil(fraction * total) for fraction in exact], group)
+
+
+def percentiles(values: Tensor | Sequence[Tensor], shares: Sequence[float], *, group: dist.ProcessGroup | None) -> list[float]:
+    """For each share the smallest value that at least this share of all values does not exceed (0.5: the lower median).
+
+    An observed value, never interpolated. Without any value: NaN. Collective and errors as `top_threshold`.
+    """
+    exact = [_exact(share) for share in shares]
+    found = _kth_largest(values, lambda total: [total - math.ceil(share * total) + 1 for share in exact], group)
+    return [threshold.tau if threshold.total else math.nan for threshold in found]
+
+
+def _exact(fraction: float) -> Fraction:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}: give a number above 0 and at most 1")
+    return Fraction(repr(float(fraction)))
+
+
+def _kth_largest(
+    values: Tensor | Sequence[Tensor], ranks_of: Callable[[int], list[int]], group: dist.ProcessGroup | None
+) -> list[Threshold]:
+    """The order statistics that `ranks_of(total)` asks for, 1 being the largest."""
+    tensors = _checked(values)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    top = torch.zeros(1, _BINS, dtype=torch.int64, device=device)
+    for keys in _keys(tensors):
+        top[0] += torch.bincount((keys >> _SHIFTS[0]) + _BINS // 2, minlength=_BINS)
+    histograms = _sum_and_refuse_nan(top, tensors, group)
+
+    total = sum(histograms[0])
+    ranks = ranks_of(total)
+    if total == 0:
+        return [Threshold(math.inf, 0, 0, 0) for _ in ranks]
+    found = [_descend(histograms[0], rank) for rank in ranks]
+    prefixes, left = [digit - _BINS // 2 for digit, _ in found], [rank for _, rank in found]
+    for above, shift in pairwise(_SHIFTS):
+        counts = torch.zeros(len(ranks), _BINS, dtype=torch.int64, device=device)
+        for keys in _keys(tensors):
+            for count, prefix in zip(counts, prefixes, strict=True):
+                same = keys[(keys >> above) == prefix]
+                count += torch.bincount((same >> shift) & ((1 << (above - shift)) - 1), minlength=_BINS)
+        histograms = _sum(counts, group)
+        found = [_descend(histogram, rank) for histogram, rank in zip(histograms, left, strict=True)]
+        prefixes = [(prefix << (above - shift)) + digit for prefix, (digit, _) in zip(prefixes, found, strict=True)]
+        left = [rank for _, rank in found]
+    ties = [histogram[digit] for histogram, (digit, _) in zip(histograms, found, strict=True)]
+    return [
+        Threshold(_value(key), rank - remaining + tied, total, tied)
+        for key, rank, remaining, tied in zip(prefixes, ranks, left, ties, strict=True)
+    ]
+
+
+def _checked(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    tensors = [values] if isinstance(values, Tensor) else list(values)
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"values are {tensor.dtype}: give float32, whose bits the search counts")
+    return [tensor.detach().reshape(-1) for tensor in tensors]
+
+
+def _keys(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """int32 keys that order as the floats do, a part at a time. Adding 0.0 makes -0.0 equal to 0.0."""
+    for tensor in tensors:
+        for part in tensor.split(_AT_ONCE[tensor.device.type]):
+            bits = (part + 0.0).view(torch.int32)
+            yield bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _value(key: int) -> float:
+    """The float of a key, undoing `_keys`."""
+    bits = key if key >= 0 else key ^ 0x7FFFFFFF
+    return struct.unpack("<f", struct.pack("<i", bits))[0]
+
+
+def _descend(histogram: list[int], rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th largest value, and that value's rank within the bin."""
+    for digit in range(_BINS - 1, -1, -1):
+        if rank <= histogram[digit]:
+            return digit, rank
+        rank -= histogram[digit]
+    raise AssertionError("a rank beyond the number of values")
+
+
+def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[list[int]]:
+    """`_sum`, and in the same message each rank's first NaN, so that all ranks raise together."""
+    size, own = (1, 0) if group is None else (group.size(), group.rank())
+    first = torch.zeros(1, size, dtype=torch.int64, device=counts.device)
+    first[0, own] = _first_nan(tensors) + 1
+    summed = _sum(torch.cat([counts, first], 1), group)[0]
+    for rank, position in enumerate(summed[_BINS:]):
+        if position:
+            name = rank if group is None else dist.get_global_rank(group, rank)
+            raise ValueError(f"NaN at position {position - 1} of the values of rank {name}: a threshold needs numbers")
+    return [summed[:_BINS]]
+
+
+def _first_nan(tensors: list[Tensor]) -> int:
+    """Position of the first NaN in the tensors one after another, -1 without one."""
+    offset = 0
+    for tensor in tensors:
+        for part in tensor.split(_AT_ONCE[tensor.device.type]):
+            nan = part.isnan()
+            if nan.any():
+                return offset + int(nan.nonzero()[0])
+            offset += len(part)
+    return -1
+
+
+def _sum(counts: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
+    if group is None:
+        return counts.tolist()
+    on_gpu = "nccl" in dist.get_backend(group)  # the backend's device, which need not be the one that the values lie on
+    counts = counts.to(torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    dist.all_reduce(counts, group=group)
+    return counts.tolist()

@@ -1,0 +1,1 @@
+"""The method, as functions on tensors: batches and packing, advantages, forks, loss."""

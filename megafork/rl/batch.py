@@ -1,0 +1,79 @@
+"""What travels through a step: responses on the host, and the packed micro-batches that they become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Response:
+    """One sampled response. Identified within its step by (group, sample), whichever rank holds it."""
+
+    group: int
+    """Number of the prompt among the prompts sampled in this step."""
+    sample: int
+    """0 <= sample < G."""
+    prompt: int
+    """Index of the prompt in its dataset."""
+    prompt_tokens: Tensor
+    """int32 [p]."""
+    tokens: Tensor
+    """int32 [n], n >= 1, end-of-sequence included."""
+    log_probs: Tensor
+    """fp32 [n], the roll-out engine's log-probs at the roll-out temperature."""
+    truncated: bool
+    """It reached max_response_length without an end."""
+    text: str = ""
+    """Decoded response; only on the rank that sampled it."""
+    accuracy: float = 0.0
+    """The verifier's verdict in [0, 1]."""
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model is fed: the last response token is predicted, never fed."""
+        return len(self.prompt_tokens) + len(self.tokens) - 1
+
+
+@dataclass
+class MicroBatch:
+    """Responses packed one behind the other, as one CP rank sees them.
+
+    P counts the positions of this CP rank that predict a response token. Vectors of length P lie in the order of the responses and of
+    their tokens. `old_log_prob`, `entropy` (after scoring) and `mask` (after selection) exist on the last pipeline stage only.
+    """
+
+    responses: list[Response]
+    tokens: Tensor
+    """int64 [1, T / cp], padding included."""
+    lengths: tuple[int, ...]
+    """Padded tokens of each sequence over all CP ranks; their sum is T."""
+    positions: Tensor
+    """int64 [P], index into this rank's tokens."""
+    targets: Tensor
+    """int64 [P], the token to predict."""
+    sequence: Tensor
+    """int64 [P], index into `responses`."""
+    offset: Tensor
+    """int64 [P], index of the target within its response."""
+    rollout_log_prob: Tensor
+    """fp32 [P]."""
+    advantage: Tensor
+    """fp32 [P]."""
+    old_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], log-prob under the policy that starts the step."""
+    entropy: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], nats, at the roll-out temperature."""
+    mask: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    """bool [P], the forks."""
+    weight: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], what each position's loss counts; 0 outside the mask."""
+
+    @property
+    def padding(self) -> int:
+        """Tokens over all CP ranks that belong to no sequence."""
+        return sum(self.lengths) - sum(response.length for response in self.responses)

@@ -1,0 +1,70 @@
+"""The objective at the forks: clipped policy gradient with exact global denominators (PAPER eq. 6; DAPO, arXiv 2503.14476).
+
+The loss of a mini-batch is sum(weight * per-token loss). The weights carry the mask and the denominator, are known before the forward,
+and are the only place where the reductions differ. So the loss and its gradient are sums over tokens, and do not depend on how tokens are
+spread over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.recipe import Forks, Loss
+from megafork.rl.batch import MicroBatch
+from megafork.rl.forks import ForkGroups
+
+
+def token_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r) A) with r = exp(log_prob - old_log_prob), at most c |A| for A < 0 under dual clip: fp32 [P].
+
+    Also returns which tokens were clipped (bool [P], no gradient).
+    """
+    ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0).exp()
+    free = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+    value = torch.maximum(free, clipped)
+    was_clipped = (clipped > free).detach()
+    if loss.dual_clip is not None:
+        value = torch.where(advantage < 0, torch.minimum(value, -advantage * loss.dual_clip), value)
+    return value, was_clipped
+
+
+def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:
+    """Set `weight` of every position of a mini-batch from its mask.
+
+    Every rank of `groups.tokens` on the last pipeline stage must call. A mini-batch or response without any selected token weighs 0.
+    """
+    counted = [micro.mask if forks.normalize_by == "selected" else torch.ones_like(micro.mask) for micro in micros]
+    match loss.reduction:
+        case "token-mean":
+            total = _sum(sum(int(mask.sum()) for mask in counted), groups.tokens)
+            for micro in micros:
+                micro.weight = micro.mask / max(total, 1)
+        case "official":
+            sequences = _sequences(micros, groups)
+            for micro, mask in zip(micros, counted, strict=True):
+                tokens = _sum(int(mask.sum()), groups.context)
+                micro.weight = micro.mask * (len(micro.responses) / max(sequences, 1) / max(tokens, 1))
+        case "seq-mean":
+            sequences = _sequences(micros, groups)
+            for micro, mask in zip(micros, counted, strict=True):
+                tokens_of = torch.zeros(max(len(micro.responses), 1), dtype=torch.float32, device=mask.device)
+                tokens_of.index_add_(0, micro.sequence, mask.float())
+                if groups.context is not None:
+                    dist.all_reduce(tokens_of, group=groups.context)
+                micro.weight = micro.mask / (tokens_of.clamp(min=1.0)[micro.sequence] * max(sequences, 1))
+
+
+def _sequences(micros: list[MicroBatch], groups: ForkGroups) -> int:
+    """Responses of the mini-batch; the CP ranks of a micro-batch hold the same ones."""
+    total = _sum(sum(len(micro.responses) for micro in micros), groups.tokens)
+    return total // (groups.context.size() if groups.context is not None else 1)
+
+
+def _sum(value: int, group: dist.ProcessGroup | None) -> int:
+    total = torch.tensor([value], dtype=torch.int64)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return int(total)

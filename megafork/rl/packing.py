@@ -1,0 +1,120 @@
+"""Which responses train where, and the micro-batches they are packed into.
+
+The plan depends on the responses' lengths alone and is computed alike on every rank. Loss, gradients and masks do not depend on it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from megafork.parallel.context import zigzag_index
+from megafork.rl.batch import MicroBatch, Response
+
+
+def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:
+    """Indices of the sequences in each micro-batch of each DP rank: plan[rank][micro] -> indices.
+
+    Sequences are padded to `multiple`; a micro-batch holds at most `budget` padded tokens (one longer sequence alone may exceed it).
+    Every rank gets the same number of micro-batches, some of which may be empty when there are fewer sequences than ranks.
+    Balanced greedily, the longest first (LPT), by linear plus quadratic cost.
+    """
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    order = sorted(range(len(padded)), key=lambda n: (-padded[n], n))
+    ranks = _spread([_cost(padded[n]) for n in order], dp)
+    count = max((_bins_needed([padded[order[n]] for n in members], budget) for members in ranks), default=0)
+    result = []
+    for members in ranks:
+        micros = _pack([order[n] for n in members], padded, budget, count)
+        while micros is None:  # a balanced filling may need one bin more than the tight one
+            count += 1
+            micros = _pack([order[n] for n in members], padded, budget, count)
+        result.append(micros)
+    return [micros + [[] for _ in range(count - len(micros))] for micros in result]
+
+
+def _cost(length: int) -> float:
+    """Time of a sequence up to a factor: linear layers, plus attention at one part in 2^15 a token squared (about Qwen3's sizes)."""
+    return length + length * length / 32768
+
+
+def _spread(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Items, dearest first, each to the bin with the least cost so far."""
+    heap = [(0.0, n) for n in range(bins)]
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for item, cost in enumerate(costs):
+        load, n = heapq.heappop(heap)
+        members[n].append(item)
+        heapq.heappush(heap, (load + cost, n))
+    return members
+
+
+def _bins_needed(lengths: Sequence[int], budget: int) -> int:
+    """First fit: how many micro-batches hold these sequences, which come longest first."""
+    bins: list[int] = []
+    for length in lengths:
+        for n, load in enumerate(bins):
+            if load + length <= budget:
+                bins[n] += length
+                break
+        else:
+            bins.append(length)
+    return len(bins)
+
+
+def _pack(items: Sequence[int], padded: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """Items, longest first, into `count` micro-batches, each to the emptiest one; None when that passes the budget."""
+    heap = [(0, n) for n in range(count)]
+    micros: list[list[int]] = [[] for _ in range(count)]
+    for item in items:
+        load, n = heapq.heappop(heap)
+        if load and load + padded[item] > budget:
+            return None
+        micros[n].append(item)
+        heapq.heappush(heap, (load + padded[item], n))
+    return micros
+
+
+def pack(responses: list[Response], *, cp: int = 1, cp_rank: int = 0, multiple: int = 1, device: torch.device | str = "cpu") -> MicroBatch:
+    """Pack responses into the micro-batch that CP rank `cp_rank` sees. Each sequence is padded to `multiple` (of 2 cp).
+
+    An empty list gives one sequence of padding with no position: a rank without data still takes part in every collective.
+    """
+    lengths = tuple(-(-response.length // multiple) * multiple for response in responses) or (multiple,)
+    total = sum(lengths)
+    tokens = torch.zeros(total, dtype=torch.int64)
+    where, targets, sequence, offset, rollout, advantage = [], [], [], [], [], []
+    start = 0
+    for n, response in enumerate(responses):
+        prompt, answer = len(response.prompt_tokens), len(response.tokens)
+        tokens[start : start + prompt] = response.prompt_tokens
+        tokens[start + prompt : start + prompt + answer - 1] = response.tokens[:-1]
+        where.append(torch.arange(start + prompt - 1, start + prompt - 1 + answer))
+        targets.append(response.tokens.long())
+        sequence.append(torch.full((answer,), n))
+        offset.append(torch.arange(answer))
+        rollout.append(response.log_probs)
+        advantage.append(torch.full((answer,), response.advantage))
+        start += lengths[n]
+    held = zigzag_index(lengths, cp, cp_rank)
+    local = torch.full((total,), -1)
+    local[held] = torch.arange(len(held))
+    positions = local[_cat(where, torch.int64)]
+    mine = positions >= 0
+    return MicroBatch(
+        responses=responses,
+        tokens=tokens[held].unsqueeze(0).to(device),
+        lengths=lengths,
+        positions=positions[mine].to(device),
+        targets=_cat(targets, torch.int64)[mine].to(device),
+        sequence=_cat(sequence, torch.int64)[mine].to(device),
+        offset=_cat(offset, torch.int64)[mine].to(device),
+        rollout_log_prob=_cat(rollout, torch.float32)[mine].to(device),
+        advantage=_cat(advantage, torch.float32)[mine].to(device),
+    )
+
+
+def _cat(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)

@@ -1,0 +1,97 @@
+"""The shape of a dense transformer as a Hugging Face config.json tells it, and which layouts it can be split into."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megafork.recipe import Parallel, RecipeError
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a dense transformer, in Hugging Face's meaning."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    max_positions: int
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.architecture == "Qwen3ForCausalLM"
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.architecture == "Qwen2ForCausalLM"
+
+    def padded_vocab(self, tp: int) -> int:
+        """Rows of embedding and head: the vocabulary rounded up so that every TP rank holds equally many."""
+        multiple = math.lcm(16, tp)
+        return -(-self.vocab // multiple) * multiple
+
+
+def read_shape(folder: Path) -> Shape:
+    """The shape in a Hugging Face folder's config.json. Raises RecipeError for a missing file or another architecture."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"model.path is {str(folder)!r}: it has no config.json; give a Hugging Face model folder") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"model.path is {str(folder)!r}: its config.json is not valid JSON ({error})") from None
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture not in ARCHITECTURES:
+        raise RecipeError(f"model.path is {str(folder)!r}, a {architecture}: megafork trains {', '.join(ARCHITECTURES)}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    try:
+        return Shape(
+            architecture=architecture,
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            ffn=config["intermediate_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
+            max_positions=config.get("max_position_embeddings", 0),
+        )
+    except KeyError as error:
+        raise RecipeError(f"model.path is {str(folder)!r}: its config.json lacks {error}") from None
+
+
+def check_layout(shape: Shape, layout: Parallel) -> None:
+    """Refuse a layout that this model cannot be split into, naming the reason."""
+    if shape.heads % layout.tp:
+        raise RecipeError(f"parallel.tp is {layout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+    if max(shape.kv_heads, layout.tp) % min(shape.kv_heads, layout.tp):
+        raise RecipeError(
+            f"parallel.tp is {layout.tp} but the model has {shape.kv_heads} key-value heads: one must be a multiple of the other"
+        )
+    for name, size in (("hidden_size", shape.hidden), ("intermediate_size", shape.ffn)):
+        if size % layout.tp:
+            raise RecipeError(f"parallel.tp is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
+    if shape.layers % (layout.pp * layout.vpp):
+        raise RecipeError(
+            f"parallel.pp x vpp is {layout.pp} x {layout.vpp} but the model has {shape.layers} layers: choose a product that divides them"
+        )
+    if shape.rope_scaling is not None and shape.rope_scaling.get("rope_type") != "llama3":
+        raise RecipeError(f"the model's rope scaling is {shape.rope_scaling.get('rope_type')!r}: megafork knows `default` and `llama3`")

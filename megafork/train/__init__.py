@@ -1,0 +1,5 @@
+"""The training step and what it is made of."""
+
+from megafork.compat import cpu
+
+cpu.install()

@@ -1,0 +1,191 @@
+"""What a run writes down each step: a line of metrics.jsonl, TensorBoard scalars, and a line to read. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from megafork.analysis import numbers
+from megafork.analysis.run_folder import read_metrics
+
+__all__ = ["RunLog", "read_metrics"]
+
+HEADING_EVERY = 25  # lines
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the live lines. `wide` ones are left out below 100 columns of terminal."""
+
+    key: str
+    heading: str
+    width: int
+    form: Callable[[float | None], str]
+    style: str = ""
+    wide: bool = False
+
+
+COLUMNS = (
+    Column("accuracy/mean", "acc", 6, numbers.percent, "bold green"),
+    Column("loss/sft", "loss", 6, numbers.plain, "bold green"),
+    Column("reward/mean", "reward", 6, numbers.plain, wide=True),
+    Column("response_length/mean", "length", 6, numbers.plain, wide=True),
+    Column("entropy/mean", "entropy", 7, numbers.plain, "cyan"),
+    Column("forks/tau", "tau", 5, numbers.plain, "magenta"),
+    Column("throughput/tokens_per_s", "tok/s", 7, numbers.plain),
+    Column("time/rollout", "rollout", 7, numbers.seconds, "dim"),
+    Column("time/score", "score", 6, numbers.seconds, "dim"),
+    Column("time/update", "update", 6, numbers.seconds, "dim"),
+    Column("time/refit", "refit", 5, numbers.seconds, "dim"),
+)
+
+
+class RunLog:
+    """The log of one run, written by rank 0.
+
+    `steps`: how many the run has. `resume_step`: the last step that the checkpoint holds; metrics of later steps, and a half-written
+    last line, are dropped from metrics.jsonl, because those steps are run again. 0 starts the file anew. Every line is flushed to the
+    disk when `write` returns. `console`: where the live lines go, standard output by default.
+
+    Raises RecipeError when an existing metrics.jsonl is damaged in another place than its end.
+    """
+
+    def __init__(self, folder: Path, *, steps: int, resume_step: int = 0, tensorboard: bool = True, console: Console | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._last_step = kept[-1]["step"] if kept else -1
+        self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+        first = next((row["eval/accuracy"] for row in kept if row.get("eval/accuracy") is not None), None)
+        self._lines = LiveLines(steps, console or Console(highlight=False), first_accuracy=first)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Log one step. `metrics` maps names to numbers (Python, or one-element tensors and arrays) or None; "step" is required.
+
+        Keys are written in alphabetical order after "step"; a number that is not finite is written as null. Raises ValueError when
+        "step" is not above the last one written, TypeError for what is not a number.
+        """
+        row = _clean(metrics)
+        if row["step"] <= self._last_step:
+            raise ValueError(f"step {row['step']} written after step {self._last_step}")
+        self._last_step = row["step"]
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(key, value, row["step"])
+            self._board.flush()
+        self._lines.show(row)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class LiveLines:
+    """One line a step, under a heading that comes again from time to time; plain text where the output is no terminal."""
+
+    def __init__(self, steps: int, console: Console, *, first_accuracy: float | None = None) -> None:
+        self._steps, self._console = steps, console
+        self._columns: list[Column] = []
+        self._printed = 0
+        self._first_accuracy = first_accuracy
+        self._ends: deque[tuple[float, int]] = deque(maxlen=11)  # when recent steps ended
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        self._ends.append((time.monotonic(), row["step"]))
+        if any(column.key in row for column in COLUMNS):
+            self._show_step(row)
+        if row.get("eval/accuracy") is not None:
+            self._show_accuracy(row["step"], row["eval/accuracy"])
+
+    def _show_step(self, row: Mapping[str, Any]) -> None:
+        if not self._columns:
+            narrow = self._console.width < 100
+            self._columns = [c for c in COLUMNS if c.key in row and not (narrow and c.wide)]
+        if self._printed % HEADING_EVERY == 0:
+            heading = ["step".rjust(self._step_width), *(c.heading.rjust(c.width) for c in self._columns), "left".rjust(7)]
+            self._print(Text(" ".join(heading), style="dim"))
+        self._printed += 1
+        line = Text(f"{row['step']}/{self._steps}".rjust(self._step_width), style="bold")
+        for column in self._columns:
+            line.append(" ").append(column.form(row.get(column.key)).rjust(column.width), style=f"not bold {column.style}")
+        self._print(line.append(" ").append(self._left(row["step"]).rjust(7), style="not bold"))
+
+    def _show_accuracy(self, step: int, accuracy: float) -> None:
+        if self._first_accuracy is None:
+            self._first_accuracy = accuracy
+        gain = 100 * (accuracy - self._first_accuracy)
+        change = f" ({gain:+.1f} points since the first)" if gain else ""
+        when = "before training" if step == 0 else f"after step {step}"
+        self._print(Text(f"{' ' * self._step_width} held-out accuracy {numbers.percent(accuracy)} {when}{change}", style="bold green"))
+
+    def _left(self, step: int) -> str:
+        """Time left by the pace of the last ten steps, whatever they spent it on."""
+        if step >= self._steps:
+            return "done"
+        (start, first), (end, last) = self._ends[0], self._ends[-1]
+        return numbers.duration((end - start) / (last - first) * (self._steps - step)) if last > first else numbers.MISSING
+
+    @property
+    def _step_width(self) -> int:
+        return max(4, 2 * len(str(self._steps)) + 1)
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def _truncate(path: Path, resume_step: int) -> list[dict[str, Any]]:
+    """Leave in the file only the whole lines of steps up to `resume_step`; none at 0, whose evaluation is run again."""
+    kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step and path.exists() else []
+    unfinished = path.with_suffix(".jsonl.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    return kept
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # a second to import, and not every run writes it
+
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+
+
+def _clean(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    step = _number("step", metrics.get("step"))
+    if not isinstance(step, int):
+        raise TypeError(f"step is {step!r}: it must be a whole number")
+    return {"step": step, **{key: _number(key, metrics[key]) for key in sorted(metrics) if key != "step"}}
+
+
+def _number(key: str, value: Any) -> int | float | None:
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if not isinstance(value, float):
+        raise TypeError(f"metric {key!r} is {value!r}: it must be a number or None")
+    return value if math.isfinite(value) else None

@@ -1,0 +1,156 @@
+"""Forward and backward over packed micro-batches, and the optimizer: the same for reinforcement learning and supervised training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megafork.compat import megatron as megatron_fixes
+from megafork.model.attention import PackedSequences
+from megafork.model.policy import HeadRequest, Policy
+from megafork.parallel.mesh import Mesh
+from megafork.recipe import Optimizer, Recipe
+from megafork.rl.batch import MicroBatch
+
+TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' counts `micro.mask`."""
+
+
+class Learner:
+    """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
+
+    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int) -> None:
+        """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate."""
+        self.chunks = chunks
+        self.recipe = recipe
+        self.mesh = mesh
+        self.updates = updates
+        self.update = 0
+        """Optimizer updates done."""
+        config = chunks[0].config
+        config.finalize_model_grads_func = _finalize_without_scaling
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False)
+        self.model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+        adam = _optimizer_config(recipe)
+        self.optimizer = get_megatron_optimizer(
+            adam,
+            self.model,
+            config_overrides=get_standard_config_overrides(adam),  # no weight decay on norms and biases
+            use_gloo_process_groups=mesh.device.type == "cuda",
+        )
+        megatron_fixes.fix_optimizer_state(self.optimizer)
+
+    def score(self, micros: list[MicroBatch]) -> None:
+        """Set `old_log_prob` and `entropy` at every response position, at the roll-out temperature, without gradient (last stage only)."""
+
+        def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
+            micro.old_log_prob, micro.entropy = output
+
+        with torch.no_grad():
+            self._run(micros, keep, forward_only=True, everywhere=True)
+
+    def train(self, micros: list[MicroBatch], token_loss: TokenLoss) -> dict[str, float]:
+        """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.
+
+        The loss is sum(weight * token_loss) over the mini-batch's selected positions on all ranks; gradients are its exact sum.
+        Returns `loss`, `grad_norm`, `lr` and the sums that `token_loss` reports, the same on every rank.
+        """
+        sums: dict[str, Tensor] = {}
+
+        def loss(micro: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            value, report = token_loss(output[0], micro)
+            total = (micro.weight[micro.mask] * value).sum()
+            for name, part in {"loss": total, **report}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.detach().double()
+            return total, torch.zeros([], dtype=torch.int), {}
+
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(micros, loss, forward_only=False, everywhere=False)
+        rate = learning_rate(self.update, self.updates, self.recipe.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.update += 1
+        return {**self._reduce(sums), "grad_norm": float(grad_norm), "lr": rate}
+
+    def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], *, forward_only: bool, everywhere: bool) -> None:
+        """Megatron's pipeline schedule over the micro-batches. `everywhere`: the head answers at all positions, else at the mask."""
+        get_forward_backward_func()(
+            forward_step_func=partial(_forward, loss=loss, temperature=self.recipe.rollout.temperature, everywhere=everywhere),
+            data_iterator=[iter(micros) for _ in self.model] if len(self.model) > 1 else iter(micros),
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(micros),
+            seq_length=max(micro.tokens.size(1) for micro in micros) * self.mesh.layout.cp,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sum over the ranks that hold different tokens (one TP rank of the last stage each), known to every rank afterwards."""
+        names: list[Any] = [sorted(sums)]
+        dist.broadcast_object_list(names, src=dist.get_world_size() - 1)  # the last rank is of the last stage in Megatron's order
+        mine = self.mesh.is_last_stage and self.mesh.tp_rank == 0
+        values = torch.stack([sums[name] for name in names[0]]) if mine else torch.zeros(len(names[0]), dtype=torch.float64)
+        values = values.to(self.mesh.device)
+        dist.all_reduce(values)
+        return dict(zip(names[0], values.tolist(), strict=True))
+
+
+def _forward(
+    micros: Iterator[MicroBatch], model: DistributedDataParallel, *, loss: Callable[..., Any], temperature: float, everywhere: bool
+) -> tuple[Any, Callable[..., Any]]:
+    micro = next(micros)
+    request = None
+    if model.module.post_process:
+        chosen = slice(None) if everywhere else micro.mask
+        request = HeadRequest(micro.positions[chosen], micro.targets[chosen], temperature)
+    packing = PackedSequences.of(list(micro.lengths), micro.tokens.device)
+    output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
+    return output, partial(loss, micro)
+
+
+def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """The loss carries its global denominator, so Megatron must not divide by a number of tokens of its own."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer_config(recipe: Recipe) -> OptimizerConfig:
+    spec = recipe.optimizer
+    bf16 = recipe.precision.dtype == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=spec.lr,
+        min_lr=spec.min_lr,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.betas[0],
+        adam_beta2=spec.betas[1],
+        adam_eps=spec.eps,
+        clip_grad=spec.grad_clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+
+
+def learning_rate(update: int, updates: int, spec: Optimizer) -> float:
+    """The rate of optimizer update number `update` (from 0): linear warm-up that starts above 0, then the decay down to `min_lr`."""
+    if update < spec.warmup_steps:
+        return spec.lr * (update + 1) / spec.warmup_steps
+    if spec.decay == "constant":
+        return spec.lr
+    done = (update - spec.warmup_steps) / max(updates - 1 - spec.warmup_steps, 1)
+    left = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))) if spec.decay == "cosine" else 1.0 - min(done, 1.0)
+    return spec.min_lr + (spec.lr - spec.min_lr) * left

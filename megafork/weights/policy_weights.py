@@ -1,0 +1,92 @@
+"""Weights into and out of a policy: each rank reads its own slices of a Hugging Face folder, and gives them back in Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megafork.model.policy import Policy
+from megafork.parallel.mesh import Mesh
+from megafork.shape import Shape
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.mapping import EMBEDDING, TIED_HEAD, Parameter, full_shape, parameters, pieces, shard_shape
+
+
+def global_name(chunk: Policy, name: str) -> str:
+    """A parameter's name with the layer's number in the whole model instead of its number in this stage."""
+    if not name.startswith("decoder.layers."):
+        return name
+    head, _, rest = name.removeprefix("decoder.layers.").partition(".")
+    return f"decoder.layers.{chunk.decoder.layers[int(head)].layer_number - 1}.{rest}"
+
+
+def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by global name."""
+    return {global_name(chunk, name): parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
+
+
+def load_policy(chunks: list[Policy], source: HuggingFaceWeights, shape: Shape, mesh: Mesh) -> None:
+    """Fill this rank's parameters from a Hugging Face folder, reading only its own slices. No communication.
+
+    Call `source.check(shape)` first. Padding rows of the vocabulary become zero.
+    """
+    wanted = {parameter.name: parameter for parameter in parameters(shape)}
+    if shape.tied:
+        wanted[TIED_HEAD.megatron] = Parameter(TIED_HEAD.megatron, TIED_HEAD, None)
+    tp = mesh.layout.tp
+    with torch.no_grad():
+        for name, local in local_parameters(chunks).items():
+            parameter = wanted[name]
+            assert tuple(local.shape) == shard_shape(parameter, shape, tp), f"{name}: {tuple(local.shape)}"
+            local.zero_()
+            for piece in pieces(parameter, shape, tp, mesh.tp_rank):
+                tensor = source.read(piece.name, piece.rows, piece.columns)
+                local[piece.at : piece.at + tensor.size(0)].copy_(tensor)
+
+
+def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    """The whole model in Hugging Face names, parameter by parameter, each tensor whole on every rank. All ranks must iterate together.
+
+    Peak extra memory is one parameter's full size twice. The tensors are fresh: the receiver may keep them.
+    """
+    local = local_parameters(chunks)
+    layout = mesh.layout
+    for parameter in parameters(shape):
+        stage = _stage_of(parameter, shape, layout.pp, layout.vpp)
+        size = shard_shape(parameter, shape, layout.tp)
+        shards = _gather(local.get(parameter.name), size, stage, mesh, next(iter(local.values())))
+        full: dict[str, Tensor] = {}
+        for rank, shard in enumerate(shards):
+            for piece in pieces(parameter, shape, layout.tp, rank):
+                part = shard[piece.at : piece.at + piece.rows[1] - piece.rows[0]]
+                target = full.get(piece.name)
+                if target is None:
+                    target = full[piece.name] = part.new_empty(full_shape(piece.name, shape))
+                rows = target[piece.rows[0] : piece.rows[1]]
+                (rows if piece.columns is None else rows[:, piece.columns[0] : piece.columns[1]]).copy_(part)
+        yield from full.items()
+
+
+def _stage_of(parameter: Parameter, shape: Shape, pp: int, vpp: int) -> int:
+    """The pipeline stage that holds the parameter (a tied embedding: the first)."""
+    if parameter.layer is None:
+        return 0 if parameter.rule == EMBEDDING else pp - 1
+    return parameter.layer // (shape.layers // (pp * vpp)) % pp
+
+
+def _gather(local: Tensor | None, size: tuple[int, ...], stage: int, mesh: Mesh, like: Tensor) -> list[Tensor]:
+    """Every TP rank's shard, on every rank of the replica."""
+    shards = [like.new_empty(size) for _ in range(mesh.layout.tp)]
+    if mesh.pp_rank == stage:
+        assert local is not None
+        dist.all_gather(shards, local.detach().contiguous(), group=mesh.tp_group)
+    if mesh.layout.pp > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        source = dist.get_global_rank(group, stage)
+        for shard in shards:
+            dist.broadcast(shard, source, group=group)
+    return shards

@@ -1,0 +1,91 @@
+"""The Megatron model against Hugging Face's, for every architecture and tensor-parallel layout, and its weights there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import recipe, save_model
+
+from megafork.model.policy import HeadRequest
+from megafork.model.qwen3 import build_policy
+from megafork.model.attention import PackedSequences
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import Recipe
+from megafork.shape import read_shape
+from megafork.weights.huggingface import HuggingFaceWeights, write_folder
+from megafork.weights.policy_weights import export_policy, load_policy
+
+MODELS = {
+    "tied": ("Qwen3", {}),
+    "untied": ("Qwen3", {"tie_word_embeddings": False}),
+    "one KV head": ("Qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "Qwen2.5": ("Qwen2", {}),
+    "Llama": ("Llama", {"tie_word_embeddings": False}),
+}
+LAYOUTS = {"TP1": {}, "TP2": {"tp": 2}, "TP2 SP": {"tp": 2, "sp": True}, "TP4 SP": {"tp": 4, "sp": True}, "PP2": {"pp": 2}}
+LENGTHS = [7, 12, 1, 12]
+
+
+def _reference(folder: Path, tokens: list[torch.Tensor], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each next token and entropy at each position by transformers, in float64 from the logits on."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    log_probs, entropies = [], []
+    with torch.no_grad():
+        for ids in tokens:
+            logits = model(ids[None]).logits[0].double() / temperature
+            logp = logits.log_softmax(-1)
+            log_probs.append(logp.gather(-1, ids.roll(-1)[:, None])[:, 0])
+            entropies.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    shape = read_shape(Path(spec.model.path))
+    source = HuggingFaceWeights(Path(spec.model.path))
+    source.check(shape)
+    chunks = build_policy(shape, spec, mesh)
+    load_policy(chunks, source, shape, mesh)
+    multiple = 4
+    padded = [torch.nn.functional.pad(ids, (0, -len(ids) % multiple)) for ids in tokens]
+    wanted, start = [], 0
+    for ids, wide in zip(tokens, padded, strict=True):
+        wanted.append(torch.arange(start, start + len(ids)))
+        start += len(wide)
+    request = HeadRequest(torch.cat(wanted), torch.cat([ids.roll(-1) for ids in tokens]), temperature=0.7)
+    packing = PackedSequences.of([len(ids) for ids in padded], torch.device("cpu"))
+    exported = dict(export_policy(chunks, shape, mesh))
+    if mesh.is_rank_zero:
+        write_folder(out, exported.items(), like=Path(spec.model.path))
+    if spec.parallel.pp > 1:
+        return None  # the pipeline's schedule is exercised in test_update.py
+    with torch.no_grad():
+        return chunks[0](torch.cat(padded)[None], None, None, labels=request, packed_seq_params=packing)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_hugging_face_and_exports_bit_equal(model: str, layout: str, tmp_path: Path) -> None:
+    architecture, changes = MODELS[model]
+    folder = save_model(tmp_path / "in", architecture, **changes)
+    spec = recipe(folder, parallel=LAYOUTS[layout])
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(0, 99, (n,), generator=generator) for n in LENGTHS]
+    results = on_ranks(spec.parallel.model_size, _score_on_rank, spec, tokens, tmp_path / "out")
+
+    before, after = HuggingFaceWeights(folder), HuggingFaceWeights(tmp_path / "out")
+    assert before.names() == after.names()
+    for name in before.names():
+        rows = (0, before.shape(name)[0])
+        assert torch.equal(before.read(name, rows), after.read(name, rows)), name
+
+    log_prob, entropy = _reference(tmp_path / "out", tokens, 0.7)
+    for result in results:
+        if result is not None:
+            torch.testing.assert_close(result[0].double(), log_prob, atol=1e-5, rtol=0)
+            torch.testing.assert_close(result[1].double(), entropy, atol=1e-5, rtol=0)

@@ -1,0 +1,53 @@
+"""Tiny Hugging Face models and recipes for the tests, made on the spot from a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megafork.recipe import Recipe
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+}
+
+
+def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random model of the architecture as a Hugging Face folder; norms and biases are random too, so that a swap shows."""
+    import transformers
+
+    config = getattr(transformers, f"{architecture}Config")(**{**TINY, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def recipe(model: Path, **sections: dict[str, Any]) -> Recipe:
+    """A small fp32 recipe with the given changes."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model)},
+        "data": {"train": "unused.jsonl", "max_prompt_length": 32},
+        "rollout": {"prompts": 4, "samples": 4, "max_response_length": 32},
+        "reward": {"overlong": "none"},
+        "precision": {"dtype": "fp32"},
+        "optimizer": {"lr": 1e-3, "eps": 1e-3},  # a large eps: Adam would blow rounding of tiny gradients up to full steps
+    }
+    return Recipe.model_validate({name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}})
