@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from measure import Sent
 from ranks import on_ranks
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafork.parallel.quantile import Threshold, percentiles, top_threshold, top_thresholds
 
@@ -88,19 +88,6 @@ def test_other_types_are_refused(dtype: torch.dtype) -> None:
 def test_fractions_out_of_range_are_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction is"):
         top_threshold(torch.ones(3), fraction, group=None)
-
-
-class Sent(TorchDispatchMode):
-    """Records the collectives that really run, as (name, bytes)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.calls.append((func._opname, sum(tensor.nbytes for tensor in args[0])))
-        return func(*args, **(kwargs or {}))
 
 
 def cases() -> list[tuple[np.ndarray, float, np.ndarray]]:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measure import Sent, peak_bytes
 from ranks import on_ranks
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafork.compat import cpu
 from megafork.parallel.vocab import chunk_for, gather_rows, log_prob_and_entropy
@@ -214,6 +214,24 @@ def infinite_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([log_prob for log_prob, _ in found]), torch.cat([entropy for _, entropy in found])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    case = Case.random(0, n=300, width=64, vocab=5003, padded=5056, scale=0.3, chunk=100)
+    case = replace(case, hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
+    expected = reference(case)
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in vars(case).items()}
+    found = head(Case(**on_gpu))
+    found = Result(found.log_prob.cpu(), found.entropy.cpu(), found.grad_hidden.cpu(), found.grad_weight.cpu())
+    if dtype == torch.float32:
+        assert_close(found, expected)
+    else:  # the logits' gradient and the results are rounded to bf16
+        torch.testing.assert_close(found.log_prob.double(), expected.log_prob, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.entropy.double(), expected.entropy, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.grad_hidden.double(), expected.grad_hidden, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(found.grad_weight.double(), expected.grad_weight, rtol=2e-2, atol=2e-2)
+
+
 def test_entropy_carries_no_gradient_unless_asked() -> None:
     case = Case.random(0)
     hidden = case.hidden.requires_grad_()
@@ -320,46 +338,30 @@ def test_main_grad_holds_the_head_s_gradient_and_a_tied_embedding_s(dtype: torch
 # --- what it costs
 
 
-def peak_bytes(n: int, chunk: int, entropy_grad: bool, dtype: torch.dtype) -> int:
-    """Peak of what the CPU allocator handed out during forward and backward, above what was there before."""
+def peak_of_head(n: int, chunk: int, entropy_grad: bool, dtype: torch.dtype) -> int:
+    """Bytes of forward and backward above the inputs."""
     hidden = torch.randn(n, 16).to(dtype).requires_grad_()
     weight = torch.randn(6000, 16).to(dtype).requires_grad_()
     targets = torch.randint(6000, (n,))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def forward_and_backward() -> None:
         log_prob, entropy = log_prob_and_entropy(
             hidden, weight, targets, vocab_size=6000, group=None, entropy_grad=entropy_grad, chunk=chunk
         )
         (log_prob.sum() + (entropy.sum() if entropy_grad else 0)).backward()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+
+    return peak_bytes(forward_and_backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy_grad", [False, True])
 def test_peak_memory_is_one_chunk_however_many_tokens(entropy_grad: bool, dtype: torch.dtype) -> None:
     chunk, size = 40, torch.finfo(dtype).bits // 8
-    small, large = (peak_bytes(n, chunk, entropy_grad, dtype) for n in (256, 16 * 256))
+    small, large = (peak_of_head(n, chunk, entropy_grad, dtype) for n in (256, 16 * 256))
     per_token = 15 * 256 * (16 * (size + 4 + 4) + 4 * 16)  # gradient of the hidden states (result, and rows in fp32), and vectors
     assert large - small < per_token
     weights = 6000 * 16 * (4 + (size if dtype == torch.bfloat16 else 0))
     assert large < 4 * chunk * 6000 + weights + 16 * per_token / 15 + 2**18
-
-
-class Sent(TorchDispatchMode):
-    """Records the collectives that really run, as (name, bytes)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.calls.append((func._opname, sum(tensor.nbytes for tensor in args[0])))
-        return func(*args, **(kwargs or {}))
 
 
 def collectives_of_a_call() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

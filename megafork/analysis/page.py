@@ -10,16 +10,22 @@ from html import escape
 
 from megafork.analysis.style import STYLE
 
+CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
+    (0x7F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)), 0xFFFD
+)
+"""Control characters by their pictures; text direction overrides and halves of surrogate pairs by the replacement character."""
+
 
 def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
     """The whole document. `sections` are (heading, HTML) in order; those without HTML are left out.
 
-    Titles and headings are escaped here; `header`, `footer` and the sections' HTML must be safe already.
+    Titles and headings are escaped here; `header`, `footer` and the sections' HTML must be safe already. Control characters, which
+    could hide or reorder the text around them, are made visible wherever they stand.
     """
     shown = [(f"s{number}", heading, body) for number, (heading, body) in enumerate(sections) if body]
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in shown)
     bodies = "\n".join(f'<section id="{anchor}"><h2>{escape(heading)}</h2>\n{body}</section>' for anchor, heading, body in shown)
-    return f"""<!doctype html>
+    document = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -37,6 +43,7 @@ def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer
 </body>
 </html>
 """
+    return document.translate(CONTROLS)
 
 
 def numbers_row(items: Sequence[tuple[str, str, str]]) -> str:

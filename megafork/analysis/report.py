@@ -1,23 +1,23 @@
 """report.html: what a run did, on one page that needs nothing else.
 
-Each section is a function from what was read to HTML; one without data gives "" and is left out. A figure over the steps is one line
-in the tables below.
+Each section is a function from what was read to HTML; one without data gives "" and is left out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megafork import __version__
 from megafork.analysis import figures, numbers, page
+from megafork.analysis.charts import ENTROPY, LEARNING, MACHINE, UPDATES, draw, draw_phases, known_values, number
 from megafork.analysis.entropy import entropy_histogram, entropy_summary
-from megafork.analysis.responses import choose_rows, legend_html, response_html, visible
+from megafork.analysis.responses import choose_rows, legend_html, response_html
 from megafork.analysis.run_folder import (
     Metrics,
     open_rollouts,
@@ -33,69 +33,7 @@ from megafork.recipe import RecipeError
 MOST_ENTROPIES = 2_000_000
 """Tokens behind the histogram."""
 
-
-@dataclass(frozen=True)
-class Curve:
-    key: str
-    name: str
-    style: str
-    dots: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    heading: str
-    note: str
-    curves: tuple[Curve, ...]
-    form: figures.Format = numbers.plain
-    axis: figures.Format = numbers.short
-    log: bool = False
-
-
-LEARNING = (
-    Chart(
-        "Accuracy",
-        "Share of right responses: each step's roll-outs, and the held-out prompts.",
-        (Curve("accuracy/mean", "training", "blue"), Curve("eval/accuracy", "held out", "ink", dots=True)),
-        form=numbers.percent,
-        axis=numbers.short_percent,
-    ),
-    Chart(
-        "Response length",
-        "Mean number of tokens in a response.",
-        (Curve("response_length/mean", "training", "blue"), Curve("eval/response_length", "held out", "ink", dots=True)),
-    ),
-    Chart("Supervised loss", "Mean negative log-prob of the target tokens, in nats.", (Curve("loss/sft", "loss", "blue"),)),
-)
-ENTROPY = (
-    Chart(
-        "Entropy",
-        "Nats a token: mean of all response tokens, their 80th percentile, and mean of the forks.",
-        (Curve("entropy/mean", "all", "blue"), Curve("entropy/p80", "p80", "violet"), Curve("entropy/forks", "forks", "orange")),
-    ),
-    Chart("Threshold τ", "The entropy in nats that parts the selected tokens from the others.", (Curve("forks/tau", "τ", "orange"),)),
-)
-UPDATES = (
-    Chart("Gradient norm", "Before clipping.", (Curve("grad_norm", "norm", "blue"),)),
-    Chart(
-        "Clipped tokens",
-        "Share of the trained tokens whose ratio left the clip range.",
-        (Curve("loss/clip_fraction", "clipped", "blue"),),
-        form=numbers.percent,
-        axis=numbers.short_percent,
-    ),
-)
-MACHINE = (
-    Chart("Throughput", "Tokens a second over the whole step.", (Curve("throughput/tokens_per_s", "tokens/s", "blue"),)),
-    Chart("Memory", "Peak of the largest rank, GB.", (Curve("memory/peak_gb", "GB", "blue"),)),
-    Chart(
-        "Roll-out mismatch",
-        "How far the roll-out engine's log-probs lie from the trainer's for the same tokens (log scale).",
-        (Curve("rollout_mismatch/max", "largest", "orange"), Curve("rollout_mismatch/kl", "KL", "blue")),
-        log=True,
-    ),
-)
-PHASES = (("rollout", "blue"), ("reward", "sky"), ("score", "sand"), ("update", "orange"), ("refit", "green"))
+PERCENTILES = ("mean", "p50", "p80", "p95")
 
 
 def write_report(run_folder: Path) -> Path:
@@ -106,7 +44,7 @@ def write_report(run_folder: Path) -> Path:
     path = run_folder / "report.html"
     text = report_html(run_folder)
     unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(text, encoding="utf-8", errors="replace")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
     return path
 
@@ -120,12 +58,12 @@ def report_html(run_folder: Path) -> str:
         f"{_name(recipe, run_folder)} · megafork",
         header=_header(metrics, recipe, run_folder),
         sections=[
-            ("Learning", _charts(metrics, LEARNING)),
-            ("Entropy", _charts(metrics, ENTROPY)),
+            ("Learning", page.charts(draw(metrics, LEARNING))),
+            ("Entropy", page.charts(draw(metrics, ENTROPY))),
             ("Where the forks are", distribution),
             ("Responses", responses),
-            ("Updates", _charts(metrics, UPDATES)),
-            ("Time and machine", page.charts([*_phases(metrics), *_figures(metrics, MACHINE)])),
+            ("Updates", page.charts(draw(metrics, UPDATES))),
+            ("Time and machine", page.charts([*draw_phases(metrics), *draw(metrics, MACHINE)])),
             ("Numbers", _last_numbers(metrics)),
             ("Recipe", _recipe(recipe)),
         ],
@@ -148,7 +86,7 @@ def _name(recipe: dict[str, Any], folder: Path) -> str:
 def _summary(metrics: list[Metrics], recipe: dict[str, Any]) -> str:
     """One or two sentences: which model, trained how, for how long."""
     model, done, planned = _get(recipe, "model", "path"), metrics[-1]["step"], _get(recipe, "train", "steps")
-    supervised = bool(_values(metrics, "loss/sft"))
+    supervised = bool(known_values(metrics, "loss/sft"))
     words = ["/".join(Path(str(model)).parts[-2:]) if model else "A model", f"trained for {done:,} steps"]
     if isinstance(planned, int) and planned != done:
         words[-1] = f"trained for {done:,} of {planned:,} steps"
@@ -181,12 +119,12 @@ def _headline(metrics: list[Metrics]) -> list[tuple[str, str, str]]:
         ("entropy/mean", "mean entropy, nats", numbers.plain),
         ("forks/tau", "threshold τ, nats", numbers.plain),
     ):
-        known = [(row["step"], value) for row in metrics if (value := _number(row, key)) is not None]
+        known = [(row["step"], value) for row in metrics if (value := number(row, key)) is not None]
         if known:
             (first, before), (last, after) = known[0], known[-1]
             remark = "" if items else f"step {first:,} → step {last:,}" if first != last else f"step {last:,}"
             items.append((label, form(before) if first == last else f"{form(before)} → {form(after)}", remark))
-    speeds, times, memory = (sorted(_values(metrics, key)) for key in ("throughput/tokens_per_s", "time/step", "memory/peak_gb"))
+    speeds, times, memory = (sorted(known_values(metrics, key)) for key in ("throughput/tokens_per_s", "time/step", "memory/peak_gb"))
     if speeds:
         items.append(("tokens/s, median", numbers.plain(speeds[len(speeds) // 2]), ""))
     if times:
@@ -202,60 +140,30 @@ def _warnings(metrics: list[Metrics], recipe: dict[str, Any]) -> list[str]:
     planned = _get(recipe, "train", "steps")
     if isinstance(planned, int) and metrics[-1]["step"] < planned:
         notes.append(f"The run has written {metrics[-1]['step']:,} of its {planned:,} steps.")
-    errors = sum(_values(metrics, "reward/errors"))
+    errors = sum(known_values(metrics, "reward/errors"))
     if errors:
         notes.append(f"Verdicts that failed or ran out of time, each scored 0: {errors:,.0f}.")
     return notes
 
 
-def _charts(metrics: list[Metrics], charts: Sequence[Chart]) -> str:
-    return page.charts(_figures(metrics, charts))
-
-
-def _figures(metrics: list[Metrics], charts: Sequence[Chart]) -> list[str]:
-    drawn = []
-    for chart in charts:
-        curves = [curve for curve in chart.curves if _values(metrics, curve.key)]
-        rows = [row for row in metrics if any(_number(row, curve.key) is not None for curve in curves)]
-        series = [figures.Series(c.name, [_number(row, c.key) for row in rows], c.style, c.dots) for c in curves]
-        if rows:
-            steps = [row["step"] for row in rows]
-            label = f"{chart.heading} over steps {steps[0]} to {steps[-1]}"
-            svg = figures.line_chart(label, steps, series, form=chart.form, axis=chart.axis, log=chart.log)
-            if svg:
-                drawn.append(page.figure(chart.heading, chart.note, svg))
-    return drawn
-
-
-def _phases(metrics: list[Metrics]) -> list[str]:
-    rows = [row for row in metrics if any(_number(row, f"time/{name}") is not None for name, _ in PHASES)]
-    series = [figures.Series(name, [_number(row, f"time/{name}") for row in rows], style) for name, style in PHASES]
-    rest = [max(0.0, (_number(row, "time/step") or 0.0) - sum(_number(row, f"time/{name}") or 0.0 for name, _ in PHASES)) for row in rows]
-    series.append(figures.Series("other", rest, "grey"))
-    series = [s for s in series if any(s.values)]
-    if not series:
-        return []
-    means = [sum(v or 0.0 for v in s.values) / len(rows) for s in series]
-    key = [(s.style, f"{s.name} {numbers.seconds(mean)} ({mean / sum(means):.0%})") for s, mean in zip(series, means, strict=True)]
-    svg = figures.stacked_bars("Time of each step by phase", [row["step"] for row in rows], series)
-    return [page.figure("Where a step's time goes", "Seconds by phase; the key gives the means.", svg, key)]
-
-
 def _rollouts(run_folder: Path, metrics: list[Metrics]) -> tuple[str, str]:
-    """The histogram and the coloured responses of the last roll-out file, "" for each that it cannot fill."""
-    files = rollout_files(run_folder)
+    """The histogram and the coloured responses of the last roll-out file, "" for each that it cannot fill.
+
+    Files of later steps than the metrics were left by a run that was killed, and will be written again.
+    """
+    files = [file for file in rollout_files(run_folder) if step_of(file) <= metrics[-1]["step"]]
     if not files:
         return "", ""
     path = files[-1]
     step = step_of(path)
     with open_rollouts(path) as file:
         entropies, mask = read_entropies(file, at_most=MOST_ENTROPIES)
-        groups = [list(read_rows(file, rows)) for rows in choose_rows(file)]
-    tau = next((_number(row, "forks/tau") for row in metrics if row["step"] == step), None)
+        groups = [read_rows(file, rows) for rows in choose_rows(file)]
+    tau = next((number(row, "forks/tau") for row in metrics if row["step"] == step), None)
     return _distribution(entropies, mask, tau, step), _responses(groups, step)
 
 
-def _distribution(entropies: Any, mask: Any, tau: float | None, step: int) -> str:
+def _distribution(entropies: np.ndarray, mask: np.ndarray, tau: float | None, step: int) -> str:
     if not entropies.size:
         return ""
     summary = entropy_summary(entropies)
@@ -268,22 +176,16 @@ def _distribution(entropies: Any, mask: Any, tau: float | None, step: int) -> st
     names = [names[0].replace("0 to", "under"), *names[1:], f"{cuts[-1]:.3g} nats and more" + (" (τ)" if tau == cuts[-1] else "")]
     counts = [int(((entropies >= low) & (entropies < high)).sum()) for low, high in zip(cuts, [*cuts[1:], float("inf")], strict=True)]
     parts = [(style, name, n / total) for style, name, n in zip(("grey", "sky", "blue", "orange"), names, counts, strict=False)]
-    facts = table_of(summary)
+    facts = page.table(["nats", *PERCENTILES], [["entropy", *(numbers.plain(summary[key]) for key in PERCENTILES)]])
     shares = page.figure("How much there was to choose", "Share of the response tokens by entropy.", page.share_strip(parts) + facts)
     return page.charts([drawing, shares])
-
-
-def table_of(summary: dict[str, float | int | None]) -> str:
-    """The entropy summary as a table of one row."""
-    keys = ("mean", "p50", "p80", "p95")
-    return page.table(["nats", *keys], [["entropy", *(numbers.plain(summary[key]) for key in keys)]])
 
 
 def _responses(groups: list[list[dict[str, Any]]], step: int) -> str:
     blocks = []
     for rows in groups:
         pair = "".join(response_html(row) for row in rows)
-        blocks.append(f'<div class="group"><p class="prompt">{escape(visible(rows[0]["prompt"]))}</p><div class="pair">{pair}</div></div>')
+        blocks.append(f'<div class="group"><p class="prompt">{escape(rows[0]["prompt"])}</p><div class="pair">{pair}</div></div>')
     if not blocks:
         return ""
     note = (
@@ -295,13 +197,12 @@ def _responses(groups: list[list[dict[str, Any]]], step: int) -> str:
 
 
 def _last_numbers(metrics: list[Metrics]) -> str:
-    keys = sorted({key for row in metrics for key in row if key != "step" and _values([row], key)})
     rows = []
-    for key in keys:
-        known = [(row["step"], value) for row in metrics if (value := _number(row, key)) is not None]
-        values = [value for _, value in known]
-        rows.append([key, *(numbers.plain(v) for v in (values[0], values[-1], min(values), max(values))), f"{known[-1][0]:,}"])
-    return page.table(["metric", "first", "last", "lowest", "highest", "last step"], rows) if rows else ""
+    for key in sorted({key for row in metrics for key in row} - {"step"}):
+        known = known_values(metrics, key)
+        if known:
+            rows.append([key, *(numbers.plain(value) for value in (known[0], known[-1], min(known), max(known)))])
+    return page.table(["metric", "first", "last", "lowest", "highest"], rows) if rows else ""
 
 
 def _recipe(recipe: dict[str, Any]) -> str:
@@ -309,18 +210,9 @@ def _recipe(recipe: dict[str, Any]) -> str:
     for section, values in recipe.items():
         pairs = values.items() if isinstance(values, dict) else [("", values)]
         lines += [f"{section}.{key} = {value}" for key, value in pairs]
-    return page.details("Every setting of the run", f'<pre tabindex="0">{escape(visible(chr(10).join(lines)))}</pre>') if lines else ""
+    return page.details("Every setting of the run", f'<pre tabindex="0">{escape(chr(10).join(lines))}</pre>') if lines else ""
 
 
 def _get(recipe: dict[str, Any], section: str, key: str) -> Any:
     values = recipe.get(section)
     return values.get(key) if isinstance(values, dict) else None
-
-
-def _number(row: Metrics, key: str) -> float | None:
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
-
-
-def _values(metrics: list[Metrics], key: str) -> list[float]:
-    return [value for row in metrics if (value := _number(row, key)) is not None]

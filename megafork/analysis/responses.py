@@ -77,22 +77,7 @@ def legend_html() -> str:
     return f'<p class="scale"><span>entropy, nats</span>{tints}<span class="fork">selected</span></p>'
 
 
-def visible(text: str) -> str:
-    """Text with control characters made visible: they could hide or reorder what stands around them. Newline and tab stay."""
-    return "".join(_visible(letter) for letter in text)
-
-
-def _visible(letter: str) -> str:
-    code = ord(letter)
-    if code < 0x20 and letter not in "\n\t":
-        return chr(0x2400 + code)
-    if code == 0x7F or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or 0xD800 <= code <= 0xDFFF:
-        return "\ufffd"
-    return letter
-
-
 def _token(piece: str, entropy: float | None, log_prob: float | None, fork: bool, advantage: float | None) -> str:
-    text = visible(piece)
     probability = None if log_prob is None else math.exp(min(log_prob, 0.0))
     facts = [
         repr(piece),
@@ -102,10 +87,10 @@ def _token(piece: str, entropy: float | None, log_prob: float | None, fork: bool
         "selected" if fork else "not selected",
     ]
     level = sum((entropy or 0.0) >= tint for tint in TINTS)
-    kinds = {"fork": fork, "blank": not text.strip(), "line": "\n" in text}
+    kinds = {"fork": fork, "blank": not piece.strip(), "line": "\n" in piece}
     classes = [f"h{level}", *(name for name, holds in kinds.items() if holds)]
     order = 0 if fork else -1
-    return f'<span class="{" ".join(classes)}" tabindex="{order}" title="{_attribute(facts)}">{escape(text)}</span>'
+    return f'<span class="{" ".join(classes)}" tabindex="{order}" title="{_attribute(facts)}">{escape(piece)}</span>'
 
 
 def _attribute(lines: Sequence[str]) -> str:

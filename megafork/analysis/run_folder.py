@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,18 @@ def read_entropies(file: parquet.ParquetFile, *, at_most: int) -> tuple[np.ndarr
     return np.concatenate(entropies)[:at_most], np.concatenate(masks)[:at_most]
 
 
-def read_rows(file: parquet.ParquetFile, wanted: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """The rows with these indices, in the file's order; only the row groups that hold them are read."""
-    indices, start = sorted(wanted), 0
+def read_rows(file: parquet.ParquetFile, wanted: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows with these indices, in the order asked for; only the row groups that hold them are read."""
+    rows: dict[int, dict[str, Any]] = {}
+    start = 0
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
-        here = [index - start for index in indices if start <= index < start + size]
+        here = [index for index in wanted if start <= index < start + size]
         if here:
-            yield from file.read_row_group(group).take(here).to_pylist()
+            table = file.read_row_group(group).take([index - start for index in here])
+            rows.update(zip(here, table.to_pylist(), strict=True))
         start += size
+    return [rows[index] for index in wanted]
 
 
 def _flat(table: pyarrow.Table, column: str) -> np.ndarray:

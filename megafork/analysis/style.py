@@ -102,6 +102,7 @@ thead th { color: var(--quiet); font-weight: 500; border-color: var(--rule) } tb
 footer { padding: 40px 24px 60px; color: var(--quiet); font-size: .85rem }
 @media (max-width: 900px) {
   .figures { grid-template-columns: 1fr 1fr } .figure:first-child { grid-row: auto; grid-column: span 2 }
+  .tokens span:focus::after { position: fixed; left: 14px; right: 14px; top: auto; bottom: 14px; width: auto; max-width: none }
 }
 @media (max-width: 560px) {
   main, header, footer { padding-left: 14px; padding-right: 14px } header { padding-top: 26px }

@@ -45,6 +45,7 @@ def reasoning_gym(response: str, row: Row) -> float:
     r"""1 if the task's own scorer gives the final answer full marks: its partial credit (an answer merely contained) counts as 0.
 
     The final answer is the last <answer>...</answer> after the last </think>, else the last \boxed{...}, else that whole text; stripped.
+    A few scorers (gsm_symbolic, kakurasu, knights_knaves, quantum_lock, survo) themselves look for the answer in that text.
     Four scorers (string_insertion, spiral_matrix, binary_matrix, n_queens) call `eval` on it: the response runs as code in the worker.
     """
     metadata = row.get("metadata")

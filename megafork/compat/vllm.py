@@ -1,0 +1,87 @@
+"""vLLM inside a training rank: its environment, and what it must not do to the process that hosts it (vLLM 0.26 to 0.32)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rank: weights are handed over as tensors
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores
+    "TORCHDYNAMO_DISABLE": "1",  # compiling takes 12 s and gains nothing at this size
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def prepare() -> None:
+    """Set vLLM's environment; call before vLLM is first imported. What the user has set stays."""
+    on_cpu = {} if torch.cuda.is_available() else _CPU_ENVIRONMENT
+    for name, value in {**_ENVIRONMENT, **on_cpu}.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Around the construction of an engine: restores the environment, the thread setter and the random state that vLLM changes.
+
+    vLLM seeds the process-wide generators, sets LD_PRELOAD and LOCAL_WORLD_SIZE, and replaces `torch.set_num_threads`.
+    """
+    environment, threads, set_threads, random = dict(os.environ), torch.get_num_threads(), torch.set_num_threads, torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random)
+
+
+@contextlib.contextmanager
+def private_shared_memory() -> Iterator[None]:
+    """Around the construction of an engine, on every rank of the world: on the CPU the ranks of an engine talk through shared memory whose
+    name is the same for all jobs on a host. Give it a name of this job's own, and unlink it once everybody has it, so that a killed run
+    leaves nothing that the next would trip over."""
+    name: list[Any] = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    original = ExecutorWithExternalLauncher._distributed_args
+    # The name is what follows the last colon of the init method; torch has joined the world already and does not look at it.
+    ExecutorWithExternalLauncher._distributed_args = lambda self: (f"env://:{name[0]}", *original(self)[1:])
+    try:
+        yield
+    finally:
+        ExecutorWithExternalLauncher._distributed_args = original
+        for leftover in Path("/dev/shm").glob(f"{name[0]}-*"):
+            leftover.unlink(missing_ok=True)
+
+
+def keep_process_groups() -> None:
+    """Shutting an engine down destroys the default process group, which is the trainer's: leave it alone."""
+    import vllm.v1.engine.core as core
+
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+
+
+def finish_tied_heads(model: torch.nn.Module) -> None:
+    """On the CPU a tied head keeps the packed copy of the embedding it was made from, and goes stale without a word after a reload
+    (log-probs off by 2): pack it again. Call after every reload."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(module, ParallelLMHead) and isinstance(method, UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(module)

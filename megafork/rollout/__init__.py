@@ -1,0 +1,5 @@
+"""Roll-outs: sampling responses from the current policy with vLLM."""
+
+from megafork.compat import cpu
+
+cpu.install()

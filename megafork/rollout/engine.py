@@ -1,0 +1,66 @@
+"""What a trainer needs of a roll-out engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. In training top_p stays 1: the trainer's log-probs are those of the whole distribution."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+    """Token ids that end a response (and belong to it)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw. The seed alone decides its randomness, so a run repeats whatever else the engine does."""
+
+    prompt: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A drawn response: its tokens, their log-probs at the sampling temperature, whether it was cut at max_tokens, and which weights
+    (`refit`'s version) wrote it."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    truncated: bool
+    version: int
+
+
+class Engine(Protocol):
+    """A roll-out engine. All ranks of the engine call each method together and with the same arguments."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in order."""
+        ...
+
+    def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over new weights: (Hugging Face name, whole tensor) in any order, every tensor of the model once."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the accelerator's memory until `wake` (without effect on the CPU)."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def request_seed(*identity: int) -> int:
+    """A 63-bit seed from what identifies a request, for example (run seed, step, prompt, sample)."""
+    digest = hashlib.blake2b(",".join(map(str, identity)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,77 @@
+"""Real vLLM engines in the ranks: exact after a refit, repeatable, and of one mind with Megatron about log-probs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import recipe, save_model
+
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import Recipe
+from megafork.rollout.engine import Completion, Request, Sampling, request_seed
+from megafork.weights.huggingface import HuggingFaceWeights
+
+pytestmark = pytest.mark.slow
+PROMPTS = [list(range(3, 3 + n)) for n in (1, 5, 17, 31)]
+
+
+def _weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    source = HuggingFaceWeights(folder)
+    return [(name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())]
+
+
+def _generate(spec: Recipe, folders: list[Path], port: int) -> list[list[Completion]]:
+    """Refit one engine to each folder in turn and sample from each."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    from megafork.rollout.colocated import ColocatedEngine
+
+    engine = ColocatedEngine(spec, mesh)
+    requests = [Request(prompt, request_seed(1, n, s)) for n, prompt in enumerate(PROMPTS) for s in range(2)]
+    answers = []
+    for version, folder in enumerate(folders):
+        engine.refit(iter(_weights(folder)), version)
+        answers.append(engine.generate(requests, Sampling(max_tokens=12, temperature=0.8, stop=(7,))))
+    engine.close()
+    return answers
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _reference_log_probs(folder: Path, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logp = (model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
+    return logp.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(("tied", "tp"), [(True, 1), (False, 1), (True, 2), (False, 2)])
+def test_refit_equals_the_new_weights_and_not_the_old(tied: bool, tp: int, tmp_path: Path) -> None:
+    folders = [save_model(tmp_path / str(seed), seed=seed, tie_word_embeddings=tied) for seed in (1, 2)]
+    spec = recipe(folders[0], rollout={"tp": tp, "max_response_length": 32}, parallel={"tp": 2})
+    ranks: list[Any] = on_ranks(2, _generate, spec, [folders[0], folders[1], folders[0]], free_port())
+    first, second, again = ranks[0]
+    assert [c.tokens for c in first] == [c.tokens for c in again]
+    assert [c.log_probs for c in first] == [c.log_probs for c in again]
+    assert [c.tokens for c in first] != [c.tokens for c in second]
+    assert ranks[0] == ranks[1], "both ranks (one engine of TP 2, or two of TP 1 with the same seeds) say the same"
+    assert {c.version for c in first} == {0} and {c.version for c in again} == {2}
+    for folder, completions in zip(folders, (first, second), strict=True):
+        for n, completion in enumerate(completions):
+            want = _reference_log_probs(folder, PROMPTS[n // 2], completion.tokens, 0.8)
+            torch.testing.assert_close(torch.tensor(completion.log_probs).double(), want, atol=1e-4, rtol=0)
+            assert completion.truncated == (completion.tokens[-1] != 7) and (len(completion.tokens) == 12 or not completion.truncated)
+            assert 7 not in completion.tokens[:-1]
