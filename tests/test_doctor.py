@@ -110,6 +110,7 @@ def test_hub_names_are_fetched_unless_offline(model: Path, tmp_path: Path, monke
 def test_a_mistyped_path_is_not_taken_for_a_hub_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model.parent / "runs").mkdir()
     monkeypatch.chdir(model.parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     finding = by_name(examine(recipe(model.parent, model={"path": "runs/modle"})))["model.path"]
     assert not finding.ok and finding.needed
 

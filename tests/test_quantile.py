@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest

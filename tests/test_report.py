@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megafork.analysis.entropy import entropy_histogram, entropy_summary
@@ -379,6 +379,7 @@ def test_rollouts_are_read_by_row_group(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(0, 12, width=32), min_size=1, max_size=60))
+@example([0.01, 0.05, 0.0])
 def test_summary_equals_the_definitions(values: list[float]) -> None:
     summary = entropy_summary(values)
     ordered = sorted(values)
@@ -404,12 +405,15 @@ def test_summary_of_nothing_and_of_nan() -> None:
 
 
 @given(st.lists(st.floats(0, 12, width=32), min_size=1, max_size=60), st.one_of(st.none(), st.floats(0, 12, width=32)))
-def test_histogram_loses_no_token(values: list[float], tau: float | None) -> None:
+@example([0.1, 0.3, 0.7, 2.9], 0.7)
+def test_histogram_loses_no_token_and_parts_them_at_tau(values: list[float], tau: float | None) -> None:
     entropies = np.array(values, np.float32)
     mask = entropies >= (tau or 0)
     bins = entropy_histogram(entropies, mask, tau=tau)
     assert sum(bins.counts) == len(values) and sum(bins.selected) == int(mask.sum())
-    assert all(chosen <= count for chosen, count in zip(bins.selected, bins.counts, strict=True))
+    for low, high, count, chosen in zip(bins.edges, bins.edges[1:], bins.counts, bins.selected, strict=False):
+        if tau is None or bins.edges[1] < tau < bins.edges[-1]:
+            assert chosen in (0, count), f"the bin from {low} to {high} mixes both sides of {tau}"
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

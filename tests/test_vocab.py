@@ -220,7 +220,7 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     case = Case.random(0, n=300, width=64, vocab=5003, padded=5056, scale=0.3, chunk=100)
     case = replace(case, hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
     expected = reference(case)
-    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in vars(case).items()}
+    on_gpu: dict[str, Any] = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in vars(case).items()}
     found = head(Case(**on_gpu))
     found = Result(found.log_prob.cpu(), found.entropy.cpu(), found.grad_hidden.cpu(), found.grad_weight.cpu())
     if dtype == torch.float32:

@@ -42,11 +42,14 @@ def entropy_histogram(entropies: np.ndarray, mask: np.ndarray, *, tau: float | N
     """
     top = float(entropies.max()) if entropies.size else 0.0
     top = top if top > 0 else 1.0
-    width = top / bins
+    width, below = top / bins, 0
     if tau is not None and width < tau <= top:
-        width = tau / round(tau / width)
+        below = round(tau / width)
+        width = tau / below
     edges = width * np.arange(math.ceil(top / width - 1e-6) + 1)
     edges[-1] = max(edges[-1], top)
+    if tau is not None and below and below < len(edges) - 1:
+        edges[below] = tau  # to the bit: tau is the entropy of a token, which belongs above
     counts, _ = np.histogram(entropies, edges)
     selected, _ = np.histogram(entropies[mask], edges)
     return Histogram(edges.tolist(), counts.tolist(), selected.tolist())

@@ -61,6 +61,10 @@ class Mesh:
         """This rank holds the head, and with it log-probs and entropies."""
         return self.pp_rank == self.layout.pp - 1
 
+    def dp_rank_of(self, rank: int) -> int:
+        """The DP rank of any global rank."""
+        return rank // (self.layout.tp * self.layout.cp) % self.dp
+
     @property
     def is_rank_zero(self) -> bool:
         return self.rank == 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 _SHIFTS = (21, 10, 0)
 _BINS = 2048
-_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}  # values gone over at once, so that temporaries stay small (on a CPU: in its cache)
+_AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 18, 1 << 22  # values gone over at once: temporaries stay in a CPU's cache, or small
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,16 @@ def _checked(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().reshape(-1) for tensor in tensors]
 
 
+def _parts(tensors: list[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        yield from tensor.split(_AT_ONCE_GPU if tensor.is_cuda else _AT_ONCE_CPU)
+
+
 def _keys(tensors: list[Tensor]) -> Iterator[Tensor]:
     """int32 keys that order as the floats do, a part at a time. Adding 0.0 makes -0.0 equal to 0.0."""
-    for tensor in tensors:
-        for part in tensor.split(_AT_ONCE[tensor.device.type]):
-            bits = (part + 0.0).view(torch.int32)
-            yield bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    for part in _parts(tensors):
+        bits = (part + 0.0).view(torch.int32)
+        yield bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _value(key: int) -> float:
@@ -152,12 +156,11 @@ def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.Proce
 def _first_nan(tensors: list[Tensor]) -> int:
     """Position of the first NaN in the tensors one after another, -1 without one."""
     offset = 0
-    for tensor in tensors:
-        for part in tensor.split(_AT_ONCE[tensor.device.type]):
-            nan = part.isnan()
-            if nan.any():
-                return offset + int(nan.nonzero()[0])
-            offset += len(part)
+    for part in _parts(tensors):
+        nan = part.isnan()
+        if nan.any():
+            return offset + int(nan.nonzero()[0])
+        offset += len(part)
     return -1
 
 

@@ -28,7 +28,7 @@ from megafork.parallel.blocks import LOWEST, GradientTerms, shift_stats
 
 DEFAULT_MEMORY_MB = 256
 _CPU_BLOCK = 1 << 20  # elements; 4 MiB stays in a core's cache while it is gone over
-_MOST_ROWS = {"cpu": 2048, "cuda": 4096}
+_MOST_ROWS = 4096  # of a block; the all-reduce of one block-row overlaps the next
 _FEWEST_COLUMNS = 256
 _ALIGNMENT = 128  # columns, so that GPU loads stay vectorised
 
@@ -121,7 +121,7 @@ def _block_shape(n: int, vocab_per_rank: int, chunk: int, device: str) -> tuple[
     if device == "cpu":
         elements = min(elements, _CPU_BLOCK)
     fewest = min(vocab_per_rank, _FEWEST_COLUMNS)
-    rows = max(1, min(n, _MOST_ROWS[device], elements // fewest))
+    rows = max(1, min(n, _MOST_ROWS, elements // fewest))
     columns = max(fewest, min(vocab_per_rank, elements // rows))
     return rows, columns - columns % _ALIGNMENT if columns > _ALIGNMENT else columns
 

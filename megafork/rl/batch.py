@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -72,6 +74,18 @@ class MicroBatch:
     """bool [P], the forks."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], what each position's loss counts; 0 outside the mask."""
+
+    def by_response(self, values: Tensor, context: dist.ProcessGroup | None = None) -> list[Tensor]:
+        """Values of this rank's positions [P] as one vector a response, over the tokens of the response.
+
+        With context parallelism all ranks of the `context` group must call; the dtype comes back as fp32.
+        """
+        ends = torch.tensor([0, *(len(response.tokens) for response in self.responses)]).cumsum(0)
+        flat = torch.zeros(int(ends[-1]), dtype=torch.float32, device=values.device)
+        flat[ends.to(values.device)[self.sequence] + self.offset] = values.float()
+        if context is not None and context.size() > 1:
+            dist.all_reduce(flat, group=context)
+        return [flat[start:end].cpu() for start, end in itertools.pairwise(ends.tolist())]
 
     @property
     def padding(self) -> int:

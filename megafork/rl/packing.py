@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 
 from megafork.parallel.context import zigzag_index
+from megafork.recipe import Parallel
 from megafork.rl.batch import MicroBatch, Response
+
+
+def padding_multiple(layout: Parallel) -> int:
+    """To what multiple each sequence is padded: 2 cp chunks a sequence, and tokens that the sequence-parallel ranks share evenly."""
+    return (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
 
 
 def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -18,6 +17,7 @@ from megafork.compat import megatron as megatron_fixes
 from megafork.model.attention import PackedSequences
 from megafork.model.policy import HeadRequest, Policy
 from megafork.parallel.mesh import Mesh
+from megafork.parallel.reduce import over_tokens
 from megafork.recipe import Optimizer, Recipe
 from megafork.rl.batch import MicroBatch
 
@@ -28,12 +28,14 @@ TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class Learner:
     """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
 
-    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int) -> None:
-        """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate."""
+    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float = 1.0) -> None:
+        """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate.
+        `temperature`: of the roll-outs; log-probs and entropies are taken at it."""
         self.chunks = chunks
         self.recipe = recipe
         self.mesh = mesh
         self.updates = updates
+        self.temperature = temperature
         self.update = 0
         """Optimizer updates done."""
         config = chunks[0].config
@@ -49,11 +51,13 @@ class Learner:
         )
         megatron_fixes.fix_optimizer_state(self.optimizer)
 
-    def score(self, micros: list[MicroBatch]) -> None:
-        """Set `old_log_prob` and `entropy` at every response position, at the roll-out temperature, without gradient (last stage only)."""
+    def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
+        """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only)."""
 
         def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
-            micro.old_log_prob, micro.entropy = output
+            log_prob, micro.entropy = output
+            if not entropy_only:
+                micro.old_log_prob = log_prob
 
         with torch.no_grad():
             self._run(micros, keep, forward_only=True, everywhere=True)
@@ -83,12 +87,12 @@ class Learner:
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
         _, grad_norm, _ = self.optimizer.step()
         self.update += 1
-        return {**self._reduce(sums), "grad_norm": float(grad_norm), "lr": rate}
+        return {**over_tokens(sums, self.mesh), "grad_norm": float(grad_norm), "lr": rate}
 
     def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], *, forward_only: bool, everywhere: bool) -> None:
         """Megatron's pipeline schedule over the micro-batches. `everywhere`: the head answers at all positions, else at the mask."""
         get_forward_backward_func()(
-            forward_step_func=partial(_forward, loss=loss, temperature=self.recipe.rollout.temperature, everywhere=everywhere),
+            forward_step_func=partial(_forward, loss=loss, temperature=self.temperature, everywhere=everywhere),
             data_iterator=[iter(micros) for _ in self.model] if len(self.model) > 1 else iter(micros),
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micros),
@@ -97,16 +101,6 @@ class Learner:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-
-    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sum over the ranks that hold different tokens (one TP rank of the last stage each), known to every rank afterwards."""
-        names: list[Any] = [sorted(sums)]
-        dist.broadcast_object_list(names, src=dist.get_world_size() - 1)  # the last rank is of the last stage in Megatron's order
-        mine = self.mesh.is_last_stage and self.mesh.tp_rank == 0
-        values = torch.stack([sums[name] for name in names[0]]) if mine else torch.zeros(len(names[0]), dtype=torch.float64)
-        values = values.to(self.mesh.device)
-        dist.all_reduce(values)
-        return dict(zip(names[0], values.tolist(), strict=True))
 
 
 def _forward(

@@ -1,0 +1,40 @@
+"""Seconds of a step's phases, tokens a second, and memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megafork.parallel.mesh import Mesh
+from megafork.parallel.reduce import over_world
+
+
+class Clock:
+    """Seconds of a step's phases."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - before
+
+    def metrics(self, tokens: int, mesh: Mesh) -> dict[str, float | None]:
+        """`time/*`, sampled response tokens a second over the whole step, and the largest memory peak of any rank."""
+        whole = time.perf_counter() - self.started
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        times: dict[str, float | None] = {f"time/{phase}": seconds for phase, seconds in self.times.items()}
+        return times | {
+            "time/step": whole,
+            "throughput/tokens_per_s": tokens / whole,
+            "memory/peak_gb": over_world([peak / 1e9], mesh, "max")[0],
+        }

@@ -1,0 +1,99 @@
+"""Supervised training on prompt-response rows, through the same Megatron stack and the same head: the warm start of a run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megafork.data.prompts import Prompt, PromptOrder
+from megafork.data.tokenizer import Tokenizer
+from megafork.parallel.mesh import Mesh
+from megafork.recipe import Recipe, RecipeError
+from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.packing import pack, padding_multiple, plan
+from megafork.train.clock import Clock
+from megafork.train.run import Metrics, build_learner, export_hf, log_metrics, open_log, read_inputs, resume, save_checkpoint
+
+
+def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
+    """A supervised run, or what is left of it: `rollout.prompts` rows an update, cross-entropy of the response and its end, mean over tokens.
+
+    Every rank calls. Returns the last step's metrics.
+    """
+    inputs = read_inputs(recipe, supervised=True)
+    rows = examples(inputs.train, inputs.tokenizer, recipe)
+    learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps)
+    order = PromptOrder(inputs.train, recipe.run.seed)
+    state = resume(learner, recipe, inputs)
+    start = 0
+    if state is not None:
+        start = state["step"]
+        order.restore(state["order"])
+    log = open_log(recipe, mesh, start)
+    steps, every = recipe.train.steps, recipe.checkpoint.every
+    last: Metrics = {}
+    for step in range(start + 1, steps + 1):
+        clock = Clock()
+        batch = [rows[prompt.index] for prompt in order.take(recipe.rollout.prompts)]
+        tokens = sum(len(row.tokens) for row in batch)
+        with clock("update"):
+            update = learner.train(place(batch, recipe, mesh), cross_entropy)
+        last = {
+            "step": step,
+            "loss/sft": update["loss"],
+            "grad_norm": update["grad_norm"],
+            "lr": update["lr"],
+            **clock.metrics(tokens, mesh),
+        }
+        if step == steps or (every and step % every == 0):
+            save_checkpoint(step, learner, recipe, inputs, {"order": order.state()})
+        log_metrics(log, last)
+    if recipe.checkpoint.export_hf:
+        export_hf(learner, inputs, recipe)
+    if log is not None:
+        log.close()
+    return last
+
+
+def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> list[Response]:
+    """Each row as a response that ends with the end-of-sequence token. Raises RecipeError for one that is too long."""
+    limit, end = recipe.rollout.max_response_length, tokenizer.eos_ids[0]
+    rows = []
+    for prompt in prompts:
+        tokens = [*tokenizer.encode(str(prompt.row["response"])), end]
+        if len(tokens) > limit:
+            raise RecipeError(
+                f"data.train: row {prompt.index + 1} has a response of {len(tokens)} tokens with its end, "
+                f"rollout.max_response_length is {limit}: raise the limit or shorten the row"
+            )
+        rows.append(
+            Response(
+                group=prompt.index,
+                sample=0,
+                prompt=prompt.index,
+                prompt_tokens=torch.tensor(prompt.tokens, dtype=torch.int32),
+                tokens=torch.tensor(tokens, dtype=torch.int32),
+                log_probs=torch.zeros(len(tokens)),
+                truncated=False,
+            )
+        )
+    return rows
+
+
+def place(batch: list[Response], recipe: Recipe, mesh: Mesh) -> list[MicroBatch]:
+    """This rank's micro-batches, every response position selected and weighing one token of the whole batch."""
+    multiple = padding_multiple(mesh.layout)
+    placed = plan([row.length for row in batch], mesh.dp, recipe.micro_batch_tokens, multiple)[mesh.dp_rank]
+    packer = partial(pack, cp=mesh.layout.cp, cp_rank=mesh.cp_rank, multiple=multiple, device=mesh.device)
+    micros = [packer([batch[n] for n in members]) for members in placed]
+    total = sum(len(row.tokens) for row in batch)
+    for micro in micros:
+        micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
+        micro.weight = micro.mask / total
+    return micros
+
+
+def cross_entropy(log_prob: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    return -log_prob, {}
