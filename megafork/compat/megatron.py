@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 
@@ -42,3 +44,9 @@ def fix_optimizer_state(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def use_plain_results_queue() -> None:
+    """A checkpoint written by the rank itself needs no manager process to collect its results: upstream starts one a rank, which imports
+    `__main__` again (0.4 GB) and outlives a rank that ends by `os._exit`. Call before saving."""
+    filesystem_async._results_queue = queue.Queue()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from megafork.compat import megatron as megatron_fixes
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 
@@ -39,6 +40,7 @@ def save(folder: Path, chunks: list[Policy], optimizer: Any, mesh: Mesh, state: 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    megatron_fixes.use_plain_results_queue()
     content = _sharded(chunks, optimizer, mesh, loading=False)
     dist_checkpointing.save({**content, "run": state}, str(temporary), content_metadata=_content_metadata())
     dist.barrier()
@@ -86,8 +88,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def rng_state() -> dict[str, torch.Tensor]:
-    """The random state of this rank's process (all sampling in megafork is seeded by request; this covers dropout and libraries)."""
-    return {"cpu": torch.get_rng_state()}

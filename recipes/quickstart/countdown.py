@@ -1,19 +1,19 @@
-"""The quickstart's task, and the pattern for bringing your own: combine numbers until they make a target.
+"""The quickstart's task, and the pattern for bringing your own: combine three numbers until they make a target.
 
-    prompt    2 7 3 5 make 24 :
-    response  7 - 3 = 4 left 2 5 4 ; 2 + 4 = 6 left 5 6 ; 5 * 6 = 30 answer 30
+    prompt    4 9 2 make 7 :
+    response  9 - 4 = 5 left 2 5 ; 5 + 2 = 7
 
-Which two numbers to combine, and how, is free: these are the chain of thought's forks. Every result, separator and remaining number
-follows from what stands before. (The response above is valid arithmetic but misses the target: it scores 0.)
+Which two numbers come next, and whether to add or subtract, is free: these are the forks of the chain of thought. Every result,
+separator and remaining number follows from what stands before it.
 
 `python recipes/quickstart/countdown.py OUT` writes
 
-    OUT/model/         a small Qwen3 with random weights, as a Hugging Face folder with its tokenizer
+    OUT/model/         a small Qwen3 with random weights and its tokenizer, as a Hugging Face folder
     OUT/sft.jsonl      {"prompt", "response"}: the warm start's chains; a share of them reaches the target, the others miss it
     OUT/train.jsonl    {"prompt", "answer", "numbers"}: problems for reinforcement learning
-    OUT/heldout.jsonl  the same, of problems that occur in neither of the other files
+    OUT/heldout.jsonl  the same, of problems that occur in neither of the other files, whatever the order of their numbers
 
-and a recipe names the verifier as `reward.verifier: recipes/quickstart/countdown.py:score`.
+A recipe names the verifier as `reward.verifier: recipes/quickstart/countdown.py:score`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,44 @@ import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-LARGEST = 60  # results of the generated chains lie in 1 .. LARGEST, so every number is one token
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub}
+NUMBERS = 3  # of a problem
+HIGHEST = 10  # they are drawn from 1 .. HIGHEST
+RIGHT_SHARE = 0.5  # of the warm start's chains: enough to learn that the target matters, few enough to leave the rest to the reward
+SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 25_600, 3_000, 128
 
-Problem = tuple[tuple[int, ...], int]  # sorted numbers, target
-Step = tuple[int, str, int, int]  # a, operation, b, result
+
+class Step(NamedTuple):
+    a: int
+    operation: str
+    b: int
+    result: int
+
+
+# --- what a step is: shared by the verifier and the generator ---
+
+
+def steps(left: Sequence[int]) -> Iterator[Step]:
+    """Every step that the numbers left allow, in either order of the two."""
+    for a, b in itertools.permutations(left, 2):
+        for name, operation in OPERATIONS.items():
+            yield Step(a, name, b, operation(a, b))
+
+
+def after(left: Sequence[int], step: Step) -> list[int]:
+    """The numbers left after a step: the others in their order, then the result."""
+    rest = list(left)
+    rest.remove(step.a)
+    rest.remove(step.b)
+    return [*rest, step.result]
+
+
+def step_text(left: Sequence[int], step: Step) -> str:
+    rest = after(left, step)
+    text = f"{step.a} {step.operation} {step.b} = {step.result}"
+    return f"{text} left {' '.join(map(str, rest))} ;" if len(rest) > 1 else text
 
 
 # --- the verifier ---
@@ -40,64 +71,49 @@ Step = tuple[int, str, int, int]  # a, operation, b, result
 def score(response: str, row: dict[str, Any]) -> float:
     """1.0 if `response` combines row["numbers"], each exactly once and by right arithmetic, into int(row["answer"]); else 0.0.
 
-    Every step and every list of remaining numbers is checked, so neither wrong arithmetic nor the bare answer earns anything.
+    The text is compared with every step that may come next and never evaluated: wrong arithmetic, a number that is not there, or
+    the bare answer earns nothing, and no text raises.
     """
-    left = [int(number) for number in row["numbers"]]
-    words = response.split()
+    words, left = response.split(), [int(number) for number in row["numbers"]]
     while len(left) > 1:
-        step, words = words[:5], words[5:]
-        if not _apply(step, left):
+        for step in steps(left):
+            expected = step_text(left, step).split()
+            if words[: len(expected)] == expected:
+                break
+        else:
             return 0.0
-        label, end = ("left", [";"]) if len(left) > 1 else ("answer", [])
-        claim = [label, *map(str, left), *end]
-        if words[: len(claim)] != claim:
-            return 0.0
-        words = words[len(claim) :]
+        words, left = words[len(expected) :], after(left, step)
     return float(not words and left == [int(row["answer"])])
 
 
-def _apply(step: list[str], left: list[int]) -> bool:
-    """Take "a op b = result" out of the numbers left and put the result at their end; False if it is not a valid step."""
-    if len(step) != 5 or step[1] not in OPERATIONS or step[3] != "=":
-        return False
-    for word in (step[0], step[2]):
-        number = next((number for number in left if str(number) == word), None)
-        if number is None:
-            return False
-        left.remove(number)
-    left.append(OPERATIONS[step[1]](int(step[0]), int(step[2])))
-    return step[4] == str(left[-1])
+# --- problems and chains of thought ---
 
 
-# --- problems and chains ---
-
-
-def moves(left: Sequence[int]) -> list[Step]:
-    """Every step possible from the numbers left whose result lies in 1 .. LARGEST."""
-    return [
-        (a, name, b, result)
-        for a, b in itertools.permutations(left, 2)
-        for name, operation in OPERATIONS.items()
-        if 1 <= (result := operation(a, b)) <= LARGEST
-    ]
-
-
-def after(left: Sequence[int], step: Step) -> list[int]:
-    """The numbers left after a step: the others in their order, then the result."""
-    rest = list(left)
-    rest.remove(step[0])
-    rest.remove(step[2])
-    return [*rest, step[3]]
+class Problem(NamedTuple):
+    numbers: tuple[int, ...]  # in ascending order
+    target: int
 
 
 def chains(left: Sequence[int]) -> Iterator[list[Step]]:
-    """Every chain of steps that uses up the numbers."""
+    """Every chain of thought with the larger number first and results above zero: no two differ in the order of operands only."""
     if len(left) == 1:
         yield []
-        return
-    for step in moves(left):
-        for tail in chains(after(left, step)):
-            yield [step, *tail]
+    for step in sorted(set(steps(left))):
+        if step.a >= step.b and step.result > 0:
+            yield from ([step, *tail] for tail in chains(after(left, step)))
+
+
+def chains_by_problem() -> dict[Problem, tuple[list[list[Step]], list[list[Step]]]]:
+    """Of every solvable problem, the chains that reach the target and those that miss it (at least one of each)."""
+    table = {}
+    for numbers in itertools.combinations_with_replacement(range(1, HIGHEST + 1), NUMBERS):
+        every = list(chains(numbers))
+        for target in sorted({chain[-1].result for chain in every}):
+            right = [chain for chain in every if chain[-1].result == target]
+            wrong = [chain for chain in every if chain[-1].result != target]
+            if wrong:
+                table[Problem(numbers, target)] = (right, wrong)
+    return table
 
 
 def prompt_text(numbers: Sequence[int], target: int) -> str:
@@ -105,9 +121,95 @@ def prompt_text(numbers: Sequence[int], target: int) -> str:
 
 
 def response_text(numbers: Sequence[int], chain: Iterable[Step]) -> str:
-    left, words = list(numbers), []
+    left, texts = list(numbers), []
     for step in chain:
+        texts.append(step_text(left, step))
         left = after(left, step)
-        a, name, b, result = step
-        words.append(f"{a} {name} {b} = {result} " + (f"left {' '.join(map(str, left))} ;" if len(left) > 1 else f"answer {result}"))
-    return " ".join(words)
+    return " ".join(texts)
+
+
+def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the files `sft`, `train` and `heldout`; the prompts within `train` and within `heldout` are all different."""
+    choose = random.Random(seed)
+    table = chains_by_problem()
+    problems = list(table)
+    choose.shuffle(problems)
+    heldout, known = problems[:HELDOUT_ROWS], problems[HELDOUT_ROWS:]
+
+    def warm_start_row() -> dict[str, Any]:
+        problem = choose.choice(known)
+        right, wrong = table[problem]
+        chain = choose.choice(right if choose.random() < RIGHT_SHARE else wrong)
+        numbers = choose.sample(problem.numbers, NUMBERS)
+        return {"prompt": prompt_text(numbers, problem.target), "response": response_text(numbers, chain)}
+
+    def row(numbers: Sequence[int], target: int) -> dict[str, Any]:
+        return {"prompt": prompt_text(numbers, target), "answer": str(target), "numbers": list(numbers)}
+
+    orders = [(numbers, problem.target) for problem in known for numbers in sorted(set(itertools.permutations(problem.numbers)))]
+    return {
+        "sft": [warm_start_row() for _ in range(SFT_ROWS)],
+        "train": [row(numbers, target) for numbers, target in choose.sample(orders, TRAIN_ROWS)],
+        "heldout": [row(choose.sample(problem.numbers, NUMBERS), problem.target) for problem in heldout],
+    }
+
+
+# --- the untrained model ---
+
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+
+
+def vocabulary() -> list[str]:
+    """One token a word: special tokens, every number that a chain can hold, operations and separators."""
+    return [*SPECIAL, *map(str, range(NUMBERS * HIGHEST + 1)), *OPERATIONS, "=", "left", ";", "make", ":"]
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """A Qwen3 of 1.1 million random parameters and its tokenizer, as transformers and vLLM read them."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    words = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=64,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            initializer_range=0.06,  # three times the usual: so small a model learns its arithmetic in half the updates
+            bos_token_id=None,
+            eos_token_id=ids["<eos>"],
+            pad_token_id=ids["<pad>"],
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the quickstart's model and data.")
+    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("--seed", type=int, default=1, help="of the problems, their split and the random weights")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_rows(arguments.seed).items():
+        (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_model(arguments.out / "model", arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
