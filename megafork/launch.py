@@ -104,10 +104,10 @@ def _explain(failures: Any, logs: Path) -> int:
         _say(_last_line(first.message))
         return WRONG_INPUT
     if first.exitcode < 0:
-        _say(f"rank {first.rank} was killed by {signal.Signals(-first.exitcode).name}")
+        _say(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}")
     else:
         _say(_traceback(first.message))
-        _say(f"rank {first.rank} failed at {datetime.fromtimestamp(first.timestamp):%H:%M:%S}")
+        _say(f"rank {first.local_rank} failed at {datetime.fromtimestamp(first.timestamp):%H:%M:%S}")
     _say(f"the other ranks were stopped; their output is in {logs}")
     return FAILED
 

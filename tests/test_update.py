@@ -142,3 +142,12 @@ def test_three_updates_equal_the_float64_reference(layout: str, tied: bool, rho:
                 assert found.tau == pytest.approx(want["tau"], rel=1e-5)
         for name, tensor in result["weights"].items():
             torch.testing.assert_close(tensor.double(), wanted["weights"][name], atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_rho_one_is_plain_dapo_to_the_last_bit(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    specs = [recipe(folder, parallel={"tp": 2}, forks=forks) for forks in ({"top_entropy_quantile": 1.0}, {"select": "all"})]
+    forked, plain = (on_ranks(2, _train_on_rank, spec, 64)[0] for spec in specs)
+    assert [got for got, _ in forked["history"]] == [got for got, _ in plain["history"]]
+    assert forked["masks"] == plain["masks"]
+    assert all(torch.equal(tensor, plain["weights"][name]) for name, tensor in forked["weights"].items())

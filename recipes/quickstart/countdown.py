@@ -31,7 +31,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": oper
 NUMBERS = 3  # of a problem
 HIGHEST = 10  # they are drawn from 1 .. HIGHEST
 RIGHT_SHARE = 0.5  # of the warm start's chains: enough to learn that the target matters, few enough to leave the rest to the reward
-SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 25_600, 3_000, 128
+SFT_ROWS, HELDOUT_ROWS = 25_600, 128
 
 
 class Step(NamedTuple):
@@ -146,10 +146,11 @@ def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
     def row(numbers: Sequence[int], target: int) -> dict[str, Any]:
         return {"prompt": prompt_text(numbers, target), "answer": str(target), "numbers": list(numbers)}
 
-    orders = [(numbers, problem.target) for problem in known for numbers in sorted(set(itertools.permutations(problem.numbers)))]
+    train = [row(numbers, target) for ascending, target in known for numbers in sorted(set(itertools.permutations(ascending)))]
+    choose.shuffle(train)
     return {
         "sft": [warm_start_row() for _ in range(SFT_ROWS)],
-        "train": [row(numbers, target) for numbers, target in choose.sample(orders, TRAIN_ROWS)],
+        "train": train,
         "heldout": [row(choose.sample(problem.numbers, NUMBERS), problem.target) for problem in heldout],
     }
 

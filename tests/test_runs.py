@@ -1,0 +1,112 @@
+"""Whole runs by the command line: repeatable, unharmed by kill -9, and honest in what they write down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from task import make_task, write_recipe
+
+pytestmark = pytest.mark.slow
+MEGAFORK = [sys.executable, "-m", "megafork.cli"]
+
+
+def megafork(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MEGAFORK, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or a scale measured."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The task with a warm-started model at runs/sft/hf."""
+    folder = make_task(tmp_path_factory.mktemp("task"))
+    write_recipe(
+        folder, run={"name": "sft", "folder": str(folder / "runs")}, rollout={"prompts": 16, "max_response_length": 4, "samples": 4}
+    )
+    done = megafork("sft", "recipe.yaml", "train.steps=12", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 SP, two engines": {"parallel": {"tp": 2, "sp": True}},
+    "DP2, one engine of TP 2": {"run": {"ranks": 2}, "rollout": {"tp": 2}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> None:
+    name = layout.replace(" ", "_").replace(",", "")
+    changes = {k: dict(v) for k, v in LAYOUTS[layout].items()}
+    model = {"path": str(task / "runs/sft/hf")}
+    for run in ("unbroken", "killed"):
+        sections = {**changes, "model": model, "run": {"name": f"{name}-{run}", "folder": "runs", "seed": 7, **changes.get("run", {})}}
+        sections["rollout"] = {
+            "prompts": 8,
+            "samples": 4,
+            "max_response_length": 4,
+            "kv_cache_mb": 32,
+            "max_refills": 2,
+            **changes.get("rollout", {}),
+        }
+        recipe = write_recipe(task, **sections, train={"steps": 6, "minibatches": 2, "micro_batch_tokens": 64}, checkpoint={"every": 2})
+        recipe.rename(task / f"{name}-{run}.yaml")
+
+    done = megafork("train", f"{name}-unbroken.yaml", cwd=task)
+    assert done.returncode == 0, done.stderr
+    kill_a_rank_after_step(task, f"{name}-killed.yaml", task / "runs" / f"{name}-killed", step=3)
+    done = megafork("train", f"{name}-killed.yaml", cwd=task)
+    assert done.returncode == 0, done.stderr
+
+    whole, broken = (metrics(task / "runs" / f"{name}-{run}") for run in ("unbroken", "killed"))
+    assert [row["step"] for row in whole] == list(range(7))
+    assert broken == whole
+    assert all(row["rollout_mismatch/max"] < 1e-3 for row in whole[1:])
+    weights = [(task / "runs" / f"{name}-{run}" / "hf" / "model.safetensors").read_bytes() for run in ("unbroken", "killed")]
+    assert weights[0] == weights[1]
+    check_rollouts(task / "runs" / f"{name}-unbroken", whole)
+
+
+def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> None:
+    """Start a run and kill -9 one rank as soon as the step's line is written; the command must fail by itself and leave no process."""
+    process = subprocess.Popen([*MEGAFORK, "train", recipe], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    file = run / "metrics.jsonl"
+    while not (file.exists() and f'"step": {step},' in file.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in family if child.environ().get("RANK") == "1" and child.environ().get("LOCAL_RANK") == "1"]
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in stderr
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+
+
+def check_rollouts(run: Path, rows: list[dict[str, Any]]) -> None:
+    """The parquet of every step agrees with its line of metrics."""
+    for row in rows[1:]:
+        table = pq.read_table(run / "rollouts" / f"step_{row['step']:06d}.parquet").to_pylist()
+        tokens = sum(len(r["tokens"]) for r in table)
+        masked = [e for r in table for e, m in zip(r["entropies"], r["mask"], strict=True) if m]
+        assert len(masked) / tokens == pytest.approx(row["forks/fraction"])
+        assert sum(e for r in table for e in r["entropies"]) / tokens == pytest.approx(row["entropy/mean"], rel=1e-5)
+        assert tokens / len(table) == pytest.approx(row["response_length/mean"])
+        assert sum(r["reward"] for r in table) / len(table) == pytest.approx(row["reward/mean"])
+        assert all(len(r["pieces"]) == len(r["tokens"]) == len(r["log_probs"]) for r in table)
