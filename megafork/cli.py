@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from megafork.recipe import RecipeError, load_recipe
+from megafork.recipe import RecipeError
+from megafork.recipe_file import load_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False)
@@ -65,7 +66,7 @@ def _run(command: Any, recipe: Path, overrides: list[str] | None, as_json: bool,
     from megafork.analysis.run_folder import read_metrics
 
     spec = load_recipe(recipe, overrides)
-    code = launch.run(command, recipe, overrides or [])
+    code = launch.run(command, spec)
     if code == launch.DONE and launch.is_main():
         folder = spec.run_folder
         page = after(folder) if after else None
@@ -85,7 +86,7 @@ def main() -> None:
     try:
         app()
     except RecipeError as error:
-        typer.echo(f"megafork: {error}", err=True)
+        typer.echo(f"megafork: {' '.join(str(error).splitlines())}", err=True)
         raise SystemExit(2) from None
 
 

@@ -6,32 +6,51 @@ A rank that fails ends the run at once: the launcher prints that rank's tracebac
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import signal
 import sys
+import time
 import traceback
 import uuid
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from megafork.recipe import Recipe, RecipeError, load_recipe
+from megafork.compat import noise
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe_file import load_recipe
+from megafork.shape import check_layout, check_world, read_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import LogsSpecs
 
 Command = Literal["train", "sft"]
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
-_LAUNCHED = "MEGAFORK_LAUNCHED"
+_LAUNCHER = "MEGAFORK_LAUNCHER"
+_STOP_LIMIT_S = 5
+"""How long a rank may take to end after SIGTERM before it is killed."""
 
 
-def run(command: Command, recipe_file: Path, overrides: Sequence[str]) -> int:
-    """Run a recipe and return the exit code: 0 done, 1 failed, 2 the input was wrong. Inputs are checked before any rank starts."""
-    recipe = load_recipe(recipe_file, list(overrides))
-    started = _started_by_slurm() or "RANK" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if started else _ranks_here(recipe)
-    preflight(command, recipe, world)
-    if started:
-        return _rank(command, recipe)
-    return _start(command, recipe_file, overrides, recipe, world)
+def run(command: Command, recipe: Recipe) -> int:
+    """Run a recipe and return the exit code: 0 done, 1 failed, 2 the input was wrong (before ranks start: raised as RecipeError).
+
+    Starts the ranks and waits for them, unless torchrun or Slurm has started this process as one of them. Inputs are checked before any
+    rank starts. A run that already has all its steps is said to be so.
+    """
+    noise.silence()
+    joined = "RANK" in os.environ or _join_slurm()
+    world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
+    if preflight(command, recipe, world) >= recipe.train.steps and not _unfinished(recipe):
+        _say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
+        return DONE
+    if not joined:
+        return _start(command, recipe, world)
+    code = _rank(command, recipe)
+    if code != DONE:
+        _leave(code)
+    return DONE
 
 
 def is_main() -> bool:
@@ -39,46 +58,77 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def preflight(command: Command, recipe: Recipe, world: int) -> None:
-    """Everything about the input that can be known before ranks start. Raises RecipeError."""
-    from megafork.parallel.mesh import check_world
-    from megafork.train.run import read_inputs
+def preflight(command: Command, recipe: Recipe, world: int) -> int:
+    """Check everything about the input that can be known before ranks start. Raises RecipeError, for what is quickly seen first.
 
+    Returns the step that the run folder's newest checkpoint holds, 0 without any.
+    """
     check_world(recipe.parallel, world)
     if command == "train" and world % recipe.rollout.tp:
         raise RecipeError(f"rollout.tp is {recipe.rollout.tp}, which does not divide the {world} ranks: choose one that does")
-    read_inputs(recipe, supervised=command == "sft")
+    check_layout(read_shape(Path(recipe.model.path)), recipe.parallel)
+    from megafork.data.reward import Verifiers
+    from megafork.train.run import check_resume, read_inputs
+    from megafork.train.sft import examples
+
+    if command == "train" and ":" in recipe.reward.verifier:  # a file of the user's own may not load
+        with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
+            pass
+    inputs = read_inputs(recipe, supervised=command == "sft")
+    if command == "sft":
+        examples(inputs.train, inputs.tokenizer, recipe)
+    return check_resume(recipe, inputs)
+
+
+def _unfinished(recipe: Recipe) -> bool:
+    """Killed between the last checkpoint and the export: there is still something to do."""
+    return recipe.checkpoint.export_hf and not (recipe.run_folder / "hf").is_dir()
 
 
 def _ranks_here(recipe: Recipe) -> int:
+    if recipe.run.ranks is not None:
+        return recipe.run.ranks
     import torch
 
-    return recipe.run.ranks or torch.cuda.device_count() or recipe.parallel.model_size
+    return torch.cuda.device_count() or recipe.parallel.model_size
 
 
-def _started_by_slurm() -> bool:
-    """srun without torchrun: take rank and world from Slurm, and the address from its node list's first host."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in os.environ:
+def _join_slurm() -> bool:
+    """Under srun without torchrun: take rank, world and address from Slurm's environment. False outside of a step of several tasks.
+
+    A batch script's own shell has no step, so that `megafork` in it starts ranks itself. Give srun --kill-on-bad-exit.
+    """
+    step = {name: os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID", "STEP_ID")}
+    if not (step["PROCID"] and step["STEP_NODELIST"] and int(step["STEP_NUM_TASKS"] or 1) > 1):
         return False
-    first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or os.environ.get("SLURMD_NODENAME", "127.0.0.1")
-    os.environ.setdefault("MASTER_ADDR", first)
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_NTASKS"], LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0")
-    )
+    os.environ.update(RANK=step["PROCID"], WORLD_SIZE=step["STEP_NUM_TASKS"], LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))
+    os.environ.setdefault("MASTER_ADDR", first_host(step["STEP_NODELIST"]))
+    os.environ.setdefault("MASTER_PORT", str(20000 + (int(step["JOB_ID"] or 0) * 8 + int(step["STEP_ID"] or 0)) % 20000))
     return True
 
 
-def _start(command: Command, recipe_file: Path, overrides: Sequence[str], recipe: Recipe, world: int) -> int:
-    """Start `world` ranks with torch's elastic launcher; rank 0 has the terminal, the others write to `logs/`."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+def first_host(nodes: str) -> str:
+    """First name of a Slurm node list: `gpu[003-010,12],login` is gpu003. Slurm puts rank 0 there."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise RecipeError(f"SLURM_STEP_NODELIST is {nodes!r}: it names no node; set MASTER_ADDR to the host of rank 0")
+    return "".join(part or "" for part in match.groups())
+
+
+def _start(command: Command, recipe: Recipe, world: int) -> int:
+    """Start `world` ranks with torch's elastic launcher; rank 0 has the terminal, the others write to `logs/rank_N.log`."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logs = recipe.run_folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("rank_*"):
+        old.unlink()
+    checked = logs / "recipe.yaml"  # what was checked is what the ranks read, whatever becomes of the files it came from
+    checked.write_text(recipe.to_yaml())
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ[_LAUNCHED] = str(os.getpid())
+    os.environ[_LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -86,40 +136,77 @@ def _start(command: Command, recipe_file: Path, overrides: Sequence[str], recipe
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # no look-up of a host name that a laptop may not resolve
         max_restarts=0,
         monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, world)}),
+        shutdown_timeout=_STOP_LIMIT_S,
+        logs_specs=_logs_specs(logs),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "megafork.launch", command, str(recipe_file), *overrides)
+        elastic_launch(config, sys.executable)("-m", "megafork.launch", command, str(checked))
     except ChildFailedError as error:
         return _explain(error.failures.values(), logs)
+    except SignalException as stopped:
+        _say(f"stopped by {stopped.sigval.name}; the same command continues from the last checkpoint")
+        return FAILED
     return DONE
 
 
-def _explain(failures: Any, logs: Path) -> int:
-    """Print why the run failed: the rank that failed first, killed ones before those that only lost their connection to it."""
-    first = min(failures, key=lambda failure: (failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, failure.timestamp))
-    if first.exitcode == WRONG_INPUT:
-        _say(_last_line(first.message))
-        return WRONG_INPUT
+def _logs_specs(folder: Path) -> LogsSpecs:
+    """Where ranks write: `rank_N.log`, and `rank_N.error` for `_record`. torch's own specs nest four folders with random names."""
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class RankLogs(LogsSpecs):
+        @property
+        def root_log_dir(self) -> str:
+            return str(folder)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            files = {rank: "" if rank == 0 else str(folder / f"rank_{rank}.log") for rank in envs}  # "": the terminal
+            errors = {rank: str(folder / f"rank_{rank}.error") for rank in envs}
+            for rank, env in envs.items():
+                env["TORCHELASTIC_ERROR_FILE"] = errors[rank]
+            return LogsDest(stdouts=files, stderrs=files, error_files=errors)
+
+    return RankLogs()
+
+
+def _explain(failures: Iterable[Any], logs: Path) -> int:
+    """Say why the run failed: the first rank's traceback, and where the rest is. Raises RecipeError when its input was wrong."""
+    failures = sorted(failures, key=_when)
+    for failure in failures:
+        if _recorded(failure):
+            with (logs / f"rank_{failure.local_rank}.log").open("a") as file:
+                file.write(failure.message + "\n")
+            Path(failure.error_file).unlink()
+    first = failures[0]
+    if first.exitcode == WRONG_INPUT and _recorded(first):
+        raise RecipeError(first.message)
     if first.exitcode < 0:
         _say(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}")
+    elif _recorded(first):
+        _say(first.message)
+        _say(f"rank {first.local_rank} failed")
     else:
-        _say(_traceback(first.message))
-        _say(f"rank {first.local_rank} failed at {datetime.fromtimestamp(first.timestamp):%H:%M:%S}")
-    _say(f"the other ranks were stopped; their output is in {logs}")
+        _say(f"rank {first.local_rank} ended with exit code {first.exitcode} and no word of its own")
+    _say(f"all ranks were stopped; what they wrote is in {logs}")
     return FAILED
 
 
-def _traceback(message: Any) -> str:
-    if isinstance(message, dict):
-        return str(message.get("extraInfo", {}).get("py_callstack") or message.get("message"))
-    return str(message)
+def _recorded(failure: Any) -> bool:
+    """Whether the rank told its exception (`_record`), which a killed one can't."""
+    return "time_ns" in failure.error_file_data
 
 
-def _last_line(message: Any) -> str:
-    return _traceback(message).strip().splitlines()[-1].partition("RecipeError: ")[2]
+def _when(failure: Any) -> tuple[bool, float]:
+    """Order of failures. One rank's failure makes the others lose their connection, and the launcher stop them: these come later.
+
+    A rank that told its exception also told the nanosecond; of others torch notes the second in which it noticed.
+    """
+    stopped = failure.exitcode == -signal.SIGTERM
+    noticing_s = 2.0
+    assert noticing_s < _STOP_LIMIT_S, "a rank that the launcher had to kill would come first"
+    return stopped, failure.error_file_data["time_ns"] / 1e9 if _recorded(failure) else failure.timestamp - noticing_s
 
 
 def _say(text: str) -> None:
@@ -127,50 +214,58 @@ def _say(text: str) -> None:
 
 
 def _rank(command: Command, recipe: Recipe) -> int:
-    """This process is a rank: join the others and run."""
-    _die_with_launcher()
-    from megafork.parallel.mesh import build_mesh, join_world
-    from megafork.train.loop import train
-    from megafork.train.sft import sft
+    """This process is a rank: join the others and run. Whatever goes wrong is told to whoever started it."""
+    try:
+        from megafork.parallel.mesh import build_mesh, join_world
+        from megafork.train.loop import train
+        from megafork.train.sft import sft
 
-    device = join_world()
-    mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
-    {"train": train, "sft": sft}[command](recipe, mesh)
+        device = join_world()
+        mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
+        {"train": train, "sft": sft}[command](recipe, mesh)
+    except RecipeError as error:
+        _record(str(error))
+        return WRONG_INPUT
+    except BaseException:  # noqa: BLE001 - whatever it is, the launcher must hear of it
+        _record(traceback.format_exc())
+        return FAILED
     return DONE
+
+
+def _record(message: str) -> None:
+    """For the launcher, or torchrun, in the file that it reads; without one on standard error."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}))
+    if _LAUNCHER not in os.environ:
+        _say(f"rank {os.environ['RANK']}: {message}")
 
 
 def _die_with_launcher() -> None:
     """A launcher that is killed by SIGKILL can't stop its ranks: ask the kernel to (Linux)."""
-    launcher = os.environ.get(_LAUNCHED)
-    if launcher is None or sys.platform != "linux":
+    if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it died before the call
+    if os.getppid() != int(os.environ[_LAUNCHER]):  # it died before the call
         os._exit(FAILED)
 
 
-def _main(arguments: list[str]) -> int:
-    """Entry of a rank that `_start` started: errors go to the launcher, which prints the first one."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+def _leave(code: int) -> None:
+    """End at once: exit handlers of libraries wait for peers that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
-    handler = get_error_handler()
-    handler.initialize()
-    command, recipe_file, *overrides = arguments
-    try:
-        return _rank("sft" if command == "sft" else "train", load_recipe(recipe_file, overrides))
-    except RecipeError as error:
-        handler.record_exception(error)
-        return WRONG_INPUT
-    except Exception as error:  # noqa: BLE001 - whatever it is, the launcher must hear of it
-        handler.record_exception(error)
-        with (load_recipe(recipe_file, overrides).run_folder / "logs" / f"error_rank_{os.environ['RANK']}.txt").open("w") as file:
-            file.write(traceback.format_exc())
-        return FAILED
+
+def _main(command: str, recipe_file: str) -> None:
+    """A rank that `_start` started."""
+    _die_with_launcher()
+    if os.environ["RANK"] != "0":
+        os.dup2(2, 1)  # both streams were opened on the same file: one position for both
+    noise.silence()
+    _leave(_rank("sft" if command == "sft" else "train", load_recipe(recipe_file)))
 
 
 if __name__ == "__main__":
-    code = _main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # do not wait for peers in exit handlers: a failed rank must end at once
+    _main(*sys.argv[1:])

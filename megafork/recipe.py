@@ -1,23 +1,38 @@
 """The recipe: one YAML file that says all of a run.
 
-Every key is declared here, with what it means. Unknown keys are refused and the nearest known key is named. `extends:` names a
-base recipe that is read first; overrides from the command line (`section.key=value`) come last.
+Every key is declared here, with what it means; `recipe_file.py` reads the file. Paths in a recipe are relative to the directory in which
+the command runs.
 
 This module imports neither torch nor megatron, so that a wrong recipe is answered in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-6, without a dot, as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_from_text = BeforeValidator(_number)
+Fraction = Annotated[float, Field(gt=0.0, le=1.0), _from_text]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), _from_text]
+AboveOne = Annotated[float, Field(gt=1.0), _from_text]
+Positive = Annotated[float, Field(gt=0.0), _from_text]
+NonNegative = Annotated[float, Field(ge=0.0), _from_text]
+Temperature = Annotated[float, Field(gt=0.0, le=100.0), _from_text]
 Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+CountOrZero = Annotated[int, Field(ge=0)]
 
 
 class RecipeError(ValueError):
@@ -25,26 +40,35 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    """A strict section: unknown keys and wrong types are errors, and a section never changes after it was read."""
+    """A strict section: unknown keys and wrong types (true for 1, "5" for 5, NaN) are errors, and it never changes after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Run(Section):
-    name: str = Field("run", pattern="^[A-Za-z0-9._-]+$")
+    name: str = "run"
     """Name of the run; its folder is `<folder>/<name>`."""
     folder: str = "runs"
     """Where run folders lie."""
-    seed: int = Field(1, ge=0)
+    seed: CountOrZero = 1
     """The one seed. Roll-outs, data order and `select: random` derive from it."""
     ranks: Count | None = None
     """Processes that `megafork train` starts on this machine. Empty: one a GPU, or tp x pp x cp without GPUs. Ignored under torchrun
     or Slurm, which have started the ranks already."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"run.name is {name!r}: it names a folder, use letters, digits, `_`, `-` and `.`, and do not begin with `-` or `.`"
+            )
+        return name
+
 
 class Model(Section):
     path: str
-    """Hugging Face model folder (config.json, safetensors, tokenizer), or a hub name."""
+    """Hugging Face model folder (config.json, safetensors, tokenizer)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
 
@@ -88,21 +112,27 @@ class Data(Section):
     deduplicate: bool = True
     """Drop rows whose prompt occurred before (DAPO-Math's public file repeats rows)."""
 
+    @model_validator(mode="after")
+    def _held_out(self) -> Data:
+        if self.eval is not None and Path(self.eval).resolve() == Path(self.train).resolve():
+            raise ValueError(f"data.eval is {self.eval!r}, the same as data.train: hold other prompts out, or leave data.eval empty")
+        return self
+
 
 class Rollout(Section):
     prompts: Count = 512
     """Prompts a step."""
-    samples: int = Field(16, ge=1)
+    samples: Count = 16
     """G, responses to each prompt."""
     max_response_length: Count = 20480
     """Tokens of a response at most, end-of-sequence included."""
-    temperature: float = Field(1.0, gt=0.0, le=100.0)
+    temperature: Temperature = 1.0
     """T of the roll-out; log-probs and entropies are taken at it as well."""
     tp: Count = 1
     """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
     dynamic_sampling: bool = True
     """Drop groups whose responses are all right or all wrong, and sample others."""
-    max_refills: int = Field(10, ge=0)
+    max_refills: CountOrZero = 10
     """Rounds of dynamic sampling after the first before the step trains on what there is."""
     kv_cache_mb: Count | None = None
     """KV cache of an engine in MiB. Empty: `gpu_memory_fraction` of the GPU, or 256 without one."""
@@ -118,7 +148,7 @@ class Reward(Section):
     scorer), or `FILE.py:FUNCTION` called as f(response_text, row) -> accuracy in [0, 1]."""
     scale: Literal["0/1", "+-1"] = "0/1"
     """Reward of a wrong and a right response."""
-    timeout_s: float = Field(10.0, gt=0.0)
+    timeout_s: Positive = 10.0
     """Seconds one verdict may take. Over it: scored 0, counted and reported."""
     workers: Count = 1
     """Verifier processes a rank."""
@@ -155,11 +185,11 @@ class Forks(Section):
 
 
 class Loss(Section):
-    clip_low: float = Field(0.2, ge=0.0, lt=1.0)
+    clip_low: BelowOne = 0.2
     """eps_low: the ratio is clipped below at 1 - eps_low."""
     clip_high: NonNegative = 0.28
     """eps_high: the ratio is clipped above at 1 + eps_high."""
-    dual_clip: float | None = Field(None, gt=1.0)
+    dual_clip: AboveOne | None = None
     """c: with a negative advantage the loss is at most c |A| (official code: 10)."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean a micro-batch weighted by its sequences; or a mean a
@@ -171,9 +201,9 @@ class Loss(Section):
 
 
 class Optimizer(Section):
-    lr: float = Field(1e-06, gt=0.0)
+    lr: Positive = 1e-6
     """Peak learning rate."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: CountOrZero = 0
     """Optimizer updates over which the rate grows from 0 to `lr`."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
     """Course after the warm-up, down to `min_lr` at the last update."""
@@ -181,12 +211,20 @@ class Optimizer(Section):
     """Learning rate at the end of a decay."""
     weight_decay: NonNegative = 0.1
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
     """Adam's moment decays."""
-    eps: float = Field(1e-08, gt=0.0)
+    eps: Positive = 1e-8
     """Adam's epsilon."""
     grad_clip: NonNegative = 1.0
     """Global gradient norm at most this; 0 turns clipping off."""
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller one"
+            )
+        return self
 
 
 class Precision(Section):
@@ -204,7 +242,7 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    every: int = Field(0, ge=0)
+    every: CountOrZero = 0
     """Save every N steps and after the last; 0 saves after the last step only."""
     keep_last: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
@@ -213,7 +251,7 @@ class Checkpoint(Section):
 
 
 class Eval(Section):
-    every: int = Field(0, ge=0)
+    every: CountOrZero = 0
     """Evaluate on data.eval every N steps; before the first and after the last step always."""
     samples: Count = 1
     """Responses to each held-out prompt."""
@@ -226,7 +264,7 @@ class Eval(Section):
 class Log(Section):
     tensorboard: bool = True
     """Write tensorboard/ in the run folder."""
-    rollouts_every: int = Field(1, ge=0)
+    rollouts_every: CountOrZero = 1
     """Write rollouts/step_*.parquet every N steps; 0 never."""
 
 
@@ -283,94 +321,3 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=140)
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, the recipes it extends, and `section.key=value` overrides. Raises RecipeError."""
-    values = _read(Path(path), seen=())
-    for override in overrides or []:
-        _apply(values, override)
-    return _validate(values)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise RecipeError(f"extends: {path.name} extends itself by way of {seen[-1].name}: break the circle")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {str(path)!r} does not exist: give the path of a .yaml file") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise RecipeError(f"recipe {str(path)!r} is not a text file: give the path of a .yaml file") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path.name!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path.name!r} holds {type(values).__name__}: it must be sections such as `model:` with keys below them")
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise RecipeError(f"extends is {base!r}: give one recipe's path, relative to {path.name!r}")
-    return _merge(_read(path.parent / base, (*seen, path)), values)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    section, dot, key = name.partition(".")
-    if not equals or not dot or not key:
-        raise RecipeError(f"override {override!r} is not of the form section.key=value, for example train.steps=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    inner = values.setdefault(section, {})
-    if not isinstance(inner, dict):
-        raise RecipeError(f"{section} is {inner!r}: it must be a section with keys below it")
-    inner[key] = value
-
-
-def _validate(values: dict[str, Any]) -> Recipe:
-    _refuse_unknown(values)
-    for name, value in values.items():
-        if value is None:
-            values[name] = {}
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError("; ".join(_explain(item) for item in error.errors())) from None
-
-
-def _refuse_unknown(values: dict[str, Any]) -> None:
-    sections = Recipe.model_fields
-    for section, inner in values.items():
-        if section not in sections:
-            raise RecipeError(f"unknown section {section!r}{_nearest(section, list(sections))}")
-        if not isinstance(inner, dict | None):
-            raise RecipeError(f"{section} is {inner!r}: it must be a section with keys below it")
-        keys = list(sections[section].annotation.model_fields)  # type: ignore[union-attr]
-        for key, value in (inner or {}).items():
-            if key not in keys:
-                raise RecipeError(f"unknown key {section}.{key} = {value!r}{_nearest(str(key), keys)}")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
-
-
-def _explain(item: Any) -> str:
-    field = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    if item["type"] == "missing":
-        return f"{field} is missing: add it to the recipe or give {field}=..."
-    return f"{field} is {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"

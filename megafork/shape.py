@@ -48,15 +48,22 @@ class Shape:
 def read_shape(folder: Path) -> Shape:
     """The shape in a Hugging Face folder's config.json. Raises RecipeError for a missing file or another architecture."""
     file = folder / "config.json"
+    if not folder.is_dir():
+        raise RecipeError(f"model.path is {str(folder)!r}: no such folder; give a Hugging Face model folder")
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
         raise RecipeError(f"model.path is {str(folder)!r}: it has no config.json; give a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise RecipeError(f"model.path is {str(folder)!r}: its config.json is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"model.path is {str(folder)!r}: its config.json holds a {type(config).__name__}, not a Hugging Face config")
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in ARCHITECTURES:
         raise RecipeError(f"model.path is {str(folder)!r}, a {architecture}: megafork trains {', '.join(ARCHITECTURES)}")
+    for name, trained in (("hidden_act", "silu"), ("use_sliding_window", False)):  # no tensor would show that these differ
+        if config.get(name, trained) != trained:
+            raise RecipeError(f"model.path is {str(folder)!r}: its {name} is {config[name]!r}, megafork trains models with {trained!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
         return Shape(
@@ -76,6 +83,15 @@ def read_shape(folder: Path) -> Shape:
         )
     except KeyError as error:
         raise RecipeError(f"model.path is {str(folder)!r}: its config.json lacks {error}") from None
+
+
+def check_world(layout: Parallel, ranks: int) -> None:
+    """Refuse a number of ranks that the layout does not divide."""
+    if ranks % layout.model_size:
+        raise RecipeError(
+            f"parallel.tp x pp x cp is {layout.tp} x {layout.pp} x {layout.cp} = {layout.model_size}, which does not divide the {ranks} "
+            "ranks: start a multiple of it (run.ranks), or choose a smaller layout"
+        )
 
 
 def check_layout(shape: Shape, layout: Parallel) -> None:

@@ -66,7 +66,7 @@ def _redirect_creation() -> None:
     _device_constructors()  # torch caches these functions by identity for `with torch.device(...)`: fill the cache with the originals
     for name in _CREATORS:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -143,7 +143,7 @@ def _eager_import() -> Iterator[None]:
     def eager(model: Any = None, **kwargs: Any) -> Any:
         return model if model is not None else (lambda function: function)
 
-    torch.compile = eager  # type: ignore[assignment]
+    torch.compile = eager
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

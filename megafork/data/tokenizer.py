@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +47,9 @@ class Tokenizer:
 
         A character whose bytes are spread over several tokens is shown at the last of them; the others are empty.
         """
+        quick = [self._piece(before, token) for before, token in itertools.pairwise([None, *ids])]
+        if None not in quick:
+            return [piece for piece in quick if piece is not None]
         pieces: list[str] = []
         start, shown = 0, 0  # decoding starts one piece early: some decoders drop the space that begins their input
         for end in range(1, len(ids) + 1):
@@ -56,6 +61,13 @@ class Tokenizer:
             pieces.append(text[len(known) :])
             start, shown = shown, end
         return pieces
+
+    @functools.lru_cache(maxsize=1 << 18)  # noqa: B019 - one tokenizer a process, and text repeats itself
+    def _piece(self, before: int | None, token: int) -> str | None:
+        """What `token` adds to the text after `before`; None where a character is not finished within one of them."""
+        known = "" if before is None else self._with_special([before])
+        text = self._with_special([token] if before is None else [before, token])
+        return None if text.endswith(_UNFINISHED) or known.endswith(_UNFINISHED) else text[len(known) :]
 
     def chat(self, prompt: str | list[dict[str, str]]) -> str:
         """A user's prompt, or whole messages, in the chat template, up to where the assistant begins. Raises RecipeError."""

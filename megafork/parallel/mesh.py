@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megafork.recipe import Parallel, RecipeError
+from megafork.recipe import Parallel
+from megafork.shape import check_world
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,3 @@ def build_mesh(layout: Parallel, *, seed: int, device: torch.device) -> Mesh:
         cp_rank=mpu.get_context_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
     )
-
-
-def check_world(layout: Parallel, world: int) -> None:
-    """Refuse a number of ranks that the layout does not divide."""
-    if world % layout.model_size:
-        raise RecipeError(
-            f"parallel.tp x pp x cp is {layout.tp} x {layout.pp} x {layout.cp} = {layout.model_size}, which does not divide the {world} ranks: "
-            "start a multiple of it (run.ranks), or choose a smaller layout"
-        )

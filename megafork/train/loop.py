@@ -6,6 +6,7 @@ import itertools
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megafork.data.reward import Verifiers
@@ -40,6 +41,8 @@ class Trainer:
         self.engine = ColocatedEngine(recipe, mesh)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
+        self.reward_error: str | None = None
+        """Why a response could not be judged, for the first that could not; every rank knows it."""
 
     def step(self, step: int) -> Metrics:
         """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
@@ -151,6 +154,10 @@ class Trainer:
         errors, padding, tokens = over_world(
             [collected.errors, sum(m.padding for m in micros), sum(sum(m.lengths) for m in micros)], self.mesh
         )
+        if errors and self.reward_error is None:
+            first: list[str | None] = [None] * self.mesh.world
+            dist.all_gather_object(first, collected.first_error)
+            self.reward_error = next(error for error in first if error)
         kept = max(len(outcomes), 1)
         return {
             "accuracy/mean": collected.sampled_accuracy,
@@ -201,12 +208,17 @@ def train(recipe: Recipe, mesh: Mesh) -> Metrics:
         log_metrics(log, {"step": 0, **trainer.evaluate()})
     last: Metrics = {}
     for step in range(start + 1, steps + 1):
+        told = trainer.reward_error
         last = {"step": step, **trainer.step(step)}
         if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate()
+        log_metrics(log, last)  # before the checkpoint: a run killed in between repeats the step and its line
+        if log is not None and step == start + 1 and "entropy/p80" in last:
+            log.note(f"{last['entropy/share_below_0.05']:.0%} of the tokens are under 0.05 nats, the 80th percentile is {last['entropy/p80']:.2f}")
+        if log is not None and trainer.reward_error != told:
+            log.note(f"{last['reward/errors']:.0f} responses could not be judged and count as wrong: {trainer.reward_error}")
         if step == steps or (every and step % every == 0):
             save_checkpoint(step, trainer.learner, recipe, inputs, {"order": trainer.sampler.order.state(), "rng": torch.get_rng_state()})
-        log_metrics(log, last)
     if recipe.checkpoint.export_hf:
         export_hf(trainer.learner, inputs, recipe)
     trainer.close()

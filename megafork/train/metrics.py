@@ -56,12 +56,12 @@ class RunLog:
 
     `steps`: how many the run has. `resume_step`: the last step that the checkpoint holds; metrics of later steps, and a half-written
     last line, are dropped from metrics.jsonl, because those steps are run again. 0 starts the file anew. Every line is flushed to the
-    disk when `write` returns. `console`: where the live lines go, standard output by default.
+    disk when `write` returns. `show_every`: steps a live line stands for. `console`: where the live lines go, standard output by default.
 
     Raises RecipeError when an existing metrics.jsonl is damaged in another place than its end.
     """
 
-    def __init__(self, folder: Path, *, steps: int, resume_step: int = 0, tensorboard: bool = True, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, *, steps: int, resume_step: int = 0, tensorboard: bool = True, show_every: int = 1, console: Console | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = _truncate(path, resume_step)
@@ -69,7 +69,7 @@ class RunLog:
         self._last_step = kept[-1]["step"] if kept else -1
         self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
         first = next((row["eval/accuracy"] for row in kept if row.get("eval/accuracy") is not None), None)
-        self._lines = LiveLines(steps, console or Console(highlight=False), first_accuracy=first)
+        self._lines = LiveLines(steps, console or Console(highlight=False), every=show_every, first_accuracy=first)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log one step. `metrics` maps names to numbers (Python, or one-element tensors and arrays) or None; "step" is required.
@@ -91,6 +91,10 @@ class RunLog:
             self._board.flush()
         self._lines.show(row)
 
+    def note(self, text: str) -> None:
+        """Print a line between the steps'."""
+        self._lines.note(text)
+
     def close(self) -> None:
         """May be called again."""
         self._file.close()
@@ -107,8 +111,8 @@ class RunLog:
 class LiveLines:
     """One line a step, under a heading that comes again from time to time; plain text where the output is no terminal."""
 
-    def __init__(self, steps: int, console: Console, *, first_accuracy: float | None = None) -> None:
-        self._steps, self._console = steps, console
+    def __init__(self, steps: int, console: Console, *, every: int = 1, first_accuracy: float | None = None) -> None:
+        self._steps, self._console, self._every = steps, console, every
         self._columns: list[Column] = []
         self._printed = 0
         self._first_accuracy = first_accuracy
@@ -116,10 +120,14 @@ class LiveLines:
 
     def show(self, row: Mapping[str, Any]) -> None:
         self._ends.append((time.monotonic(), row["step"]))
-        if any(column.key in row for column in COLUMNS):
+        due = row["step"] % self._every == 0 or row["step"] in (1, self._steps)
+        if due and any(column.key in row for column in COLUMNS):
             self._show_step(row)
         if row.get("eval/accuracy") is not None:
             self._show_accuracy(row["step"], row["eval/accuracy"])
+
+    def note(self, text: str) -> None:
+        self._print(Text(f"{' ' * self._step_width} {text}", style="dim"))
 
     def _show_step(self, row: Mapping[str, Any]) -> None:
         if not self._columns:

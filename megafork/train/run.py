@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ Metrics = dict[str, float | None]
 class Inputs:
     """Everything that a run reads, checked against each other."""
 
+    supervised: bool
     shape: Shape
     weights: HuggingFaceWeights
     tokenizer: Tokenizer
@@ -59,7 +60,7 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     needs = ("response",) if supervised else reward.needs(recipe.reward)
     train = load_prompts(recipe.data.train, recipe.data, tokenizer, needs=needs)
     held_out = load_prompts(recipe.data.eval, recipe.data, tokenizer, needs=needs, field="data.eval") if recipe.data.eval else []
-    return Inputs(shape, weights, tokenizer, train, held_out)
+    return Inputs(supervised, shape, weights, tokenizer, train, held_out)
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
@@ -83,24 +84,47 @@ def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, t
 
 def save_checkpoint(step: int, learner: Learner, recipe: Recipe, inputs: Inputs, state: Mapping[str, Any]) -> None:
     """A checkpoint after `step`. Every rank calls."""
-    run = {"step": step, "update": learner.update, "data": fingerprint(inputs.train), "recipe": recipe.model_dump(mode="json"), **state}
+    run = {"step": step, "update": learner.update, "recipe": recipe.model_dump(mode="json"), **_identity(inputs), **state}
     folder = checkpoint.folder_of(recipe.run_folder / "checkpoints", step)
     checkpoint.save(folder, learner.chunks, learner.optimizer, learner.mesh, run, keep_last=recipe.checkpoint.keep_last)
 
 
-def resume(learner: Learner, recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
-    """Load the run's newest checkpoint; None when there is none. Every rank calls. Raises RecipeError when the data is another."""
+def check_resume(recipe: Recipe, inputs: Inputs) -> int:
+    """The step that the run's newest checkpoint holds, 0 without any. Needs no process group.
+
+    Raises RecipeError when it is damaged, or when the recipe now names another model or other data than the run was started with.
+    """
     found = checkpoint.complete(recipe.run_folder / "checkpoints")
     if not found:
+        return 0
+    step, folder = found[-1]
+    state, mine = checkpoint.read_state(folder), _identity(inputs)
+    mend = f"the run {recipe.run.name!r} was started with: restore it, or choose another run.name"
+    if state["supervised"] != inputs.supervised:
+        other = "megafork sft" if state["supervised"] else "megafork train"
+        raise RecipeError(f"run.name is {recipe.run.name!r}, which is a run of `{other}`: choose another run.name")
+    for name, value in mine["shape"].items():
+        if state["shape"][name] != value:
+            raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {state['shape'][name]} that {mend}")
+    if state["data"] != mine["data"]:
+        raise RecipeError(f"data.train is {recipe.data.train!r}, which is not what {mend}")
+    return step
+
+
+def resume(learner: Learner, recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
+    """Load the run's newest checkpoint; None when there is none. Every rank calls. Raises what `check_resume` raises."""
+    step = check_resume(recipe, inputs)
+    if step == 0:
         return None
-    state = checkpoint.load(found[-1][1], learner.chunks, learner.optimizer, learner.mesh)
-    if state["data"] != fingerprint(inputs.train):
-        raise RecipeError(
-            f"data.train is {recipe.data.train!r}, which is not what the run {recipe.run.name!r} was started with: "
-            "restore the data, or start a new run.name"
-        )
+    folder = checkpoint.folder_of(recipe.run_folder / "checkpoints", step)
+    state = checkpoint.load(folder, learner.chunks, learner.optimizer, learner.mesh)
     learner.update = state["update"]
     return state
+
+
+def _identity(inputs: Inputs) -> dict[str, Any]:
+    """What must stay the same from a run's start to its end."""
+    return {"supervised": inputs.supervised, "shape": asdict(inputs.shape), "data": fingerprint(inputs.train)}
 
 
 def export_hf(learner: Learner, inputs: Inputs, recipe: Recipe) -> None:
@@ -114,14 +138,14 @@ def export_hf(learner: Learner, inputs: Inputs, recipe: Recipe) -> None:
     dist.barrier()
 
 
-def open_log(recipe: Recipe, mesh: Mesh, start: int) -> RunLog | None:
+def open_log(recipe: Recipe, mesh: Mesh, start: int, *, show_every: int = 1) -> RunLog | None:
     """The run folder's log, on rank 0."""
     if not mesh.is_rank_zero:
         return None
     folder = recipe.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    return RunLog(folder, steps=recipe.train.steps, resume_step=start, tensorboard=recipe.log.tensorboard)
+    return RunLog(folder, steps=recipe.train.steps, resume_step=start, tensorboard=recipe.log.tensorboard, show_every=show_every)
 
 
 def log_metrics(log: RunLog | None, metrics: Metrics) -> None:

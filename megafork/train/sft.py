@@ -31,8 +31,8 @@ def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
     if state is not None:
         start = state["step"]
         order.restore(state["order"])
-    log = open_log(recipe, mesh, start)
     steps, every = recipe.train.steps, recipe.checkpoint.every
+    log = open_log(recipe, mesh, start, show_every=max(1, steps // 20))
     last: Metrics = {}
     for step in range(start + 1, steps + 1):
         clock = Clock()
@@ -47,9 +47,9 @@ def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
             "lr": update["lr"],
             **clock.metrics(tokens, mesh),
         }
+        log_metrics(log, last)
         if step == steps or (every and step % every == 0):
             save_checkpoint(step, learner, recipe, inputs, {"order": order.state()})
-        log_metrics(log, last)
     if recipe.checkpoint.export_hf:
         export_hf(learner, inputs, recipe)
     if log is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import FileSystemReader
 
 from megafork.compat import megatron as megatron_fixes
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
+from megafork.recipe import RecipeError
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -62,6 +65,25 @@ def load(folder: Path, chunks: list[Policy], optimizer: Any, mesh: Mesh) -> dict
         chunk.load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])
     return loaded["run"]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state` of a checkpoint whose files are all there and whole. Needs no process group. Raises RecipeError for a damaged one."""
+    mend = f"delete {str(folder)!r} to continue from the checkpoint before it, or choose another run.name"
+    try:
+        index = FileSystemReader(folder).read_metadata()
+        common = torch.load(folder / "common.pt", weights_only=False)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"the checkpoint {folder.name} is damaged ({reason}): {mend}") from None
+    sizes: dict[str, int] = {}
+    for part in index.storage_data.values():
+        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found < size:
+            raise RecipeError(f"the checkpoint {folder.name} is damaged ({name} has {found} of {size} bytes): {mend}")
+    return common["run"]
 
 
 def _named(chunks: list[Policy]) -> list[tuple[str, Policy]]:

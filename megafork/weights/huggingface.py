@@ -33,17 +33,27 @@ _COMPANIONS = (
 class HuggingFaceWeights:
     """The tensors of a model folder (model.safetensors, or shards with an index), read lazily by rectangle.
 
-    Opening reads headers only. Raises RecipeError for a folder without weights, a missing shard, or a damaged file.
+    Opening reads headers only. Raises RecipeError for a folder without weights, a missing shard, a damaged file, or an index that its
+    files do not bear out.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: safe_file(file) for name, file in self._locate().items()}
+        placed = self._locate()
+        files = {file: safe_file(file) for file in set(placed.values())}
+        held = {file: set(opened.keys()) for file, opened in files.items()}
+        absent = sorted(name for name, file in placed.items() if name not in held[file])
+        if absent:
+            raise RecipeError(
+                f"model.path is {str(folder)!r}: its index puts {absent[0]} into {placed[absent[0]].name}, which does not hold it; "
+                "index and shards are of different models: download them again"
+            )
+        self._files = {name: files[file] for name, file in placed.items()}
 
     def _locate(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            names = self._read_index(index)
         elif single.exists():
             with safe_file(single) as file:
                 names = dict.fromkeys(file.keys(), single)
@@ -58,6 +68,14 @@ class HuggingFaceWeights:
                 f"model.path is {str(self.folder)!r}: its index names {', '.join(missing)}, which are not there; download them again"
             )
         return names
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        try:
+            return {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RecipeError(
+                f"model.path is {str(self.folder)!r}: its {index.name} is not JSON with a weight_map of tensors to files; download it again"
+            ) from None
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -106,30 +124,30 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder: `tensors` in shards of about `shard_bytes`, config and tokenizer copied from the folder `like`.
 
-    Written under a temporary name and renamed when complete, so `target` is always whole. `dtype` None keeps each tensor's own.
+    Written under a temporary name and renamed when complete: an interrupted write leaves the old folder whole (killed between the two
+    renames of the exchange, it leaves it as `<target>.old`). `dtype` None keeps each tensor's own.
     """
     temporary = target.with_name(target.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    written = _write_shards(temporary, tensors, dtype, shard_bytes)
     config = json.loads((like / "config.json").read_text())
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        config.pop("torch_dtype", None)
+    config.pop("torch_dtype", None)  # the key's older name
+    config["dtype"] = str(written).removeprefix("torch.")
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in _COMPANIONS:
         if (like / name).exists():
             shutil.copyfile(like / name, temporary / name)
-    _write_shards(temporary, tensors, dtype, shard_bytes)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # of a writer that was killed; the new folder is complete by now
     if target.exists():
-        old = target.with_name(target.name + ".old")
         target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> None:
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> torch.dtype:
+    """Returns the dtype of the tensors written."""
     where: dict[str, int] = {}
     shard: dict[str, Tensor] = {}
     count = size = total = 0
@@ -149,9 +167,10 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
     flush()
     if count == 1:
         (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
-        return
+        return tensor.dtype
     files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     for n, file in enumerate(files):
         (folder / f"shard-{n}.safetensors").rename(folder / file)
     index = {"metadata": {"total_size": total}, "weight_map": {name: files[n] for name, n in where.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return tensor.dtype

@@ -51,7 +51,7 @@ TIED_HEAD = Rule("output_layer.weight", ("model.embed_tokens.weight",), "vocab")
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) and columns [start, stop) of a Hugging Face tensor (columns None: all, or 1-D), at row `at` of a Megatron shard."""
+    """Rows [start, stop) and columns [start, stop) of a Hugging Face tensor (columns None: all), at row `at` of a Megatron shard."""
 
     name: str
     rows: tuple[int, int]

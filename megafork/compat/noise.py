@@ -1,0 +1,45 @@
+"""Warnings of other people's code that a run's user can do nothing about. Imports nothing heavy: some must be silenced before torch is.
+
+Each is named by its text and by the module that raises it, so that a new warning, or an old one from elsewhere, still shows.
+`tests/test_compat.py` fails when the libraries no longer raise one of them: then delete its line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+    # megatron-core 0.16.1: its own default for CUDA graphs, which megafork does not use
+    (UserWarning, r"full scope is deprecated", r"megatron\.core\.transformer\.transformer_config"),
+    # megatron-core 0.16.1 on torch 2.13: collectives that torch has renamed
+    (
+        FutureWarning,
+        r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+        r"torch\.distributed\.c10d_logger",
+    ),
+    # megatron-core 0.16.1: the distributed optimizer clears .grad of views, which have none
+    (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core\.optimizer\.optimizer"),
+    # vLLM 0.32: looks at every attribute of every module once
+    (FutureWarning, r"`torch\.distributed\.reduce_op` is deprecated", r"vllm\.triton_utils\.dispatcher"),
+)
+_LOGGERS = (
+    "vllm.triton_utils.importing",  # says that Triton has no CPU backend, before vLLM has set its own log level
+    "torch.distributed.elastic.multiprocessing.api",  # says which ranks it stops: megafork.launch does
+)
+
+
+def silence() -> None:
+    """Call at the start of a command, before torch is imported. Idempotent; what the user set in the environment stays."""
+    # C++ warnings: vLLM reports as a warning that it binds memory to the only NUMA node. Errors still show.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for category, message, module in _WARNINGS:
+        warnings.filterwarnings("ignore", message, category, module)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """A filter, because the libraries set these loggers' levels themselves."""
+    return record.levelno > logging.ERROR

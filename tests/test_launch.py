@@ -1,0 +1,176 @@
+"""Ranks started, joined and stopped: the first failure is told first, and whatever ends a run leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from task import make_task, write_recipe
+
+from megafork.launch import first_host
+
+MEGAFORK = [sys.executable, "-m", "megafork.cli"]
+FAULTS = Path(__file__).with_name("faults")
+
+
+class Run:
+    """A command and all processes that it starts, told from others by a mark in their environment. NAME in it becomes the run's name."""
+
+    def __init__(self, task: Path, *command: str, **environment: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.folder = task / "runs" / self.mark
+        self.output = task / f"{self.mark}.txt"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [argument.replace("NAME", self.mark) for argument in command],
+                cwd=task,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "MEGAFORK_TEST": self.mark, **environment},
+            )
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output.read_text()
+            time.sleep(0.02)
+
+    def has_done_a_step(self) -> bool:
+        file = self.folder / "metrics.jsonl"
+        return file.exists() and '"step": 1,' in file.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("MEGAFORK_TEST") == self.mark:
+                    found.append(process)
+            except psutil.Error:  # somebody else's, or gone
+                continue
+        return found
+
+    def rank(self, rank: int) -> psutil.Process:
+        return next(process for process in self.processes() if process.environ().get("RANK") == str(rank))
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output, once the command and all that it started have ended within seconds."""
+        code = self.process.wait(10)
+        _, alive = psutil.wait_procs(self.processes(), timeout=5)
+        assert alive == []
+        return code, self.output.read_text()
+
+
+def long_run(task: Path, **environment: str) -> Run:
+    """A supervised run of two ranks that would take minutes."""
+    return Run(task, *MEGAFORK, "sft", "recipe.yaml", "run.name=NAME", "train.steps=20000", **environment)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_task(tmp_path_factory.mktemp("task"))
+    write_recipe(folder, run={"folder": "runs", "ranks": 2}, checkpoint={"export_hf": False})
+    return folder
+
+
+FAILURES = {
+    "error": (1, ["Traceback (most recent call last):", "ArithmeticError: deliberate", "rank 1 failed"]),
+    "input": (2, ["megafork: forks.select is deliberate: choose another"]),
+    "exit": (1, ["rank 1 ended with exit code 3 and no word of its own"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAILURES)
+def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path, tmp_path: Path) -> None:
+    run = long_run(task, FAULT=fault, FAULT_WHEN=str(tmp_path / "now"), PYTHONPATH=str(FAULTS))
+    run.wait_for(run.has_done_a_step)
+    (tmp_path / "now").touch()
+    code, output = run.end()
+    expected_code, expected = FAILURES[fault]
+    assert code == expected_code
+    lines = [line for line in output.splitlines() if line in expected or "Traceback" in line]
+    assert lines == expected, output  # and no other rank's traceback
+    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log", "recipe.yaml"}
+    if fault == "error":
+        assert "ArithmeticError: deliberate" in (run.folder / "logs/rank_1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run(task: Path) -> None:
+    run = long_run(task)
+    run.wait_for(run.has_done_a_step)
+    run.rank(0).kill()
+    code, output = run.end()
+    assert code == 1
+    assert "rank 0 was killed by SIGKILL" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "early"), [(signal.SIGKILL, True), (signal.SIGKILL, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
+)
+def test_a_launcher_that_is_stopped_leaves_nothing(number: signal.Signals, early: bool, task: Path) -> None:
+    run = long_run(task)
+    run.wait_for((lambda: len(run.processes()) == 3) if early else run.has_done_a_step)
+    run.process.send_signal(number)
+    code, output = run.end()
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 1
+        assert output.splitlines()[-1] == f"stopped by {number.name}; the same command continues from the last checkpoint"
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_joins_the_ranks_of_torchrun(task: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = Run(task, *torchrun, "-m", "megafork.cli", "sft", "recipe.yaml", "run.name=NAME", "run.ranks=1", "--json")
+    run.process.wait(120)
+    code, output = run.end()
+    assert code == 0, output
+    assert json.loads(output.splitlines()[-1])["step"] == 3
+    assert output.count("\n 3/3 ") == 1, "only rank 0 speaks"
+    assert not (run.folder / "logs").exists(), "the ranks were not started a second time"
+
+
+@pytest.mark.slow
+def test_joins_the_ranks_of_slurm(task: Path) -> None:
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    name = uuid.uuid4().hex
+    command = [*MEGAFORK, "sft", "recipe.yaml", f"run.name={name}", "run.ranks=1", "--json"]
+    runs = [Run(task, *command, **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    for run in runs:
+        run.process.wait(120)
+    (first, output), (second, silence) = (run.end() for run in runs)
+    assert (first, second) == (0, 0), output + silence
+    assert json.loads(output.splitlines()[-1])["run"] == f"runs/{name}"
+    assert silence == ""
+    assert not (task / "runs" / name / "logs").exists(), "the ranks were not started a second time"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[003-010,012],login", "gpu003"), ("a1,b[2-3]", "a1"), ("localhost", "localhost"), ("rack[1,4]-n", "rack1-n"), ("x[07]", "x07")],
+)
+def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so(task: Path) -> None:
+    for expected in ("3/3", "run 'twice' has all its 3 steps: raise train.steps, or choose another run.name"):
+        run = Run(task, *MEGAFORK, "sft", "recipe.yaml", "run.name=twice")
+        run.process.wait(120)
+        code, output = run.end()
+        assert code == 0 and expected in output
+    assert "Traceback" not in output and len(output.splitlines()) == 2

@@ -1,0 +1,196 @@
+"""The recipe: strict, composed by `extends:` and overrides, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe_file import load_recipe
+
+LEAST = "model: {path: m}\ndata: {train: d.jsonl}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(LEAST)
+    return file
+
+
+WRONG = {
+    "forks.top_entropy_quantile=1.5": "forks.top_entropy_quantile is 1.5: must be a number, above 0 and at most 1",
+    "forks.top_entropy_quantile=0": "forks.top_entropy_quantile is 0: must be a number, above 0 and at most 1",
+    "train.steps=true": "train.steps is true: must be a whole number, at least 1",
+    "train.steps=5.0": "train.steps is 5.0: must be a whole number, at least 1",
+    "train.steps=1e3": "train.steps is '1e3': must be a whole number, at least 1",
+    "train.steps=null": "train.steps is null: must be a whole number, at least 1",
+    "train.steps=": "train.steps is null: must be a whole number, at least 1",
+    "optimizer.lr=true": "optimizer.lr is true: must be a number, above 0",
+    "optimizer.lr=.nan": "optimizer.lr is nan: must be a number, above 0",
+    "optimizer.lr='nan'": "optimizer.lr is 'nan': must be a number, above 0",
+    "rollout.temperature=.inf": "rollout.temperature is inf: must be a number, above 0 and at most 100",
+    "optimizer.betas=[0.9]": "optimizer.betas is [0.9]: must be a list of 2, each a number, at least 0 and below 1",
+    "optimizer.betas=[0.9,1]": "optimizer.betas is 1: must be a list of 2, each a number, at least 0 and below 1",
+    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller one",
+    "parallel.sp=1": "parallel.sp is 1: must be true or false",
+    "parallel.sp=true": "parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1",
+    "forks.select=topp": "forks.select is 'topp': must be one of top, bottom, random, all",
+    "forks.threshold=0.6": "forks.threshold is 0.6 with forks.scope=minibatch: give a threshold with scope=fixed, and only with it",
+    "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
+    "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
+    "model.path=null": "model.path is null: must be text",
+    "data.eval=./d.jsonl": "data.eval is './d.jsonl', the same as data.train: hold other prompts out, or leave data.eval empty",
+    "run.name=../x": "run.name is '../x': it names a folder, use letters, digits, `_`, `-` and `.`",
+    "train.stps=5": "unknown key train.stps = 5: did you mean 'steps'?",
+    "tran.steps=5": "unknown section 'tran': did you mean 'train'?",
+    "zzz.steps=5": "unknown section 'zzz': known are run, model, parallel, data",
+    "train.steps": "override 'train.steps' is not of the form section.key=value, for example train.steps=5",
+    "steps=5": "override 'steps=5' is not of the form section.key=value",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_is_answered_with_field_value_and_mend(override: str, recipe: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, [override])
+    assert str(caught.value).startswith(WRONG[override])
+
+
+RIGHT: dict[str, Any] = {
+    "optimizer.lr=1e-6": 1e-6,
+    "optimizer.lr='2e-6'": 2e-6,
+    "rollout.temperature=1": 1.0,
+    "optimizer.betas=[9e-1,0.95]": (0.9, 0.95),
+    "optimizer.betas=[0,0]": (0.0, 0.0),
+    "data.template={prompt}: a=b": "{prompt}: a=b",
+    "data.template='{prompt}'": "{prompt}",
+    "data.template=[": "[",
+    "data.eval=null": None,
+    "run.name=007": "007",
+    "train.micro_batch_tokens=null": None,
+    "parallel.tp=4": 4,
+    "forks.select=all": "all",
+}
+
+
+@pytest.mark.parametrize("override", RIGHT)
+def test_overrides(override: str, recipe: Path) -> None:
+    recipe.write_text(LEAST + "forks: {select: bottom}\ntrain: {micro_batch_tokens: 99999}\n")
+    section, key = override.partition("=")[0].split(".")
+    value = getattr(getattr(load_recipe(recipe, [override]), section), key)
+    assert value == RIGHT[override] and type(value) is type(RIGHT[override])
+
+
+def test_the_last_override_wins_and_sections_agree_only_at_the_end(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["train.minibatches=3", "rollout.prompts=5", "rollout.prompts=6"])
+    assert (loaded.train.minibatches, loaded.rollout.prompts) == (3, 6)
+
+
+FILES = {
+    "": "model is missing: add the section to the recipe; data is missing: add the section to the recipe",
+    "model: {path: m}\ndata: {}\n": "data.train is missing: add it to the recipe or give data.train=...",
+    LEAST + "train: 5\n": "train is 5: it must be a section with keys below it",
+    LEAST + "- x": "recipe 'recipe.yaml' is not valid YAML",
+    "[1, 2]": "recipe 'recipe.yaml' holds list: it must be sections such as `model:` with keys below them",
+    LEAST + "train: {steps: 1}\nloss: {}\ntrain: {minibatches: 2}\n": "recipe 'recipe.yaml' is not valid YAML: 'train' is given twice",
+    LEAST + "train:\n  steps: 1\n  steps: 2\n": "recipe 'recipe.yaml' is not valid YAML: 'steps' is given twice",
+    LEAST + "extends: 5\n": "extends is 5: give one recipe's path, relative to 'recipe.yaml'",
+    LEAST + "optimizer: {lr: fast}\ntrain: {steps: 0}\n": "optimizer.lr is 'fast': must be a number, above 0; train.steps is 0: must be",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_wrong_file(text: str, recipe: Path) -> None:
+    recipe.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    assert str(caught.value).startswith(FILES[text]) and "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"x.yaml' does not exist: give the path of a .yaml file"):
+        load_recipe(tmp_path / "x.yaml")
+    with pytest.raises(RecipeError, match="is not a readable text file"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="is not a readable text file"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_an_empty_section_is_its_defaults(recipe: Path) -> None:
+    recipe.write_text(LEAST + "forks:\nloss:\n")
+    assert load_recipe(recipe) == Recipe.model_validate(yaml.safe_load(LEAST))
+    assert load_recipe(recipe, ["forks.select=all"]).forks.select == "all"
+
+
+def test_extends_merges_key_by_key_from_file_to_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/root.yaml").write_text(
+        LEAST + "optimizer: {lr: 1.0e-3, betas: [0.1, 0.2]}\ntrain: {steps: 7}\nforks: {select: all}\n"
+    )
+    (tmp_path / "base/middle.yaml").write_text("extends: root.yaml\noptimizer: {lr: 2.0e-3}\nforks:\n")
+    (tmp_path / "top.yaml").write_text("extends: base/middle.yaml\nmodel: {path: other}\noptimizer: {betas: [0.3, 0.4]}\n")
+    loaded = load_recipe(tmp_path / "top.yaml", ["train.steps=9"])
+    assert (loaded.model.path, loaded.data.train, loaded.train.steps) == ("other", "d.jsonl", 9)
+    assert (loaded.optimizer.lr, loaded.optimizer.betas, loaded.forks.select) == (2e-3, (0.3, 0.4), "all")
+
+
+def test_extends_in_a_circle_or_to_nowhere(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("self", "self"), ("lost", "nowhere")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
+    with pytest.raises(RecipeError, match=r"^extends: a.yaml extends itself by way of c.yaml: break the circle$"):
+        load_recipe(tmp_path / "a.yaml")
+    with pytest.raises(RecipeError, match=r"^extends: self.yaml extends itself by way of self.yaml: break the circle$"):
+        load_recipe(tmp_path / "self.yaml")
+    with pytest.raises(RecipeError, match=r"nowhere.yaml', which lost.yaml extends, does not exist"):
+        load_recipe(tmp_path / "lost.yaml")
+
+
+@given(
+    name=st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,8}", fullmatch=True),
+    template=st.none() | st.text(max_size=12).map(lambda text: text + "{prompt}"),
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    betas=st.tuples(*[st.floats(0.0, 1.0, exclude_max=True)] * 2),
+    seed=st.integers(0, 2**70),
+)
+def test_what_is_written_down_reads_back_the_same(
+    tmp_path_factory: pytest.TempPathFactory, name: str, template: str | None, lr: float, betas: tuple[float, float], seed: int
+) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": name, "seed": seed},
+            "model": {"path": "1e5"},
+            "data": {"train": "yes", "template": template},
+            "optimizer": {"lr": lr, "betas": betas},
+        }
+    )
+    file = tmp_path_factory.getbasetemp() / "written.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+def test_every_shipped_recipe_is_right() -> None:
+    folder = Path(__file__).parents[1] / "recipes"
+    files = list(folder.rglob("*.yaml"))
+    assert files
+    for file in files:
+        load_recipe(file)
+
+
+def test_every_key_says_what_it_means() -> None:
+    for name, section in Recipe.model_fields.items():
+        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert field.description, f"{name}.{key}"
+
+
+def test_a_wrong_recipe_is_answered_without_torch(recipe: Path) -> None:
+    program = "import sys; from megafork.recipe_file import load_recipe; load_recipe(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program, str(recipe)], check=False).returncode == 0
