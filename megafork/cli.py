@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,9 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable las
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Reinforcement learning at the forking tokens: sample, score, update, refit; then a report."""
-    from megafork.analysis.report import write_report
-
-    _run("train", recipe, overrides, as_json, after=write_report)
+    _run("train", recipe, overrides, as_json)
 
 
 @app.command()
@@ -51,9 +49,10 @@ def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to check this machine for.")] = None, as_json: Json = False
 ) -> None:
     """What this machine has, and what each missing part costs."""
+    checked = load_recipe(recipe) if recipe else None
     from megafork.doctor import can_run, examine, render
 
-    findings = examine(load_recipe(recipe) if recipe else None)
+    findings = examine(checked)
     console.print(render(findings))
     runs = can_run(findings)
     _finish(as_json, can_run=runs, findings=[vars(finding) for finding in findings])
@@ -61,15 +60,16 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _run(command: Any, recipe: Path, overrides: list[str] | None, as_json: bool, after: Any = None) -> None:
+def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | None, as_json: bool) -> None:
+    recipe = load_recipe(file, overrides)  # before the imports below, which take a second
     from megafork import launch
+    from megafork.analysis.report import write_report
     from megafork.analysis.run_folder import read_metrics
 
-    spec = load_recipe(recipe, overrides)
-    code = launch.run(command, spec)
+    code = launch.run(command, recipe)
     if code == launch.DONE and launch.is_main():
-        folder = spec.run_folder
-        page = after(folder) if after else None
+        folder = recipe.run_folder
+        page = write_report(folder) if command == "train" else None
         last = read_metrics(folder / "metrics.jsonl")[-1]
         console.print(f"run: {folder}" + (f"   report: {page}" if page else ""))
         _finish(as_json, run=str(folder), report=str(page) if page else None, **last)

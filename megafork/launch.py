@@ -261,6 +261,7 @@ def _leave(code: int) -> None:
 def _main(command: str, recipe_file: str) -> None:
     """A rank that `_start` started."""
     _die_with_launcher()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end at once, also inside of a collective
     if os.environ["RANK"] != "0":
         os.dup2(2, 1)  # both streams were opened on the same file: one position for both
     noise.silence()

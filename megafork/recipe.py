@@ -179,6 +179,11 @@ class Forks(Section):
             raise ValueError(
                 f"forks.threshold is {self.threshold} with forks.scope={self.scope}: give a threshold with scope=fixed, and only with it"
             )
+        if self.scope == "batch" and self.entropy_from == "current":
+            raise ValueError(
+                "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step knows only the policy that "
+                "starts it; choose scope=minibatch, or entropy_from=old"
+            )
         if self.scope == "fixed" and self.select in ("random", "all"):
             raise ValueError(f"forks.select is {self.select} with forks.scope=fixed: a fixed threshold selects `top` or `bottom`")
         return self

@@ -21,7 +21,7 @@ GROUND_FLOOR = ("recipe", "recipe_file", "shape", "compat")  # they may use each
 
 
 def _room(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def _imports(file: Path) -> set[str]:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
 from tiny import recipe, save_model
 
+from megafork.model.attention import PackedSequences
 from megafork.model.policy import HeadRequest
 from megafork.model.qwen3 import build_policy
-from megafork.model.attention import PackedSequences
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.shape import read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
 
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Qwen3", {}),
     "untied": ("Qwen3", {"tie_word_embeddings": False}),
     "one KV head": ("Qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
     "Qwen2.5": ("Qwen2", {}),
     "Llama": ("Llama", {"tie_word_embeddings": False}),
 }
-LAYOUTS = {"TP1": {}, "TP2": {"tp": 2}, "TP2 SP": {"tp": 2, "sp": True}, "TP4 SP": {"tp": 4, "sp": True}, "PP2": {"pp": 2}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP1": {},
+    "TP2": {"tp": 2},
+    "TP2 SP": {"tp": 2, "sp": True},
+    "TP4 SP": {"tp": 4, "sp": True},
+    "PP2": {"pp": 2},
+}
 LENGTHS = [7, 12, 1, 12]
 
 

@@ -33,7 +33,8 @@ def padded_to(length: int, multiple: int) -> int:
 @example([], 2, 10, 1)  # nothing to train on
 @example([5], 4, 10, 1)  # more ranks than sequences
 @example([200, 3, 3, 150], 2, 64, 8)  # lengths over the budget
-@example([5, 5, 4, 4, 3, 3, 3], 1, 13, 1)  # first fit needs fewer micro-batches than a balanced filling
+@example([3, 3, 2, 2, 2], 1, 6, 1)  # a balanced filling needs one micro-batch more than first fit
+@example([6, 4, 3, 3, 3, 3, 2, 2], 2, 7, 1)  # the same on the last of two ranks: the first must follow
 def test_plan_covers_every_sequence_once_within_the_budget(lengths: list[int], dp: int, budget: int, multiple: int) -> None:
     placed = plan(lengths, dp, budget, multiple)
     assert len(placed) == dp
@@ -57,9 +58,15 @@ def test_plan_is_balanced_and_not_wasteful(lengths: list[int], dp: int, budget: 
     assert len(placed[0]) <= 2 * math.ceil(max(loads) / budget) + 1
 
 
+def test_the_longest_sequence_is_placed_first_and_the_rest_follow_by_load() -> None:
+    assert plan([4, 1, 8, 3], 2, 8) == [[[2]], [[0, 3, 1]]]
+
+
 def test_micro_batches_of_a_rank_are_even() -> None:
     (micros,) = plan([10] * 12, 1, 50)
     assert sorted(map(len, micros)) == [4, 4, 4]
+    (micros,) = plan([2, 2, 6, 2, 3, 1], 1, 9)
+    assert sorted(sum([2, 2, 6, 2, 3, 1][n] for n in members) for members in micros) == [8, 8]
 
 
 @pytest.mark.parametrize(

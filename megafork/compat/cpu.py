@@ -100,12 +100,11 @@ class _Stream:
 def _redirect_cuda_calls() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
-    for name in ("synchronize", "empty_cache", "set_device", "manual_seed", "manual_seed_all", "reset_peak_memory_stats"):
+    for name in ("synchronize", "set_device", "reset_peak_memory_stats"):
         setattr(cuda, name, _no_operation(name))
     stream = _Stream()
     cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
     cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
     cuda.Stream = type("Stream", (_Stream,), {})  # type: ignore[assignment, misc]
     cuda.Event = type("Event", (_Stream,), {})  # type: ignore[assignment, misc]
 

@@ -6,8 +6,13 @@ import queue
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+from megafork.compat import cpu
+
+cpu.install()
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer  # noqa: E402
 
 
 class FixedDistributedOptimizer(DistributedOptimizer):

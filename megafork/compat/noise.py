@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 
-_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # megatron-core 0.16.1: its own default for CUDA graphs, which megafork does not use
     (UserWarning, r"full scope is deprecated", r"megatron\.core\.transformer\.transformer_config"),
     # megatron-core 0.16.1 on torch 2.13: collectives that torch has renamed
@@ -24,7 +24,7 @@ _WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # vLLM 0.32: looks at every attribute of every module once
     (FutureWarning, r"`torch\.distributed\.reduce_op` is deprecated", r"vllm\.triton_utils\.dispatcher"),
 )
-_LOGGERS = (
+LOGGERS = (
     "vllm.triton_utils.importing",  # says that Triton has no CPU backend, before vLLM has set its own log level
     "torch.distributed.elastic.multiprocessing.api",  # says which ranks it stops: megafork.launch does
 )
@@ -34,9 +34,9 @@ def silence() -> None:
     """Call at the start of a command, before torch is imported. Idempotent; what the user set in the environment stays."""
     # C++ warnings: vLLM reports as a warning that it binds memory to the only NUMA node. Errors still show.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for category, message, module in _WARNINGS:
+    for category, message, module in WARNINGS:
         warnings.filterwarnings("ignore", message, category, module)
-    for name in _LOGGERS:
+    for name in LOGGERS:
         logging.getLogger(name).addFilter(_is_error)
 
 

@@ -1,4 +1,4 @@
-"""The policy: Megatron's GPTModel whose head answers log-prob and entropy at the positions asked for, never a full [tokens, V] of logits."""
+"""The policy: Megatron's GPTModel whose head answers log-prob and entropy at the positions asked for, and never makes [tokens, V]."""
 
 from __future__ import annotations
 
@@ -37,15 +37,11 @@ class VocabHead(ColumnParallelLinear):
     real_vocab_size: int
     chunk: int | None
 
-    def forward(self, hidden: Tensor, request: HeadRequest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, hidden: Tensor, request: HeadRequest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden: [T, 1, H], or [T / tp, 1, H] with sequence parallelism."""
-        rows = hidden.squeeze(1)
-        if self.sequence_parallel:
-            rows = gather_rows(rows, request.positions, self.tp_group)
-        else:
-            rows = rows.index_select(0, request.positions)
+        rows, at = hidden.squeeze(1), request.positions
         return log_prob_and_entropy(
-            rows,
+            gather_rows(rows, at, self.tp_group) if self.sequence_parallel else rows.index_select(0, at),
             self.weight if weight is None else weight,
             request.targets,
             temperature=request.temperature,

@@ -92,7 +92,10 @@ def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = N
 
 
 def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
-    """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call. Load weights before building the optimizer."""
+    """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call.
+
+    Load weights before building the optimizer.
+    """
     check_layout(shape, recipe.parallel)
     config = transformer_config(shape, recipe)
     layout = recipe.parallel

@@ -35,7 +35,7 @@ def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
 
 
 def group_advantages(rewards: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """(R - mean) / (std + 1e-6) over one group's rewards [G], std with G - 1 in the denominator as in verl; only R - mean without `normalize`.
+    """(R - mean) / (std + 1e-6) over one group's rewards [G], std with G - 1 in the denominator; R - mean without `normalize`.
 
     A group of equal rewards, or of one, gives exact zeros.
     """

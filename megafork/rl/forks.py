@@ -18,7 +18,7 @@ Group = dist.ProcessGroup | None
 
 @dataclass(frozen=True)
 class ForkGroups:
-    """Over which ranks tokens are spread: `tokens` (DP x CP) for a whole batch, `context` (CP) for one micro-batch or response. None: this rank."""
+    """Over which ranks tokens are spread: `tokens` (DP x CP) a whole batch, `context` (CP) a micro-batch or response. None: this rank."""
 
     tokens: Group = None
     context: Group = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -22,8 +23,8 @@ from megafork.rollout.colocated import ColocatedEngine
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.record import write_rollouts
-from megafork.train.sampler import Collected, Outcome, Sampler, evaluate
 from megafork.train.run import Inputs, Metrics, build_learner, export_hf, log_metrics, open_log, read_inputs, resume, save_checkpoint
+from megafork.train.sampler import Collected, Outcome, Sampler, evaluate
 from megafork.weights.policy_weights import export_policy
 
 
@@ -213,10 +214,9 @@ def train(recipe: Recipe, mesh: Mesh) -> Metrics:
         if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate()
         log_metrics(log, last)  # before the checkpoint: a run killed in between repeats the step and its line
-        if log is not None and step == start + 1 and "entropy/p80" in last:
-            log.note(f"{last['entropy/share_below_0.05']:.0%} of the tokens are under 0.05 nats, the 80th percentile is {last['entropy/p80']:.2f}")
-        if log is not None and trainer.reward_error != told:
-            log.note(f"{last['reward/errors']:.0f} responses could not be judged and count as wrong: {trainer.reward_error}")
+        if log is not None:
+            for remark in _remarks(last, first=step == start + 1, error=trainer.reward_error if trainer.reward_error != told else None):
+                log.note(remark)
         if step == steps or (every and step % every == 0):
             save_checkpoint(step, trainer.learner, recipe, inputs, {"order": trainer.sampler.order.state(), "rng": torch.get_rng_state()})
     if recipe.checkpoint.export_hf:
@@ -225,6 +225,15 @@ def train(recipe: Recipe, mesh: Mesh) -> Metrics:
     if log is not None:
         log.close()
     return last
+
+
+def _remarks(metrics: Metrics, *, first: bool, error: str | None) -> Iterator[str]:
+    """What is worth a line on the screen besides the numbers."""
+    if first and "entropy/p80" in metrics:
+        low, p80 = metrics["entropy/share_below_0.05"], metrics["entropy/p80"]
+        yield f"{low:.0%} of the tokens are under 0.05 nats, the 80th percentile is {p80:.2f}"
+    if error is not None:
+        yield f"{metrics['reward/errors']:.0f} responses could not be judged and count as wrong: {error}"
 
 
 def _split(groups: list[int], parts: int) -> list[set[int]]:

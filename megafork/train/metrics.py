@@ -61,7 +61,16 @@ class RunLog:
     Raises RecipeError when an existing metrics.jsonl is damaged in another place than its end.
     """
 
-    def __init__(self, folder: Path, *, steps: int, resume_step: int = 0, tensorboard: bool = True, show_every: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        resume_step: int = 0,
+        tensorboard: bool = True,
+        show_every: int = 1,
+        console: Console | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = _truncate(path, resume_step)

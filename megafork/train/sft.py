@@ -18,7 +18,7 @@ from megafork.train.run import Metrics, build_learner, export_hf, log_metrics, o
 
 
 def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
-    """A supervised run, or what is left of it: `rollout.prompts` rows an update, cross-entropy of the response and its end, mean over tokens.
+    """A supervised run, or what is left of it: `rollout.prompts` rows an update, cross-entropy of the response and its end.
 
     Every rank calls. Returns the last step's metrics.
     """

@@ -1,0 +1,328 @@
+"""Every patch in megafork.compat: the library still fails without it, and works with it.
+
+A test that fails because the library no longer does: delete the patch. Ranks are forked, so what a test undoes stays undone only there.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import queue
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from responses import make_responses
+from test_rollout import free_port
+from tiny import TINY, recipe, save_model
+
+from megafork.compat import megatron as megatron_fixes
+from megafork.compat import noise
+from megafork.compat import vllm as vllm_fixes
+from megafork.compat.cpu import CpuRngTracker
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import Mesh, build_mesh
+from megafork.recipe import Recipe
+from megafork.rollout.colocated import ColocatedEngine
+from megafork.rollout.engine import Request, Sampling
+from megafork.shape import read_shape
+from megafork.train.sft import cross_entropy, place
+from megafork.train.update import Learner
+from megafork.weights import checkpoint
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.policy_weights import load_policy
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
+
+CUDA_CALLS = [
+    "torch.tensor([1.0], device='cuda')",
+    "torch.zeros(2, device='cuda:0')",
+    "torch.ones(2, device=0)",
+    "torch.empty(2, device=torch.cuda.current_device())",
+    "torch.empty_like(torch.ones(2), device='cuda')",
+    "torch.empty(2, pin_memory=True)",
+    "torch.ones(2).cuda()",
+    "torch.cuda.synchronize()",
+    "torch.cuda.set_device(0)",
+    "torch.cuda.reset_peak_memory_stats()",
+    "torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())",
+    "torch.cuda.Stream()",
+    "torch.cuda.Event().record()",
+]
+WITHOUT = """
+import sys, torch
+for call in sys.argv[1:]:
+    try:
+        eval(call)
+    except (AssertionError, AttributeError, RuntimeError):
+        continue
+    print(call)
+"""
+
+
+def test_calls_that_name_cuda() -> None:
+    """`megafork.model` has installed the patch in this process."""
+    for call in CUDA_CALLS:
+        result = eval(call, {"torch": torch})
+        assert not isinstance(result, torch.Tensor) or result.device.type == "cpu", call
+    bare = subprocess.run([sys.executable, "-c", WITHOUT, *CUDA_CALLS], capture_output=True, text=True, check=True)
+    assert bare.stdout == "", "these work without the patch"
+
+
+def test_a_default_device_still_reaches_the_redirected_constructors() -> None:
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.zeros(2), torch.ones(2), torch.tensor([1.0]), torch.empty_like(torch.ones(1))]
+    assert all(tensor.is_meta for tensor in made)
+    program = """
+import functools, torch
+original = torch.empty
+torch.empty = functools.wraps(original)(lambda *args, **kwargs: original(*args, **kwargs))
+with torch.device("meta"):
+    print(torch.empty(2).is_meta)
+"""
+    bare = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert bare.stdout == "False\n", "torch no longer caches its constructors: no need to fill the cache first"
+
+
+def test_transformers_loads_right_rotary_buffers(tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    exponent = torch.arange(0, TINY["head_dim"], 2).float() / TINY["head_dim"]
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, TINY["rope_theta"] ** -exponent)
+
+
+def test_named_random_states() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    with pytest.raises(AssertionError, match="CUDA"):
+        CudaRNGStatesTracker().add("dropout", 1)
+    tracker = CpuRngTracker()
+    tracker.add("dropout", 1)
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with tracker.fork("dropout"):
+        first = torch.rand(2)
+    state = tracker.get_states()
+    with tracker.fork("dropout"):
+        second = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected), "the fork leaves the main state alone"
+    assert not torch.equal(first, second)
+    tracker.set_states(state)
+    with tracker.fork("dropout"):
+        assert torch.equal(torch.rand(2), second)
+
+
+def _learner(spec: Recipe) -> tuple[Learner, Mesh]:
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    folder = Path(spec.model.path)
+    shape = read_shape(folder)
+    chunks = build_policy(shape, spec, mesh)
+    load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
+    return Learner(chunks, spec, mesh, updates=9), mesh
+
+
+def _raised(function: Any, *args: Any, **kwargs: Any) -> str:
+    try:
+        function(*args, **kwargs)
+    except (AssertionError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _optimizer_without_type_strings(spec: Recipe) -> str:
+    torch.Tensor.type = torch.Tensor.type.__wrapped__  # type: ignore[attr-defined, method-assign]
+    return _raised(_learner, spec)
+
+
+def test_the_optimizer_knows_only_tensor_types_of_cuda(tmp_path: Path) -> None:
+    assert torch.ones(1).type() == "torch.FloatTensor", "only megatron's own code is told another type"
+    [error] = on_ranks(1, _optimizer_without_type_strings, recipe(save_model(tmp_path)))
+    assert error.startswith("TypeError") and "torch.cuda" in error
+
+
+def _optimizer_life(spec: Recipe, folder: Path) -> dict[str, Any]:
+    """What the optimizer's state goes through, with and without each fix."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    learner, mesh = _learner(spec)
+    [inner] = learner.optimizer.chained_optimizers
+    adam = inner.optimizer
+    seen: dict[str, Any] = {}
+    seen["state_dict works"] = _raised(inner.state_dict)
+    filled = dict(adam.state)
+    adam.state.clear()
+    seen["state_dict before a step"] = _raised(inner.state_dict)
+    adam.state.update(filled)
+
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    adam.step()
+    checkpoint.save(folder, learner.chunks, learner.optimizer, mesh, {}, keep_last=1)
+    inner.__class__ = DistributedOptimizer
+    seen["load without the fixes"] = _raised(checkpoint.load, folder, learner.chunks, learner.optimizer, mesh)
+    inner.__class__ = megatron_fixes.FixedDistributedOptimizer
+    saved = inner.state_dict()
+
+    def steps(load: Any) -> list[float]:
+        load(inner, saved)
+        adam.step()
+        return [float(state["step"]) for state in adam.state.values()]
+
+    seen["steps without the fix"] = steps(DistributedOptimizer.load_state_dict)
+    checkpoint.load(folder, learner.chunks, learner.optimizer, mesh)
+    adam.step()
+    seen["steps"] = [float(state["step"]) for state in adam.state.values()]
+    return seen
+
+
+def test_optimizer_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    spec = recipe(save_model(tmp_path / "model"))
+    [seen] = on_ranks(1, _optimizer_life, spec, tmp_path / "checkpoints/step_000001")
+    assert seen["state_dict works"] == ""
+    assert seen["state_dict before a step"].startswith("AssertionError")
+    assert seen["load without the fixes"] == "KeyError: 'step'"
+    assert set(seen["steps"]) == {2.0}
+    assert max(seen["steps without the fix"]) > 2.0, "the parameters share one count of steps"
+
+
+def _queue_processes() -> tuple[int, int, bool]:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    megatron_fixes.use_plain_results_queue()
+    plain = isinstance(filesystem_async._get_write_results_queue(), queue.Queue)
+    fixed = len(psutil.Process().children())
+    filesystem_async._results_queue = None
+    filesystem_async._get_write_results_queue()
+    started = psutil.Process().children()
+    for process in started:
+        process.kill()
+    return fixed, len(started), plain
+
+
+def test_saving_starts_no_manager_process() -> None:
+    [(fixed, upstream, plain)] = on_ranks(1, _queue_processes)
+    assert plain and fixed == 0
+    assert upstream > 0
+
+
+def _warnings_of_a_step(spec: Recipe) -> tuple[set[str], set[str]]:
+    """Warnings of building a model and training a step; and the same once more, silenced."""
+    seen = []
+    for silenced in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if silenced:
+                noise.silence()
+            learner, mesh = _learner(spec)
+            learner.train(place(make_responses([(3, 4)] * 4), spec, mesh), cross_entropy)
+        seen.append({str(warning.message) for warning in caught})
+    return seen[0], seen[1]
+
+
+def test_megatrons_warnings_are_silenced_one_by_one(tmp_path: Path) -> None:
+    spec = recipe(save_model(tmp_path), train={"micro_batch_tokens": 64})
+    for loud, quiet in on_ranks(2, _warnings_of_a_step, spec):
+        for _, message, module in noise.WARNINGS:
+            if module.startswith(("megatron", "torch")):
+                assert any(re.match(message, text) for text in loud), f"nobody warns of {message!r} any more"
+                assert not any(re.match(message, text) for text in quiet)
+
+
+@pytest.mark.slow
+def test_vllm_still_remarks_on_triton() -> None:
+    """That a run does not is seen by test_cli.py."""
+    program = "from megafork.compat import vllm; vllm.prepare(); import vllm.triton_utils"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "doesn't include CPU backend" in done.stderr
+
+
+def _process_state() -> dict[str, Any]:
+    return {
+        **os.environ,
+        "thread setter": torch.set_num_threads,
+        "threads": torch.get_num_threads(),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+def _changed(before: dict[str, Any]) -> set[str]:
+    after = _process_state()
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def _shared_memory() -> list[str]:
+    """This process's mappings of vLLM's shared memory; a name that was unlinked ends in (deleted)."""
+    return sorted({line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line})
+
+
+def _refit_and_sample(engine: ColocatedEngine, folder: Path) -> list[float]:
+    source = HuggingFaceWeights(folder)
+    engine.refit(((name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())), version=1)
+    [completion] = engine.generate([Request([5, 6, 7], seed=3)], Sampling(max_tokens=8))
+    return completion.log_probs
+
+
+def _engine_life(spec: Recipe, folders: list[Path], port: int) -> dict[str, Any]:
+    """A vLLM engine of TP 2, first with every fix, then without: what it does to the process that hosts it."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    vllm_fixes.prepare()
+    import vllm
+    import vllm.v1.engine.core as core
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    cleanup, finish = core.cleanup_dist_env_and_memory, vllm_fixes.finish_tied_heads
+    torch.manual_seed(11)
+    before = _process_state()
+    engine = ColocatedEngine(spec, mesh)
+    seen: dict[str, Any] = {"changed": _changed(before), "shared memory": _shared_memory()}
+    seen["first"], seen["second"], seen["first again"] = (_refit_and_sample(engine, folder) for folder in (*folders, folders[0]))
+    vllm_fixes.finish_tied_heads = lambda model: None
+    seen["second unfinished"] = _refit_and_sample(engine, folders[1])
+    vllm_fixes.finish_tied_heads = finish
+    arguments = engine._arguments(spec, mesh)
+    engine.close()
+    seen["group after close"] = dist.is_initialized()
+
+    destroy_model_parallel()  # so that the next engine makes groups of its own
+    core.cleanup_dist_env_and_memory = cleanup
+    before = _process_state()
+    llm = vllm.LLM(**arguments)
+    seen["changed upstream"] = _changed(before)
+    dist.barrier()
+    seen["shared memory upstream"] = [name for name in _shared_memory() if name not in seen["shared memory"]]
+    dist.barrier()
+    del llm
+    gc.collect()
+    seen["group after upstream's close"] = dist.is_initialized()
+    return seen
+
+
+@pytest.mark.slow
+def test_an_engine_leaves_its_host_alone(tmp_path: Path) -> None:
+    folders = [save_model(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    spec = recipe(folders[0], parallel={"tp": 2}, rollout={"tp": 2, "kv_cache_mb": 32})
+    for seen in on_ranks(2, _engine_life, spec, folders, free_port()):
+        assert seen["changed"] == set()
+        assert seen["changed upstream"] >= {"LD_PRELOAD", "thread setter", "random"}, "contained()"
+        assert seen["shared memory"] and all(name.endswith("(deleted)") for name in seen["shared memory"])
+        names = seen["shared memory upstream"]
+        for name in names:
+            Path(name).unlink(missing_ok=True)  # upstream leaves them to the next run
+        assert names and not any(re.search("[0-9a-f]{32}", name) or name.endswith("(deleted)") for name in names), "private_shared_memory()"
+        assert seen["first"] == seen["first again"] != seen["second"]
+        assert seen["second unfinished"] != seen["second"], "finish_tied_heads()"
+        assert seen["group after close"]
+        assert not seen["group after upstream's close"], "keep_process_groups()"
