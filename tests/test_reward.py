@@ -276,9 +276,9 @@ def test_math() -> None:
 def test_math_is_stopped_where_its_own_alarm_cannot() -> None:
     """A tower of powers keeps sympy in one power of huge integers, where no Python signal handler runs."""
     items = [(r"\boxed{7}", {"answer": 7}), (r"\boxed{9^{9^{9}}}", {"answer": 7}), (r"\boxed{7}", {"answer": 7})]
-    with Verifiers(reward("math", timeout_s=1.0)) as scorer:
+    with Verifiers(reward("math", timeout_s=5.0)) as scorer:
         verdicts = scorer.score(items)
-    assert verdicts == [Verdict(1.0), Verdict(0.0, "timeout: no verdict within 1 s"), Verdict(1.0)]
+    assert verdicts == [Verdict(1.0), Verdict(0.0, "timeout: no verdict within 5 s"), Verdict(1.0)]
 
 
 @given(st.text(alphabet="ab{}\\ \n", max_size=30), st.text(alphabet="ab \n", max_size=10), st.text(alphabet="ab}\\ ", max_size=10))

@@ -88,6 +88,7 @@ def load(name: str) -> Verifier:
         import math_verify  # noqa: F401
 
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarm is off
+        math(r"\boxed{1}", {"answer": "1"})  # its grammar is compiled at the first use
     elif name == "reasoning_gym":
         import reasoning_gym  # noqa: F401
     if name in BUILT_IN:
