@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from task import make_task, write_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
 
 
 def megafork(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MEGAFORK, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
+    return subprocess.run([*MEGAFORK, *arguments], cwd=cwd, capture_output=True, text=True, timeout=400)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
 def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> None:
     """Start a run and kill -9 one rank as soon as the step's line is written; the command must fail by itself and leave no process."""
     process = subprocess.Popen([*MEGAFORK, "train", recipe], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     file = run / "metrics.jsonl"
     while not (file.exists() and f'"step": {step},' in file.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
