@@ -26,25 +26,7 @@ from megafork.analysis.report import write_report
 from megafork.analysis.responses import MOST_TOKENS
 from megafork.analysis.run_folder import open_rollouts, read_entropies, read_rows
 from megafork.recipe import RecipeError
-
-SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("prompt_index", pa.int64()),
-        ("sample", pa.int32()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("reward", pa.float32()),
-        ("accuracy", pa.float32()),
-        ("advantage", pa.float32()),
-        ("truncated", pa.bool_()),
-        ("tokens", pa.list_(pa.int32())),
-        ("pieces", pa.list_(pa.string())),
-        ("entropies", pa.list_(pa.float32())),
-        ("log_probs", pa.list_(pa.float32())),
-        ("mask", pa.list_(pa.bool_())),
-    ]
-)
+from megafork.train.record import SCHEMA
 
 HOSTILE = [
     '<script>alert("x")</script>',

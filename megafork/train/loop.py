@@ -18,12 +18,23 @@ from megafork.recipe import Loss, Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import set_weights, token_loss
-from megafork.rl.packing import pack, padding_multiple, plan
+from megafork.rl.packing import padding_multiple, plan
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.record import write_rollouts
-from megafork.train.run import Inputs, Metrics, build_learner, export_hf, log_metrics, open_log, read_inputs, resume, save_checkpoint
+from megafork.train.run import (
+    Inputs,
+    Metrics,
+    build_learner,
+    export_hf,
+    log_metrics,
+    open_log,
+    packer,
+    read_inputs,
+    resume,
+    save_checkpoint,
+)
 from megafork.train.sampler import Collected, Outcome, Sampler, evaluate
 from megafork.weights.policy_weights import export_policy
 
@@ -93,8 +104,8 @@ class Trainer:
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
         mine = {(r.group, r.sample): r for r in exchange(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
-        packer = partial(pack, cp=self.mesh.layout.cp, cp_rank=self.mesh.cp_rank, multiple=multiple, device=self.mesh.device)
-        return [[packer([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
+        packed = packer(self.mesh)
+        return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def select(self, micros: list[MicroBatch], step: int) -> Threshold:
         """Set the masks; the threshold is known to every rank."""

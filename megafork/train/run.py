@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
+from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.packing import pack, padding_multiple
 from megafork.shape import Shape, check_layout, read_shape
 from megafork.train.metrics import RunLog
 from megafork.train.update import Learner
@@ -35,6 +38,11 @@ class Inputs:
     tokenizer: Tokenizer
     train: list[Prompt]
     held_out: list[Prompt]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same from a run's start to its end. Reads all prompts, so once a process."""
+        return {"supervised": self.supervised, "shape": asdict(self.shape), "data": fingerprint(self.train)}
 
 
 def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
@@ -82,9 +90,15 @@ def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, t
     return Learner(chunks, recipe, mesh, updates=updates, temperature=temperature)
 
 
+def packer(mesh: Mesh) -> Callable[[list[Response]], MicroBatch]:
+    """Packs responses into a micro-batch as this rank sees it."""
+    multiple = padding_multiple(mesh.layout)
+    return partial(pack, cp=mesh.layout.cp, cp_rank=mesh.cp_rank, multiple=multiple, device=mesh.device)
+
+
 def save_checkpoint(step: int, learner: Learner, recipe: Recipe, inputs: Inputs, state: Mapping[str, Any]) -> None:
     """A checkpoint after `step`. Every rank calls."""
-    run = {"step": step, "update": learner.update, "recipe": recipe.model_dump(mode="json"), **_identity(inputs), **state}
+    run = {"step": step, "update": learner.update, "recipe": recipe.model_dump(mode="json"), **inputs.identity, **state}
     folder = checkpoint.folder_of(recipe.run_folder / "checkpoints", step)
     checkpoint.save(folder, learner.chunks, learner.optimizer, learner.mesh, run, keep_last=recipe.checkpoint.keep_last)
 
@@ -98,7 +112,7 @@ def check_resume(recipe: Recipe, inputs: Inputs) -> int:
     if not found:
         return 0
     step, folder = found[-1]
-    state, mine = checkpoint.read_state(folder), _identity(inputs)
+    state, mine = checkpoint.read_state(folder), inputs.identity
     mend = f"the run {recipe.run.name!r} was started with: restore it, or choose another run.name"
     if state["supervised"] != inputs.supervised:
         other = "megafork sft" if state["supervised"] else "megafork train"
@@ -120,11 +134,6 @@ def resume(learner: Learner, recipe: Recipe, inputs: Inputs) -> dict[str, Any] |
     state = checkpoint.load(folder, learner.chunks, learner.optimizer, learner.mesh)
     learner.update = state["update"]
     return state
-
-
-def _identity(inputs: Inputs) -> dict[str, Any]:
-    """What must stay the same from a run's start to its end."""
-    return {"supervised": inputs.supervised, "shape": asdict(inputs.shape), "data": fingerprint(inputs.train)}
 
 
 def export_hf(learner: Learner, inputs: Inputs, recipe: Recipe) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,9 @@ from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.packing import pack, padding_multiple, plan
+from megafork.rl.packing import padding_multiple, plan
 from megafork.train.clock import Clock
-from megafork.train.run import Metrics, build_learner, export_hf, log_metrics, open_log, read_inputs, resume, save_checkpoint
+from megafork.train.run import Metrics, build_learner, export_hf, log_metrics, open_log, packer, read_inputs, resume, save_checkpoint
 
 
 def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
@@ -86,8 +84,8 @@ def place(batch: list[Response], recipe: Recipe, mesh: Mesh) -> list[MicroBatch]
     """This rank's micro-batches, every response position selected and weighing one token of the whole batch."""
     multiple = padding_multiple(mesh.layout)
     placed = plan([row.length for row in batch], mesh.dp, recipe.micro_batch_tokens, multiple)[mesh.dp_rank]
-    packer = partial(pack, cp=mesh.layout.cp, cp_rank=mesh.cp_rank, multiple=multiple, device=mesh.device)
-    micros = [packer([batch[n] for n in members]) for members in placed]
+    packed = packer(mesh)
+    micros = [packed([batch[n] for n in members]) for members in placed]
     total = sum(len(row.tokens) for row in batch)
     for micro in micros:
         micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
