@@ -5,7 +5,6 @@ A rank that fails ends the run at once: the launcher prints that rank's tracebac
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -19,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megafork.compat import noise
+from megafork.process import die_with_parent
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
-from megafork.shape import check_layout, check_world, read_shape
+from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
+
+    from megafork.train.inputs import Inputs
 
 Command = Literal["train", "sft"]
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -40,14 +42,16 @@ def run(command: Command, recipe: Recipe) -> int:
     rank starts. A run that already has all its steps is said to be so.
     """
     noise.silence()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps collectives with matmuls in the order it launched them
     joined = "RANK" in os.environ or _join_slurm()
     world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
-    if preflight(command, recipe, world) >= recipe.train.steps and not _unfinished(recipe):
+    inputs, done = preflight(command, recipe, world)
+    if done >= recipe.train.steps and not _unfinished(recipe):
         _say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
         return DONE
     if not joined:
         return _start(command, recipe, world)
-    code = _rank(command, recipe)
+    code = _rank(command, recipe, inputs)
     if code != DONE:
         _leave(code)
     return DONE
@@ -58,17 +62,17 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def preflight(command: Command, recipe: Recipe, world: int) -> int:
+def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:
     """Check everything about the input that can be known before ranks start. Raises RecipeError, for what is quickly seen first.
 
-    Returns the step that the run folder's newest checkpoint holds, 0 without any.
+    Returns what was read, and the step that the run folder's newest checkpoint holds, 0 without any.
     """
     check_world(recipe.parallel, world)
-    if command == "train" and world % recipe.rollout.tp:
-        raise RecipeError(f"rollout.tp is {recipe.rollout.tp}, which does not divide the {world} ranks: choose one that does")
+    if command == "train":
+        check_engines(recipe.rollout.tp, world)
     check_layout(read_shape(Path(recipe.model.path)), recipe.parallel)
     from megafork.data.reward import Verifiers
-    from megafork.train.run import check_resume, read_inputs
+    from megafork.train.inputs import check_resume, read_inputs
     from megafork.train.sft import examples
 
     if command == "train" and ":" in recipe.reward.verifier:  # a file of the user's own may not load
@@ -77,7 +81,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> int:
     inputs = read_inputs(recipe, supervised=command == "sft")
     if command == "sft":
         examples(inputs.train, inputs.tokenizer, recipe)
-    return check_resume(recipe, inputs)
+    return inputs, check_resume(recipe, inputs)
 
 
 def _unfinished(recipe: Recipe) -> bool:
@@ -213,16 +217,23 @@ def _say(text: str) -> None:
     sys.stderr.write(text.rstrip() + "\n")
 
 
-def _rank(command: Command, recipe: Recipe) -> int:
+def _rank(command: Command, recipe: Recipe, inputs: Inputs | None = None) -> int:
     """This process is a rank: join the others and run. Whatever goes wrong is told to whoever started it."""
     try:
         from megafork.parallel.mesh import build_mesh, join_world
+        from megafork.train.inputs import read_inputs
         from megafork.train.loop import train
+        from megafork.train.run import Stopped
         from megafork.train.sft import sft
 
         device = join_world()
         mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
-        {"train": train, "sft": sft}[command](recipe, mesh)
+        inputs = inputs or read_inputs(recipe, supervised=command == "sft")
+        try:
+            {"train": train, "sft": sft}[command](recipe, mesh, inputs)
+        except Stopped as reason:
+            _record(str(reason))
+            return FAILED
     except RecipeError as error:
         _record(str(error))
         return WRONG_INPUT
@@ -241,16 +252,6 @@ def _record(message: str) -> None:
         _say(f"rank {os.environ['RANK']}: {message}")
 
 
-def _die_with_launcher() -> None:
-    """A launcher that is killed by SIGKILL can't stop its ranks: ask the kernel to (Linux)."""
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(os.environ[_LAUNCHER]):  # it died before the call
-        os._exit(FAILED)
-
-
 def _leave(code: int) -> None:
     """End at once: exit handlers of libraries wait for peers that may be gone."""
     sys.stdout.flush()
@@ -260,7 +261,7 @@ def _leave(code: int) -> None:
 
 def _main(command: str, recipe_file: str) -> None:
     """A rank that `_start` started."""
-    _die_with_launcher()
+    die_with_parent(int(os.environ[_LAUNCHER]))  # a launcher that is killed by SIGKILL can't stop its ranks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end at once, also inside of a collective
     if os.environ["RANK"] != "0":
         os.dup2(2, 1)  # both streams were opened on the same file: one position for both

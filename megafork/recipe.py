@@ -84,6 +84,10 @@ class Parallel(Section):
     """Context parallel size: ranks that share each sequence's tokens."""
     sp: bool = False
     """Sequence parallel: split norms and residuals over the TP ranks (needs tp > 1)."""
+    first_stage_layers: Count | None = None
+    """Layers of the first pipeline stage, which also holds the embedding. Empty: as many as the stages between."""
+    last_stage_layers: Count | None = None
+    """Layers of the last pipeline stage, which also holds the head. Empty: as many as the stages between."""
 
     @model_validator(mode="after")
     def _possible(self) -> Parallel:
@@ -91,12 +95,25 @@ class Parallel(Section):
             raise ValueError("parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp is {self.vpp} but parallel.pp is 1: set parallel.vpp=1, or a pp above 1")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if getattr(self, name) is not None and self.pp == 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)} but parallel.pp is 1: leave it out, or set a pp above 1")
         return self
 
     @property
     def model_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tp * self.pp * self.cp
+
+    @property
+    def sequence_multiple(self) -> int:
+        """To what multiple each sequence is padded: 2 cp chunks a sequence, and tokens that the sequence-parallel ranks share evenly."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """To what multiple the number of micro-batches is raised: the interleaved schedule wants whole rounds of all stages."""
+        return self.pp if self.vpp > 1 else 1
 
 
 class Data(Section):
@@ -222,6 +239,8 @@ class Optimizer(Section):
     """Adam's epsilon."""
     grad_clip: NonNegative = 1.0
     """Global gradient norm at most this; 0 turns clipping off."""
+    overlap: bool = False
+    """Reduce gradients during the backward and gather updated weights during the next forward, instead of before and after it."""
 
     @model_validator(mode="after")
     def _rate_falls(self) -> Optimizer:
@@ -253,6 +272,8 @@ class Checkpoint(Section):
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     export_hf: bool = True
     """Write the trained model as a Hugging Face folder `hf/` after the last step."""
+    background: bool = False
+    """Write checkpoints while training goes on, from a copy in host memory; a rank forks a process for it."""
 
 
 class Eval(Section):
@@ -305,20 +326,27 @@ class Recipe(Section):
                 f"reward.overlong_buffer is {self.reward.overlong_buffer} but rollout.max_response_length is "
                 f"{self.rollout.max_response_length}: choose a smaller buffer, or reward.overlong=none"
             )
-        if self.train.micro_batch_tokens is not None and self.train.micro_batch_tokens < self.longest_sequence:
+        if self.train.micro_batch_tokens is not None and self.train.micro_batch_tokens < self.longest_padded:
             raise ValueError(
-                f"train.micro_batch_tokens is {self.train.micro_batch_tokens} but one sequence may have {self.longest_sequence} tokens "
-                "(data.max_prompt_length + rollout.max_response_length): raise it to at least that"
+                f"train.micro_batch_tokens is {self.train.micro_batch_tokens} but one sequence may have {self.longest_padded} tokens "
+                "(data.max_prompt_length + rollout.max_response_length, padded for cp and sp): raise it to at least that"
             )
         return self
 
     @property
     def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response together."""
         return self.data.max_prompt_length + self.rollout.max_response_length
 
     @property
+    def longest_padded(self) -> int:
+        """The same, padded as the layout asks."""
+        multiple = self.parallel.sequence_multiple
+        return -(-self.longest_sequence // multiple) * multiple
+
+    @property
     def micro_batch_tokens(self) -> int:
-        return self.train.micro_batch_tokens or self.longest_sequence
+        return self.train.micro_batch_tokens or self.longest_padded
 
     @property
     def run_folder(self) -> Path:

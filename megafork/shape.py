@@ -94,6 +94,26 @@ def check_world(layout: Parallel, ranks: int) -> None:
         )
 
 
+def check_engines(rollout_tp: int, ranks: int) -> None:
+    """Refuse roll-out engines that do not share the ranks evenly."""
+    if ranks % rollout_tp:
+        raise RecipeError(f"rollout.tp is {rollout_tp}, which does not divide the {ranks} ranks: choose one that does")
+
+
+def stage_layers(layers: int, layout: Parallel) -> list[int]:
+    """Layers of each pipeline stage: as given for the first and the last, the rest shared equally (rounded down: see `check_layout`)."""
+    given = {0: layout.first_stage_layers, layout.pp - 1: layout.last_stage_layers}
+    fixed = {stage: count for stage, count in given.items() if count is not None}
+    rest = (layers - sum(fixed.values())) // max(layout.pp - len(fixed), 1)
+    return [fixed.get(stage, rest) for stage in range(layout.pp)]
+
+
+def stage_of_layer(layers: int, layout: Parallel) -> list[int]:
+    """The pipeline stage that holds each layer. With vpp the model goes round the stages vpp times."""
+    counts = stage_layers(layers, layout)
+    return [stage for _ in range(layout.vpp) for stage, count in enumerate(counts) for _ in range(count // layout.vpp)]
+
+
 def check_layout(shape: Shape, layout: Parallel) -> None:
     """Refuse a layout that this model cannot be split into, naming the reason."""
     if shape.heads % layout.tp:
@@ -105,9 +125,13 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
     for name, size in (("hidden_size", shape.hidden), ("intermediate_size", shape.ffn)):
         if size % layout.tp:
             raise RecipeError(f"parallel.tp is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
-    if shape.layers % (layout.pp * layout.vpp):
+    counts = stage_layers(shape.layers, layout)
+    if min(counts) < 1 or sum(counts) != shape.layers or any(count % layout.vpp for count in counts):
+        given = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers, "vpp": layout.vpp}
+        rest = "".join(f", {name} {value}" for name, value in given.items() if value not in (None, 1))
         raise RecipeError(
-            f"parallel.pp x vpp is {layout.pp} x {layout.vpp} but the model has {shape.layers} layers: choose a product that divides them"
+            f"parallel.pp is {layout.pp}{rest}, but the model has {shape.layers} layers: each stage needs equally many in each of its vpp "
+            "parts, and all stages but the first and the last equally many; choose other numbers"
         )
     if shape.rope_scaling is not None and shape.rope_scaling.get("rope_type") != "llama3":
         raise RecipeError(f"the model's rope scaling is {shape.rope_scaling.get('rope_type')!r}: megafork knows `default` and `llama3`")

@@ -45,7 +45,8 @@ LAYOUTS = {
     ("parallel.tp=2", "run.ranks=3"): "parallel.tp x pp x cp is 2 x 1 x 1 = 2, which does not divide the 3 ranks: start a multiple",
     ("rollout.tp=2", "run.ranks=3"): "rollout.tp is 2, which does not divide the 3 ranks: choose one that does",
     ("rollout.tp=8", "run.ranks=8"): "rollout.tp is 8 but the model has 4 attention heads",
-    ("parallel.pp=2", "parallel.vpp=2"): "parallel.pp x vpp is 2 x 2 but the model has 2 layers: choose a product that divides them",
+    ("parallel.pp=2", "parallel.vpp=2"): "parallel.pp is 2, vpp 2, but the model has 2 layers: each stage needs equally many",
+    ("parallel.pp=2", "parallel.first_stage_layers=2"): "parallel.pp is 2, first_stage_layers 2, but the model has 2 layers",
     ("rollout.max_response_length=600", "train.micro_batch_tokens=608"): "is 608 but the model knows 512 positions",
     ("model.path=nowhere",): "model.path is 'nowhere': no such folder; give a Hugging Face model folder",
     ("data.train=nowhere.jsonl",): "data.train is 'nowhere.jsonl': no such file; give a .jsonl or .parquet file",
@@ -159,7 +160,7 @@ def test_a_verifier_of_ones_own_needs_no_answers(task: Path) -> None:
     (task / "mine.py").write_text("def score(text, row): return 1")
     (task / "train.jsonl").write_text('{"prompt": "max 1 2 ="}')
     (task / "held_out.jsonl").write_text('{"prompt": "max 1 3 ="}')
-    assert preflight("train", load_recipe("recipe.yaml", ["reward.verifier=mine.py:score"]), 1) == 0
+    assert preflight("train", load_recipe("recipe.yaml", ["reward.verifier=mine.py:score"]), 1)[1] == 0
 
 
 @pytest.mark.slow
@@ -205,7 +206,7 @@ def test_a_run_folder_that_the_recipe_does_not_fit(task: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout.splitlines()[-1])["run"] == "runs/run"
     recipe = load_recipe("recipe.yaml", ["train.steps=2"])
-    assert preflight("sft", recipe, 1) == 2
+    assert preflight("sft", recipe, 1)[1] == 2
 
     assert "run.name is 'run', which is a run of `megafork sft`: choose another run.name" in refused()
     make_task(task / "other", num_hidden_layers=4)
@@ -231,7 +232,7 @@ def test_a_run_folder_that_the_recipe_does_not_fit(task: Path) -> None:
         (checkpoint / name).write_bytes(content[:50])
         assert "the checkpoint step_000002 is damaged" in refused(command="sft")
         (checkpoint / name).write_bytes(content)
-    assert preflight("sft", recipe, 1) == 2
+    assert preflight("sft", recipe, 1)[1] == 2
 
 
 VERIFIER = """

@@ -36,7 +36,7 @@ from megafork.rollout.engine import Request, Sampling
 from megafork.shape import read_shape
 from megafork.train.sft import cross_entropy, place
 from megafork.train.update import Learner
-from megafork.weights import checkpoint
+from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy
 
@@ -128,7 +128,7 @@ def _learner(spec: Recipe) -> tuple[Learner, Mesh]:
     shape = read_shape(folder)
     chunks = build_policy(shape, spec, mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    return Learner(chunks, spec, mesh, updates=9), mesh
+    return Learner(chunks, spec, mesh, updates=9, temperature=1.0), mesh
 
 
 def _raised(function: Any, *args: Any, **kwargs: Any) -> str:
@@ -168,9 +168,10 @@ def _optimizer_life(spec: Recipe, folder: Path) -> dict[str, Any]:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
     adam.step()
-    checkpoint.save(folder, learner.chunks, learner.optimizer, mesh, {}, keep_last=1)
+    checkpoints = Checkpoints(folder, mesh, keep_last=1)
+    checkpoints.save(1, learner.chunks, learner.optimizer, {})
     inner.__class__ = DistributedOptimizer
-    seen["load without the fixes"] = _raised(checkpoint.load, folder, learner.chunks, learner.optimizer, mesh)
+    seen["load without the fixes"] = _raised(checkpoints.load, 1, learner.chunks, learner.optimizer)
     inner.__class__ = megatron_fixes.FixedDistributedOptimizer
     saved = inner.state_dict()
 
@@ -180,16 +181,15 @@ def _optimizer_life(spec: Recipe, folder: Path) -> dict[str, Any]:
         return [float(state["step"]) for state in adam.state.values()]
 
     seen["steps without the fix"] = steps(DistributedOptimizer.load_state_dict)
-    checkpoint.load(folder, learner.chunks, learner.optimizer, mesh)
+    checkpoints.load(1, learner.chunks, learner.optimizer)
     adam.step()
     seen["steps"] = [float(state["step"]) for state in adam.state.values()]
     return seen
 
 
 def test_optimizer_state_survives_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
     spec = recipe(save_model(tmp_path / "model"))
-    [seen] = on_ranks(1, _optimizer_life, spec, tmp_path / "checkpoints/step_000001")
+    [seen] = on_ranks(1, _optimizer_life, spec, tmp_path / "checkpoints")
     assert seen["state_dict works"] == ""
     assert seen["state_dict before a step"].startswith("AssertionError")
     assert seen["load without the fixes"] == "KeyError: 'step'"
@@ -197,23 +197,27 @@ def test_optimizer_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert max(seen["steps without the fix"]) > 2.0, "the parameters share one count of steps"
 
 
-def _queue_processes() -> tuple[int, int, bool]:
+def _queue_processes(file: Path) -> tuple[int, int]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    megatron_fixes.use_plain_results_queue()
-    plain = isinstance(filesystem_async._get_write_results_queue(), queue.Queue)
+    megatron_fixes.use_file_for_results(file)
+    results = filesystem_async._get_write_results_queue()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    results.put({"any": "thing"})
+    assert results.get_nowait() == {"any": "thing"}
     fixed = len(psutil.Process().children())
     filesystem_async._results_queue = None
     filesystem_async._get_write_results_queue()
     started = psutil.Process().children()
     for process in started:
         process.kill()
-    return fixed, len(started), plain
+    return fixed, len(started)
 
 
-def test_saving_starts_no_manager_process() -> None:
-    [(fixed, upstream, plain)] = on_ranks(1, _queue_processes)
-    assert plain and fixed == 0
+def test_saving_starts_no_manager_process(tmp_path: Path) -> None:
+    [(fixed, upstream)] = on_ranks(1, _queue_processes, tmp_path / "results")
+    assert fixed == 0
     assert upstream > 0
 
 

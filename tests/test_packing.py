@@ -17,7 +17,7 @@ from megafork.parallel.context import unzigzag_index, zigzag_index
 from megafork.recipe import Parallel
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
-from megafork.rl.packing import pack, padding_multiple, plan
+from megafork.rl.packing import pack, plan
 
 CP = pytest.mark.parametrize(("cp", "multiple"), [(1, 1), (1, 8), (2, 4), (2, 16), (4, 8), (4, 32)])
 
@@ -73,8 +73,8 @@ def test_micro_batches_of_a_rank_are_even() -> None:
     ("layout", "multiple"),
     [({}, 1), ({"tp": 4}, 1), ({"tp": 4, "sp": True}, 4), ({"cp": 2}, 4), ({"cp": 4, "tp": 2}, 8), ({"cp": 2, "tp": 2, "sp": True}, 8)],
 )
-def test_padding_multiple(layout: dict[str, object], multiple: int) -> None:
-    assert padding_multiple(Parallel.model_validate(layout)) == multiple
+def test_sequence_multiple(layout: dict[str, object], multiple: int) -> None:
+    assert Parallel.model_validate(layout).sequence_multiple == multiple
 
 
 # ---- the zigzag split

@@ -103,6 +103,10 @@ FILES = {
     LEAST + "train: {steps: 1}\nloss: {}\ntrain: {minibatches: 2}\n": "recipe 'recipe.yaml' is not valid YAML: 'train' is given twice",
     LEAST + "train:\n  steps: 1\n  steps: 2\n": "recipe 'recipe.yaml' is not valid YAML: 'steps' is given twice",
     LEAST + "extends: 5\n": "extends is 5: give one recipe's path, relative to 'recipe.yaml'",
+    LEAST + "parallel: {tp: 2, sp: true, cp: 2}\nrollout: {max_response_length: 20481}\ntrain: {micro_batch_tokens: 22530}\n": (
+        "train.micro_batch_tokens is 22530 but one sequence may have 22536 tokens"
+    ),
+    LEAST + "parallel: {first_stage_layers: 3}\n": "parallel.first_stage_layers is 3 but parallel.pp is 1: leave it out",
     LEAST + "optimizer: {lr: fast}\ntrain: {steps: 0}\n": "optimizer.lr is 'fast': must be a number, above 0; train.steps is 0: must be",
 }
 

@@ -1,7 +1,9 @@
-"""The update's invariants: every layout gives the loss, gradients and weights of a plain float64 implementation on transformers."""
+"""The central invariant: every layout gives the mask, the metrics and the weights of a plain float64 implementation on transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,148 +11,170 @@ import pytest
 import torch
 from ranks import on_ranks
 from tiny import recipe, save_model
+from training import reference, train_on_rank
 
-from megafork.model.qwen3 import build_policy
-from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
-from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.forks import ForkGroups, select_forks
-from megafork.rl.loss import set_weights, token_loss
-from megafork.rl.packing import pack, plan
-from megafork.shape import read_shape
-from megafork.train.update import Learner
-from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.policy_weights import export_policy, load_policy
-
-STEPS = 3
-
-
-def responses(seed: int = 5, count: int = 12) -> list[Response]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for n in range(count):
-        lengths = torch.randint(1, 17, (2,), generator=generator).tolist()
-        prompt, answer = (torch.randint(0, 99, (length,), generator=generator, dtype=torch.int32) for length in lengths)
-        advantage = float(torch.randn((), generator=generator))
-        made.append(
-            Response(n // 4, n % 4, n // 4, prompt, answer, -torch.rand(lengths[1], generator=generator), False, advantage=advantage)
-        )
-    return made
-
-
-def _train_on_rank(spec: Recipe, budget: int) -> dict[str, Any]:
-    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    folder = Path(spec.model.path)
-    shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
-    load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    learner = Learner(chunks, spec, mesh, updates=STEPS)
-    groups = ForkGroups(mesh.token_group, mesh.cp_group)
-    every = responses()
-    multiple = 2 * mesh.layout.cp * mesh.layout.tp if mesh.layout.cp > 1 or mesh.layout.sp else 1
-    placed = plan([r.length for r in every], mesh.dp, budget, multiple)[mesh.dp_rank]
-    history, masks = [], {}
-    for step in range(STEPS):
-        micros = [pack([every[n] for n in members], cp=mesh.layout.cp, cp_rank=mesh.cp_rank, multiple=multiple) for members in placed]
-        learner.score(micros)
-        found = None
-        if mesh.is_last_stage:
-            found = select_forks(micros, spec.forks, groups, seed=1, step=step)
-            set_weights(micros, spec.forks, spec.loss, groups)
-            for micro in micros:
-                masks.update(_by_token(micro, step))
-        history.append((learner.train(micros, _loss(spec)), found))
-    return {"history": history, "masks": masks, "weights": dict(export_policy(chunks, shape, mesh))}
-
-
-def _loss(spec: Recipe):  # type: ignore[no-untyped-def]
-    def loss(log_prob: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        value, clipped = token_loss(log_prob, micro.old_log_prob[micro.mask], micro.advantage[micro.mask], spec.loss)
-        return value, {"clipped": clipped.sum()}
-
-    return loss
-
-
-def _by_token(micro: MicroBatch, step: int) -> dict[tuple[int, int, int, int], bool]:
-    names = [(micro.responses[s].group, micro.responses[s].sample, o) for s, o in zip(micro.sequence, micro.offset, strict=True)]
-    return {(step, g, s, int(o)): bool(m) for (g, s, o), m in zip(names, micro.mask, strict=True)}
-
-
-def reference(folder: Path, spec: Recipe) -> dict[str, Any]:
-    """The same three steps in float64 on transformers with torch's AdamW, one response at a time."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    o = spec.optimizer
-    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-    every, history, masks = responses(), [], {}
-    for step in range(STEPS):
-        scored = [_score(model, r, spec.rollout.temperature) for r in every]
-        entropies = torch.cat([entropy.detach() for _, entropy in scored])
-        k = -(-len(entropies) * round(spec.forks.top_entropy_quantile * 1000) // 1000)
-        tau = entropies.sort(descending=True).values[k - 1]
-        total = sum(int((entropy >= tau).sum()) for _, entropy in scored)
-        loss = torch.zeros((), dtype=torch.float64)
-        for r, (log_prob, entropy) in zip(every, scored, strict=True):
-            mask = entropy.detach() >= tau
-            masks.update({(step, r.group, r.sample, n): bool(m) for n, m in enumerate(mask)})
-            ratio = (log_prob - log_prob.detach()).exp()
-            loss = loss - (torch.minimum(ratio * r.advantage, ratio.clamp(0.8, 1.28) * r.advantage) * mask).sum() / total
-        adam.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
-        adam.step()
-        history.append({"loss": loss.item(), "grad_norm": norm.item(), "tau": float(tau)})
-    return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
-
-
-def _score(model: Any, r: Response, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.cat([r.prompt_tokens, r.tokens]).long()
-    logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
-    logp = logits.log_softmax(-1)
-    return logp.gather(-1, r.tokens.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
-    "TP2": (2, {"tp": 2}),
-    "TP2 SP": (2, {"tp": 2, "sp": True}),
+    "TP2": (2, {"parallel": {"tp": 2}}),
+    "TP2 SP": (2, {"parallel": {"tp": 2, "sp": True}}),
+    "TP4 SP, 2 KV heads": (4, {"parallel": {"tp": 4, "sp": True}}),
     "DP2": (2, {}),
-    "PP2": (2, {"pp": 2}),
-    "CP2": (2, {"cp": 2}),
+    "DP2 overlap": (2, {"optimizer": {"overlap": True}}),
+    "PP2": (2, {"parallel": {"pp": 2}}),
+    "PP2 VPP2": (2, {"parallel": {"pp": 2, "vpp": 2}}),
+    "PP2 VPP2 DP2 overlap": (4, {"parallel": {"pp": 2, "vpp": 2}, "optimizer": {"overlap": True}}),
+    "PP2 uneven": (2, {"parallel": {"pp": 2, "first_stage_layers": 3}}),
+    "PP4": (4, {"parallel": {"pp": 4}}),
+    "CP2": (2, {"parallel": {"cp": 2}}),
+    "CP2 TP2 SP": (4, {"parallel": {"cp": 2, "tp": 2, "sp": True}}),
+    "DP2 PP2": (4, {"parallel": {"pp": 2}}),
+    "TP2 PP2 CP2": (8, {"parallel": {"tp": 2, "pp": 2, "cp": 2}}),
+    "TP2 recompute all": (2, {"parallel": {"tp": 2}, "model": {"recompute": "full"}}),
+    "CP2 recompute attention": (2, {"parallel": {"cp": 2}, "model": {"recompute": "selective"}}),
 }
+SHARES = (0.2, 1.0)
 
 
-@pytest.mark.parametrize("rho", [0.2, 1.0])
-@pytest.mark.parametrize("tied", [True, False])
+def specs(folder: Path, sections: dict[str, Any]) -> list[Recipe]:
+    base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
+    return [recipe(folder, **merged, forks={"top_entropy_quantile": rho}) for rho in SHARES]
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[Path, list[dict[str, Any]]]]:
+    """A model and what the reference makes of it, by whether its embedding is tied."""
+
+    @cache
+    def make(tied: bool) -> tuple[Path, list[dict[str, Any]]]:
+        folder = save_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=tied)
+        return folder, [reference(spec) for spec in specs(folder, {})]
+
+    return make
+
+
+def compare(results: list[list[dict[str, Any]]], wanted: list[dict[str, Any]], plain: list[dict[str, Any]] | None = None) -> None:
+    """Every rank's results against the reference, and every metric against another layout's."""
+    for n, want in enumerate(wanted):
+        masks: dict[Any, bool] = {}
+        for result in results:
+            masks.update(result[n]["masks"])
+        assert masks == want["masks"]
+        for result in results:
+            history = result[n]["history"]
+            assert history == results[0][n]["history"], "every rank knows the same numbers"
+            for got, expected in zip(history, want["history"], strict=True):
+                for name, value in expected.items():
+                    assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+            if plain is not None:
+                for got, expected in zip(history, plain[n]["history"], strict=True):
+                    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+            for name, tensor in result[n]["weights"].items():
+                assert (tensor.double() - want["weights"][name]).abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_updates_equal_the_float64_reference(layout: str, tied: bool, rho: float, tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "m", tie_word_embeddings=tied)
-    world, parallel = LAYOUTS[layout]
-    spec = recipe(folder, parallel=parallel, forks={"top_entropy_quantile": rho})
-    wanted = reference(folder, spec)
-    results = on_ranks(world, _train_on_rank, spec, 64)
-    masks: dict[Any, bool] = {}
-    for result in results:
-        masks.update(result["masks"])
-    assert masks == wanted["masks"]
-    for result in results:
-        for (got, found), want in zip(result["history"], wanted["history"], strict=True):
-            assert got["loss"] == pytest.approx(want["loss"], rel=1e-4, abs=1e-6)
-            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
-            if found is not None:
-                assert found.tau == pytest.approx(want["tau"], rel=1e-5)
-        for name, tensor in result["weights"].items():
-            assert (tensor.double() - wanted["weights"][name]).abs().max() < 2e-5, name
+def test_three_steps_equal_the_float64_reference(layout: str, tied: bool, wanted: Any) -> None:
+    folder, expected = wanted(tied)
+    world, sections = LAYOUTS[layout]
+    [plain] = on_ranks(1, train_on_rank, specs(folder, {}))
+    assert any(step["loss/clip_fraction"] > 0 for result in plain for step in result["history"]), "the clip is part of what is tested"
+    compare(on_ranks(world, train_on_rank, specs(folder, sections)), expected, plain)
 
 
 def test_rho_one_is_plain_dapo_to_the_last_bit(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m")
-    specs = [recipe(folder, parallel={"tp": 2}, forks=forks) for forks in ({"top_entropy_quantile": 1.0}, {"select": "all"})]
-    forked, plain = (on_ranks(2, _train_on_rank, spec, 64)[0] for spec in specs)
-    assert [got for got, _ in forked["history"]] == [got for got, _ in plain["history"]]
+    pair = [recipe(folder, parallel={"tp": 2}, forks=forks) for forks in ({"top_entropy_quantile": 1.0}, {"select": "all"})]
+    forked, plain = on_ranks(2, train_on_rank, pair)[0]
+    undefined = "forks/tau", "forks/ties"
+    numbers = [[{k: v for k, v in step.items() if k not in undefined} for step in run["history"]] for run in (forked, plain)]
+    assert numbers[0] == numbers[1]
     assert forked["masks"] == plain["masks"]
     assert all(torch.equal(tensor, plain["weights"][name]) for name, tensor in forked["weights"].items())
+
+
+def _neighbour_labels() -> None:
+    """Labels by shifting each CP rank's own tokens: wrong at the edges of its chunks, where the next token is another rank's."""
+    from megafork.train import run
+
+    packer = run.packer
+
+    def planted(mesh: Any) -> Any:
+        pack = packer(mesh)
+
+        def shifted(responses: list[Any]) -> Any:
+            micro = pack(responses)
+            fed = micro.offset + 1 < torch.tensor([len(r.tokens) for r in micro.responses] or [0])[micro.sequence]
+            micro.targets = torch.where(fed, micro.tokens[0].roll(-1)[micro.positions], micro.targets)
+            return micro
+
+        return shifted
+
+    _replace("training", "packer", planted)
+
+
+def _own_denominator() -> None:
+    """Each rank divides by its own count of tokens."""
+    from megafork.rl import loss
+
+    loss._sum = lambda value, group: value
+
+
+def _norms_not_summed() -> None:
+    """The norms' gradients, of a share of the tokens on each sequence-parallel rank, are not summed over them."""
+    from megafork.model import policy, qwen3
+
+    class Planted(policy.RMSNorm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+
+    qwen3.RMSNorm = Planted  # type: ignore[misc]
+
+
+def _layers_in_a_row() -> None:
+    """A stage's chunks hold consecutive layers, instead of going round the stages."""
+    from megafork.parallel.mesh import mpu
+    from megafork.weights import policy_weights
+
+    load = policy_weights.load_policy
+
+    def planted(chunks: list[Any], *args: Any) -> None:
+        per_chunk = len(chunks[0].decoder.layers)
+        right = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in chunks]
+        for n, chunk in enumerate(chunks):
+            for m, layer in enumerate(chunk.decoder.layers):
+                layer.layer_number = 1 + (mpu.get_pipeline_model_parallel_rank() * len(chunks) + n) * per_chunk + m
+        load(chunks, *args)
+        for chunk, numbers in zip(chunks, right, strict=True):
+            for layer, number in zip(chunk.decoder.layers, numbers, strict=True):
+                layer.layer_number = number
+
+    policy_weights.load_policy = planted  # type: ignore[assignment]
+
+
+def _replace(module: str, name: str, value: Any) -> None:
+    import sys
+
+    setattr(sys.modules[module], name, value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "plant"),
+    [
+        ("CP2", _neighbour_labels),
+        ("DP2", _own_denominator),
+        ("TP2 SP", _norms_not_summed),
+        ("PP2 VPP2", _layers_in_a_row),
+    ],
+    ids=["CP label shift", "loss denominator", "SP norm gradient", "VPP order"],
+)
+def test_a_planted_bug_is_found(layout: str, plant: Callable[[], None], wanted: Any) -> None:
+    folder, expected = wanted(False)
+    world, sections = LAYOUTS[layout]
+    results = on_ranks(world, train_on_rank, specs(folder, sections), plant)
+    with pytest.raises(AssertionError):
+        compare(results, expected)

@@ -40,7 +40,7 @@ def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtyp
     return folder
 
 
-def recipe(model: Path, **sections: dict[str, Any]) -> Recipe:
+def recipe(model: Path, /, **sections: dict[str, Any]) -> Recipe:
     """A small fp32 recipe with the given changes."""
     base: dict[str, dict[str, Any]] = {
         "model": {"path": str(model)},

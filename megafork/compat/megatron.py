@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +53,22 @@ def fix_optimizer_state(optimizer: Any) -> None:
                 }
 
 
-def use_plain_results_queue() -> None:
-    """A checkpoint written by the rank itself needs no manager process to collect its results: upstream starts one a rank, which imports
-    `__main__` again (0.4 GB) and outlives a rank that ends by `os._exit`. Call before saving."""
-    filesystem_async._results_queue = queue.Queue()
+class _FileQueue:
+    """A queue for one item, in a file: written by a forked process, read by the one that forked it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def put(self, item: Any) -> None:
+        self.file.write_bytes(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        if not self.file.exists():
+            raise queue.Empty
+        return pickle.loads(self.file.read_bytes())
+
+
+def use_file_for_results(file: Path) -> None:
+    """Tell what a checkpoint's writer wrote through `file`, new for each save and rank. Upstream starts a manager process a rank for it,
+    which imports `__main__` again (0.4 GB) and outlives a rank that ends by `os._exit`; a pipe would hold 64 KB. Call before saving."""
+    filesystem_async._results_queue = _FileQueue(file)

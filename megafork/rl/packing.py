@@ -11,20 +11,14 @@ from collections.abc import Sequence
 import torch
 
 from megafork.parallel.context import zigzag_index
-from megafork.recipe import Parallel
 from megafork.rl.batch import MicroBatch, Response
 
 
-def padding_multiple(layout: Parallel) -> int:
-    """To what multiple each sequence is padded: 2 cp chunks a sequence, and tokens that the sequence-parallel ranks share evenly."""
-    return (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
-
-
-def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:
+def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1, count_multiple: int = 1) -> list[list[list[int]]]:
     """Indices of the sequences in each micro-batch of each DP rank: plan[rank][micro] -> indices.
 
     Sequences are padded to `multiple`; a micro-batch holds at most `budget` padded tokens (one longer sequence alone may exceed it).
-    Every rank gets the same number of micro-batches, some of which may be empty when there are fewer sequences than ranks.
+    Every rank gets the same number of micro-batches, a multiple of `count_multiple`; some may be empty when there are few sequences.
     Balanced greedily, the longest first (LPT), by linear plus quadratic cost.
     """
     padded = [-(-length // multiple) * multiple for length in lengths]
@@ -38,6 +32,7 @@ def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1) -> lis
             count += 1
             micros = _pack([order[n] for n in members], padded, budget, count)
         result.append(micros)
+    count = -(-count // count_multiple) * count_multiple
     return [micros + [[] for _ in range(count - len(micros))] for micros in result]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Recipe
 from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.shape import check_engines
 
 
 class ColocatedEngine:
@@ -23,10 +24,7 @@ class ColocatedEngine:
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
-        if mesh.world % recipe.rollout.tp:
-            raise RecipeError(
-                f"rollout.tp is {recipe.rollout.tp}, which does not divide the {mesh.world} ranks: choose a roll-out size that divides them"
-            )
+        check_engines(recipe.rollout.tp, mesh.world)
         vllm_fixes.prepare()
         import vllm
 

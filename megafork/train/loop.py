@@ -12,30 +12,20 @@ from torch import Tensor
 
 from megafork.data.reward import Verifiers
 from megafork.parallel.mesh import Mesh
-from megafork.parallel.quantile import Threshold, percentiles
-from megafork.parallel.reduce import from_last_stage, over_tokens, over_world
+from megafork.parallel.quantile import Threshold
+from megafork.parallel.reduce import from_last_stage, over_world
 from megafork.recipe import Loss, Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import set_weights, token_loss
-from megafork.rl.packing import padding_multiple, plan
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
+from megafork.train.inputs import Inputs
 from megafork.train.record import write_rollouts
-from megafork.train.run import (
-    Inputs,
-    Metrics,
-    build_learner,
-    export_hf,
-    log_metrics,
-    open_log,
-    packer,
-    read_inputs,
-    resume,
-    save_checkpoint,
-)
+from megafork.train.run import Metrics, Run, build_learner, packer, placement
 from megafork.train.sampler import Collected, Outcome, Sampler, evaluate
+from megafork.train.summary import entropy_metrics, update_metrics
 from megafork.weights.policy_weights import export_policy
 
 
@@ -69,7 +59,7 @@ class Trainer:
         if everything:
             with clock("score"):
                 self.learner.score(everything)
-                entropies = self.entropy_metrics(everything)
+                entropies = entropy_metrics(everything, self.groups, self.mesh)
             with clock("update"):
                 if self.recipe.forks.scope == "batch":
                     thresholds.append(self.select(everything, step))
@@ -88,18 +78,17 @@ class Trainer:
             write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
         metrics = self.sample_metrics(collected, everything)
         if everything:
-            metrics |= entropies | self.update_metrics(everything, thresholds, updates)
+            metrics |= entropies | update_metrics(everything, thresholds, updates, self.mesh)
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
     def place(self, collected: Collected) -> list[list[MicroBatch]]:
         """Send each response to the ranks that train on it; this rank's packed micro-batches of each mini-batch that has any."""
-        multiple = padding_multiple(self.mesh.layout)
         plans: list[list[list[Outcome]]] = []
         dp_rank_of: dict[tuple[int, int], int] = {}
         for groups in _split(collected.groups, self.recipe.train.minibatches):
             outcomes = [outcome for outcome in collected.outcomes if outcome.group in groups]
-            placed = plan([o.prompt_tokens + o.tokens - 1 for o in outcomes], self.mesh.dp, self.recipe.micro_batch_tokens, multiple)
+            placed = placement([o.prompt_tokens + o.tokens - 1 for o in outcomes], self.recipe, self.mesh)
             for rank, micros in enumerate(placed):
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
@@ -115,51 +104,8 @@ class Trainer:
         return from_last_stage(found, self.mesh)
 
     def refit(self, version: int) -> None:
+        self.learner.settle()
         self.engine.refit(export_policy(self.learner.chunks, self.inputs.shape, self.mesh), version)
-
-    def entropy_metrics(self, micros: list[MicroBatch]) -> Metrics:
-        """Entropy of the step's response tokens and the engine's log-probs against the trainer's, before any update."""
-        shares: dict[str, float] = {}
-        sums: dict[str, Tensor | float] = {}
-        worst: dict[str, Tensor | float] = {}
-        if self.mesh.is_last_stage:
-            entropy = torch.cat([micro.entropy for micro in micros])
-            delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
-            levels = percentiles([micro.entropy for micro in micros], (0.5, 0.8, 0.95), group=self.groups.tokens)
-            shares = dict(zip(("entropy/p50", "entropy/p80", "entropy/p95"), levels, strict=True))
-            sums = {
-                "tokens": entropy.numel(),
-                "entropy": entropy.double().sum(),
-                "low": (entropy < 0.05).sum(),
-                "kl": (delta.exp() - 1 - delta).sum(),
-            }
-            worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
-        total = over_tokens(sums, self.mesh)
-        return {
-            **from_last_stage(shares, self.mesh),
-            "entropy/mean": total["entropy"] / total["tokens"],
-            "entropy/share_below_0.05": total["low"] / total["tokens"],
-            "rollout_mismatch/kl": total["kl"] / total["tokens"],
-            "rollout_mismatch/max": over_tokens(worst, self.mesh, "max")["delta"],
-        }
-
-    def update_metrics(self, micros: list[MicroBatch], thresholds: list[Threshold], updates: list[dict[str, float]]) -> Metrics:
-        sums: dict[str, Tensor | float] = {}
-        if self.mesh.is_last_stage:
-            sums = {"entropy": sum(float(micro.entropy[micro.mask].double().sum()) for micro in micros)}
-        selected = sum(threshold.selected for threshold in thresholds)
-        forks = max(selected, 1)
-        return {
-            "entropy/forks": over_tokens(sums, self.mesh)["entropy"] / forks,
-            "forks/tau": sum(threshold.tau for threshold in thresholds) / len(thresholds),
-            "forks/fraction": selected / max(sum(threshold.total for threshold in thresholds), 1),
-            "forks/ties": sum(threshold.ties for threshold in thresholds),
-            "loss/policy": sum(update["loss"] for update in updates) / len(updates),
-            "loss/clip_fraction": sum(update["clipped"] for update in updates) / forks,
-            "loss/approx_kl": sum(update["kl"] for update in updates) / forks,
-            "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
-            "lr": updates[-1]["lr"],
-        }
 
     def sample_metrics(self, collected: Collected, micros: list[MicroBatch]) -> Metrics:
         outcomes = collected.outcomes
@@ -203,38 +149,26 @@ def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Ten
         return value, {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
 
 
-def train(recipe: Recipe, mesh: Mesh) -> Metrics:
+def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     """A whole run, or what is left of it. Every rank calls. Returns the last step's metrics with the accuracies before and after."""
-    inputs = read_inputs(recipe, supervised=False)
     trainer = Trainer(recipe, mesh, inputs)
-    state = resume(trainer.learner, recipe, inputs)
-    start = 0
-    if state is not None:
-        start = state["step"]
-        trainer.sampler.order.restore(state["order"])
-        torch.set_rng_state(state["rng"])
-    trainer.refit(start)
-    steps, every = recipe.train.steps, recipe.checkpoint.every
-    log = open_log(recipe, mesh, start)
-    if start == 0:
-        log_metrics(log, {"step": 0, **trainer.evaluate()})
+    run = Run(recipe, mesh, inputs, trainer.learner)
+    if run.state is not None:
+        trainer.sampler.order.restore(run.state["order"])
+        torch.set_rng_state(run.state["rng"])
+    trainer.refit(run.start)
+    if run.start == 0:
+        run.log({"step": 0, **trainer.evaluate()})
     last: Metrics = {}
-    for step in range(start + 1, steps + 1):
+    for step in run.steps:
         told = trainer.reward_error
         last = {"step": step, **trainer.step(step)}
-        if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
+        if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate()
-        log_metrics(log, last)  # before the checkpoint: a run killed in between repeats the step and its line
-        if log is not None:
-            for remark in _remarks(last, first=step == start + 1, error=trainer.reward_error if trainer.reward_error != told else None):
-                log.note(remark)
-        if step == steps or (every and step % every == 0):
-            save_checkpoint(step, trainer.learner, recipe, inputs, {"order": trainer.sampler.order.state(), "rng": torch.get_rng_state()})
-    if recipe.checkpoint.export_hf:
-        export_hf(trainer.learner, inputs, recipe)
+        remarks = _remarks(last, first=step == run.start + 1, error=trainer.reward_error if trainer.reward_error != told else None)
+        run.end_step(last, {"order": trainer.sampler.order.state(), "rng": torch.get_rng_state()}, remarks)
+    run.close()
     trainer.close()
-    if log is not None:
-        log.close()
     return last
 
 

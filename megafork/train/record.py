@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megafork.parallel.mesh import Mesh
 from megafork.rl.batch import MicroBatch
-from megafork.train.run import Inputs
+from megafork.train.inputs import Inputs
 
 SCHEMA = pa.schema(
     [

@@ -10,29 +10,24 @@ from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.packing import padding_multiple, plan
 from megafork.train.clock import Clock
-from megafork.train.run import Metrics, build_learner, export_hf, log_metrics, open_log, packer, read_inputs, resume, save_checkpoint
+from megafork.train.inputs import Inputs
+from megafork.train.run import Metrics, Run, build_learner, packer, placement
 
 
-def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
+def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     """A supervised run, or what is left of it: `rollout.prompts` rows an update, cross-entropy of the response and its end.
 
     Every rank calls. Returns the last step's metrics.
     """
-    inputs = read_inputs(recipe, supervised=True)
     rows = examples(inputs.train, inputs.tokenizer, recipe)
-    learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps)
+    learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps, temperature=1.0)
     order = PromptOrder(inputs.train, recipe.run.seed)
-    state = resume(learner, recipe, inputs)
-    start = 0
-    if state is not None:
-        start = state["step"]
-        order.restore(state["order"])
-    steps, every = recipe.train.steps, recipe.checkpoint.every
-    log = open_log(recipe, mesh, start, show_every=max(1, steps // 20))
+    run = Run(recipe, mesh, inputs, learner, show_every=max(1, recipe.train.steps // 20))
+    if run.state is not None:
+        order.restore(run.state["order"])
     last: Metrics = {}
-    for step in range(start + 1, steps + 1):
+    for step in run.steps:
         clock = Clock()
         batch = [rows[prompt.index] for prompt in order.take(recipe.rollout.prompts)]
         tokens = sum(len(row.tokens) for row in batch)
@@ -43,15 +38,11 @@ def sft(recipe: Recipe, mesh: Mesh) -> Metrics:
             "loss/sft": update["loss"],
             "grad_norm": update["grad_norm"],
             "lr": update["lr"],
+            "update/skipped": update["skipped"],
             **clock.metrics(tokens, mesh),
         }
-        log_metrics(log, last)
-        if step == steps or (every and step % every == 0):
-            save_checkpoint(step, learner, recipe, inputs, {"order": order.state()})
-    if recipe.checkpoint.export_hf:
-        export_hf(learner, inputs, recipe)
-    if log is not None:
-        log.close()
+        run.end_step(last, {"order": order.state()})
+    run.close()
     return last
 
 
@@ -82,8 +73,7 @@ def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> lis
 
 def place(batch: list[Response], recipe: Recipe, mesh: Mesh) -> list[MicroBatch]:
     """This rank's micro-batches, every response position selected and weighing one token of the whole batch."""
-    multiple = padding_multiple(mesh.layout)
-    placed = plan([row.length for row in batch], mesh.dp, recipe.micro_batch_tokens, multiple)[mesh.dp_rank]
+    placed = placement([row.length for row in batch], recipe, mesh)[mesh.dp_rank]
     packed = packer(mesh)
     micros = [packed([batch[n] for n in members]) for members in placed]
     total = sum(len(row.tokens) for row in batch)

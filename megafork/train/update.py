@@ -28,7 +28,7 @@ TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class Learner:
     """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
 
-    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float = 1.0) -> None:
+    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float) -> None:
         """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate.
         `temperature`: of the roll-outs; log-probs and entropies are taken at it."""
         self.chunks = chunks
@@ -37,11 +37,10 @@ class Learner:
         self.updates = updates
         self.temperature = temperature
         self.update = 0
-        """Optimizer updates done."""
-        config = chunks[0].config
-        config.finalize_model_grads_func = _finalize_without_scaling
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False)
-        self.model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+        """Optimizer updates done, skipped ones included."""
+        self.skips_in_a_row = 0
+        """Updates up to the last one that were skipped because a gradient was not finite."""
+        self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
         adam = _optimizer_config(recipe)
         self.optimizer = get_megatron_optimizer(
             adam,
@@ -66,7 +65,8 @@ class Learner:
         """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.
 
         The loss is sum(weight * token_loss) over the mini-batch's selected positions on all ranks; gradients are its exact sum.
-        Returns `loss`, `grad_norm`, `lr` and the sums that `token_loss` reports, the same on every rank.
+        Without finite gradients everywhere, every rank skips the update. Returns `loss`, `grad_norm`, `lr`, `skipped` (0 or 1) and the
+        sums that `token_loss` reports, the same on every rank.
         """
         sums: dict[str, Tensor] = {}
 
@@ -85,9 +85,21 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
-        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())  # over all ranks, so they agree
+        skipped = not math.isfinite(grad_norm)
+        if not skipped:
+            self.optimizer.step()
         self.update += 1
-        return {**over_tokens(sums, self.mesh), "grad_norm": float(grad_norm), "lr": rate}
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        return {**over_tokens(sums, self.mesh), "grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
+
+    def settle(self) -> None:
+        """Make every rank's weights current, before they are read other than by a forward: with overlap the optimizer leaves it to the
+        next forward to gather them."""
+        if self.recipe.optimizer.overlap:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
 
     def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], *, forward_only: bool, everywhere: bool) -> None:
         """Megatron's pipeline schedule over the micro-batches. `everywhere`: the head answers at all positions, else at the mask."""
@@ -116,6 +128,22 @@ def _forward(
     return output, partial(loss, micro)
 
 
+def _data_parallel(chunks: list[Policy], *, overlap: bool) -> list[DistributedDataParallel]:
+    config = chunks[0].config
+    config.finalize_model_grads_func = _finalize_without_scaling
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        average_in_collective=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    if overlap:  # gradients are reduced with the last micro-batch's backward
+        config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
+    return model
+
+
 def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
     """The loss carries its global denominator, so Megatron must not divide by a number of tokens of its own."""
     finalize_model_grads(model, None, **kwargs)
@@ -136,6 +164,7 @@ def _optimizer_config(recipe: Recipe) -> OptimizerConfig:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=spec.overlap,
     )
 
 

@@ -1,26 +1,34 @@
-"""Checkpoints of a run: Megatron's distributed format, written under a temporary name and renamed, loadable under another layout."""
+"""Checkpoints of a run: Megatron's distributed format with checksums, published by a rename, loadable under another layout."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint import FileSystemReader
 
 from megafork.compat import megatron as megatron_fixes
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
+from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
 
 _NAME = re.compile(r"step_(\d{6,})")
+_SUMS = "checksums.json"
+"""{file: [bytes, SHA-256]} of every other file of the checkpoint."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -33,57 +41,124 @@ def complete(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save(folder: Path, chunks: list[Policy], optimizer: Any, mesh: Mesh, state: dict[str, Any], *, keep_last: int) -> None:
-    """Save weights, optimizer and `state` (plain values, the same on every rank). Every rank must call.
+class Checkpoints:
+    """Saves and loads a run's checkpoints. Every rank makes one and calls each method together.
 
-    The folder appears under its name only when it is complete; then the oldest beyond `keep_last` are deleted.
+    A checkpoint appears under its name only when it is complete and on the disk; then the oldest beyond `keep_last` are deleted.
     """
-    temporary = folder.with_name(folder.name + ".writing")
-    if mesh.is_rank_zero:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    megatron_fixes.use_plain_results_queue()
-    content = _sharded(chunks, optimizer, mesh, loading=False)
-    dist_checkpointing.save({**content, "run": state}, str(temporary), content_metadata=_content_metadata())
-    dist.barrier()
-    if mesh.is_rank_zero:
-        _sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        for _, old in complete(folder.parent)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
 
+    def __init__(self, folder: Path, mesh: Mesh, *, keep_last: int, asynchronous: bool = False) -> None:
+        self.folder = folder
+        self.mesh = mesh
+        self.keep_last = keep_last
+        self.background = AsyncCallsQueue(persistent=False) if asynchronous else None
 
-def load(folder: Path, chunks: list[Policy], optimizer: Any, mesh: Mesh) -> dict[str, Any]:
-    """Load weights and optimizer in place, saved under whatever layout, and return the `state`. Every rank must call."""
-    content = _sharded(chunks, optimizer, mesh, loading=True)
-    loaded = dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_ALL)
-    for name, chunk in _named(chunks):
-        chunk.load_state_dict(loaded[name])
-    optimizer.load_state_dict(loaded["optimizer"])
-    return loaded["run"]
+    def save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
+        """Save weights, optimizer and `state` (plain values, the same on every rank).
+
+        In the background, a forked process a rank writes a copy of this moment; `settle` publishes it.
+        """
+        self.settle(wait=True)
+        folder = folder_of(self.folder, step)
+        temporary = folder.with_name(folder.name + ".writing")
+        if self.mesh.is_rank_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        megatron_fixes.use_file_for_results(temporary / f"results_{self.mesh.rank}")
+        content = {**_sharded(chunks, optimizer, self.mesh, loading=False), "run": state}
+        request = dist_checkpointing.save(content, str(temporary), content_metadata=_content_metadata(), async_sharded_save=True)
+        request.add_finalize_fn(partial(self._publish, temporary, folder))
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, temporary, os.getpid()))
+        if self.background is not None:
+            self.background.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def settle(self, *, wait: bool) -> None:
+        """Publish the checkpoint that was written in the background, if every rank has written its part; `wait` for it."""
+        if self.background is not None:
+            self.background.maybe_finalize_async_calls(blocking=wait)
+
+    def load(self, step: int, chunks: list[Policy], optimizer: Any) -> dict[str, Any]:
+        """Load weights and optimizer in place, saved under whatever layout, and return the `state`. Raises RecipeError when damaged."""
+        folder = folder_of(self.folder, step)
+        _verify(folder, self.mesh)
+        content = _sharded(chunks, optimizer, self.mesh, loading=True)
+        loaded = dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_ALL)
+        for name, chunk in _named(chunks):
+            chunk.load_state_dict(loaded[name])
+        optimizer.load_state_dict(loaded["optimizer"])
+        return loaded["run"]
+
+    def _publish(self, temporary: Path, folder: Path) -> None:
+        if self.mesh.is_rank_zero:
+            sums: dict[str, list[Any]] = {}
+            for part in temporary.glob("sums_*"):
+                sums |= json.loads(part.read_text())
+                part.unlink()
+            for results in temporary.glob("results_*"):
+                results.unlink()
+            sums |= {file.name: _sum(file) for file in temporary.iterdir() if file.name not in sums}
+            (temporary / _SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
+            _sync(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            _sync(folder.parent)
+            for _, old in complete(self.folder)[: -self.keep_last]:
+                shutil.rmtree(old)
+        dist.barrier()
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` of a checkpoint whose files are all there and whole. Needs no process group. Raises RecipeError for a damaged one."""
-    mend = f"delete {str(folder)!r} to continue from the checkpoint before it, or choose another run.name"
-    try:
-        index = FileSystemReader(folder).read_metadata()
-        common = torch.load(folder / "common.pt", weights_only=False)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"the checkpoint {folder.name} is damaged ({reason}): {mend}") from None
-    sizes: dict[str, int] = {}
-    for part in index.storage_data.values():
-        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
-    for name, size in sizes.items():
+    """The `state` of a checkpoint whose files all have their length. Needs no process group. Raises RecipeError for a damaged one."""
+    for name, (size, _) in _sums(folder).items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if found < size:
-            raise RecipeError(f"the checkpoint {folder.name} is damaged ({name} has {found} of {size} bytes): {mend}")
-    return common["run"]
+        if found != size:
+            raise _damaged(folder, f"{name} has {found} of {size} bytes")
+    try:
+        return torch.load(folder / "common.pt", weights_only=False)["run"]
+    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _damaged(folder, " ".join(str(error).split())[:200]) from None
+
+
+def _verify(folder: Path, mesh: Mesh) -> None:
+    """Every rank checks its share of the files against their checksums; all raise when one has found damage."""
+    sums = _sums(folder)
+    wrong = [name for name in sorted(sums)[mesh.rank :: mesh.world] if not (folder / name).is_file() or _sum(folder / name) != sums[name]]
+    found: list[list[str]] = [[] for _ in range(mesh.world)]
+    dist.all_gather_object(found, wrong)
+    damaged = sorted(itertools.chain(*found))
+    if damaged:
+        raise _damaged(folder, f"{', '.join(damaged)}: not what was written")
+
+
+def _sums(folder: Path) -> dict[str, list[Any]]:
+    try:
+        return json.loads((folder / _SUMS).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{_SUMS}: {error}") from None
+
+
+def _damaged(folder: Path, reason: str) -> RecipeError:
+    before = [name.name for _, name in complete(folder.parent) if name < folder]
+    offer = f"to continue from {before[-1]}" if before else "to start anew (there is none before it)"
+    return RecipeError(f"the checkpoint {folder.name} is damaged ({reason}): delete {str(folder)!r} {offer}, or choose another run.name")
+
+
+def _write_and_sum(write: Callable[..., None], folder: Path, saver: int, rank: int, *arguments: Any) -> None:
+    """Write this rank's files and their checksums; in the saver's own process or in a fork of it."""
+    if os.getpid() != saver:
+        die_with_parent(saver)  # else it would go on writing where the next run begins to
+    write(rank, *arguments)
+    sums = {file.name: _sum(file) for file in folder.glob(f"__{rank}_*")}
+    (folder / f"sums_{rank}").write_text(json.dumps(sums))
+
+
+def _sum(file: Path) -> list[Any]:
+    with file.open("rb") as data:
+        return [file.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
 
 
 def _named(chunks: list[Policy]) -> list[tuple[str, Policy]]:

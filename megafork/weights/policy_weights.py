@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
-from megafork.shape import Shape
+from megafork.shape import Shape, stage_of_layer
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import EMBEDDING, TIED_HEAD, Parameter, full_shape, parameters, pieces, shard_shape
 
@@ -55,8 +55,10 @@ def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tu
     """
     local = local_parameters(chunks)
     layout = mesh.layout
+    stages = stage_of_layer(shape.layers, layout)
     for parameter in parameters(shape):
-        stage = _stage_of(parameter, shape, layout.pp, layout.vpp)
+        outside = 0 if parameter.rule == EMBEDDING else layout.pp - 1  # a tied head is the first stage's embedding
+        stage = outside if parameter.layer is None else stages[parameter.layer]
         size = shard_shape(parameter, shape, layout.tp)
         shards = _gather(local.get(parameter.name), size, stage, mesh, next(iter(local.values())))
         full: dict[str, Tensor] = {}
@@ -69,13 +71,6 @@ def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tu
                 rows = target[piece.rows[0] : piece.rows[1]]
                 (rows if piece.columns is None else rows[:, piece.columns[0] : piece.columns[1]]).copy_(part)
         yield from full.items()
-
-
-def _stage_of(parameter: Parameter, shape: Shape, pp: int, vpp: int) -> int:
-    """The pipeline stage that holds the parameter (a tied embedding: the first)."""
-    if parameter.layer is None:
-        return 0 if parameter.rule == EMBEDDING else pp - 1
-    return parameter.layer // (shape.layers // (pp * vpp)) % pp
 
 
 def _gather(local: Tensor | None, size: tuple[int, ...], stage: int, mesh: Mesh, like: Tensor) -> list[Tensor]:

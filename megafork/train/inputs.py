@@ -1,0 +1,93 @@
+"""What a run reads: model folder, tokenizer and data, checked against each other and against the run's checkpoint. No ranks needed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megafork.data import reward
+from megafork.data.prompts import Prompt, fingerprint, load_prompts
+from megafork.data.tokenizer import Tokenizer, load_tokenizer
+from megafork.recipe import Recipe, RecipeError
+from megafork.shape import Shape, check_layout, read_shape
+from megafork.weights import checkpoint
+from megafork.weights.huggingface import HuggingFaceWeights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a run reads, checked against each other."""
+
+    supervised: bool
+    shape: Shape
+    weights: HuggingFaceWeights
+    tokenizer: Tokenizer
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same from a run's start to its end. Reads all prompts, so once a process."""
+        return {"supervised": self.supervised, "shape": asdict(self.shape), "data": fingerprint(self.train)}
+
+
+def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
+    """Read and check model folder, tokenizer and data. Raises RecipeError. No process group is needed."""
+    folder = Path(recipe.model.path)
+    shape = read_shape(folder)
+    check_layout(shape, recipe.parallel)
+    if not supervised:
+        _check_rollout(shape, recipe)
+        reward.check(recipe.reward)
+    weights = HuggingFaceWeights(folder)
+    weights.check(shape)
+    tokenizer = load_tokenizer(recipe.model.path)
+    if tokenizer.vocab_size > shape.vocab:
+        raise RecipeError(
+            f"model.path is {recipe.model.path!r}: its tokenizer has {tokenizer.vocab_size} tokens but the model only {shape.vocab}: "
+            "give a folder whose tokenizer belongs to the model"
+        )
+    if not tokenizer.eos_ids:
+        raise RecipeError(
+            f"model.path is {recipe.model.path!r}: neither its tokenizer nor generation_config.json names an end-of-sequence token"
+        )
+    needs = ("response",) if supervised else reward.needs(recipe.reward)
+    train = load_prompts(recipe.data.train, recipe.data, tokenizer, needs=needs)
+    held_out = load_prompts(recipe.data.eval, recipe.data, tokenizer, needs=needs, field="data.eval") if recipe.data.eval else []
+    return Inputs(supervised, shape, weights, tokenizer, train, held_out)
+
+
+def _check_rollout(shape: Shape, recipe: Recipe) -> None:
+    if shape.heads % recipe.rollout.tp:
+        raise RecipeError(
+            f"rollout.tp is {recipe.rollout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them"
+        )
+    if shape.max_positions and recipe.longest_sequence > shape.max_positions:
+        raise RecipeError(
+            f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "
+            "positions (max_position_embeddings): shorten one of them"
+        )
+
+
+def check_resume(recipe: Recipe, inputs: Inputs) -> int:
+    """The step that the run's newest checkpoint holds, 0 without any. Needs no process group.
+
+    Raises RecipeError when it is damaged, or when the recipe now names another model or other data than the run was started with.
+    """
+    found = checkpoint.complete(recipe.run_folder / "checkpoints")
+    if not found:
+        return 0
+    step, folder = found[-1]
+    state, mine = checkpoint.read_state(folder), inputs.identity
+    mend = f"the run {recipe.run.name!r} was started with: restore it, or choose another run.name"
+    if state["supervised"] != inputs.supervised:
+        other = "megafork sft" if state["supervised"] else "megafork train"
+        raise RecipeError(f"run.name is {recipe.run.name!r}, which is a run of `{other}`: choose another run.name")
+    for name, value in mine["shape"].items():
+        if state["shape"][name] != value:
+            raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {state['shape'][name]} that {mend}")
+    if state["data"] != mine["data"]:
+        raise RecipeError(f"data.train is {recipe.data.train!r}, which is not what {mend}")
+    return step

@@ -1,0 +1,60 @@
+"""A step in numbers, the same on every rank and for every layout. Every rank calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megafork.parallel.mesh import Mesh
+from megafork.parallel.quantile import Threshold, percentiles
+from megafork.parallel.reduce import from_last_stage, over_tokens
+from megafork.rl.batch import MicroBatch
+from megafork.rl.forks import ForkGroups
+
+
+def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
+    """Entropy of the step's response tokens and the engine's log-probs against the trainer's, before any update."""
+    shares: dict[str, float] = {}
+    sums: dict[str, Tensor | float] = {}
+    worst: dict[str, Tensor | float] = {}
+    if mesh.is_last_stage:
+        entropy = torch.cat([micro.entropy for micro in micros])
+        delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
+        levels = percentiles([micro.entropy for micro in micros], (0.5, 0.8, 0.95), group=groups.tokens)
+        shares = dict(zip(("entropy/p50", "entropy/p80", "entropy/p95"), levels, strict=True))
+        sums = {
+            "tokens": entropy.numel(),
+            "entropy": entropy.double().sum(),
+            "low": (entropy < 0.05).sum(),
+            "kl": (delta.exp() - 1 - delta).sum(),
+        }
+        worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
+    total = over_tokens(sums, mesh)
+    return {
+        **from_last_stage(shares, mesh),
+        "entropy/mean": total["entropy"] / total["tokens"],
+        "entropy/share_below_0.05": total["low"] / total["tokens"],
+        "rollout_mismatch/kl": total["kl"] / total["tokens"],
+        "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
+    }
+
+
+def update_metrics(micros: list[MicroBatch], thresholds: list[Threshold], updates: list[dict[str, float]], mesh: Mesh) -> dict[str, float]:
+    """The step's forks and its optimizer updates: `thresholds` of each selection, `updates` as `Learner.train` returned them."""
+    sums: dict[str, Tensor | float] = {}
+    if mesh.is_last_stage:
+        sums = {"entropy": sum(float(micro.entropy[micro.mask].double().sum()) for micro in micros)}
+    selected = sum(threshold.selected for threshold in thresholds)
+    forks = max(selected, 1)
+    return {
+        "entropy/forks": over_tokens(sums, mesh)["entropy"] / forks,
+        "forks/tau": sum(threshold.tau for threshold in thresholds) / len(thresholds),
+        "forks/fraction": selected / max(sum(threshold.total for threshold in thresholds), 1),
+        "forks/ties": sum(threshold.ties for threshold in thresholds),
+        "loss/policy": sum(update["loss"] for update in updates) / len(updates),
+        "loss/clip_fraction": sum(update["clipped"] for update in updates) / forks,
+        "loss/approx_kl": sum(update["kl"] for update in updates) / forks,
+        "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
+        "update/skipped": sum(update["skipped"] for update in updates),
+        "lr": updates[-1]["lr"],
+    }
