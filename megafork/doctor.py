@@ -18,6 +18,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from rich.table import Table
 
+from megafork.data.hub import is_hub_name
 from megafork.recipe import Recipe
 
 PYTHON = ">=3.11"
@@ -131,7 +132,7 @@ def _model(name: str) -> Finding:
         missing = " and ".join(part for part, pattern in parts.items() if not any(folder.glob(pattern)))
         found = f"{name} without {missing}" if missing else name
         return Finding("model.path", found, not missing, f"model.path is {name!r}: put {missing} there", needed=True)
-    if _is_hub_name(name):
+    if is_hub_name(name):
         return _hub("model.path", name, "models")
     return Finding("model.path", None, False, f"model.path is {name!r}: give a Hugging Face model folder or a hub name", needed=True)
 
@@ -166,12 +167,6 @@ def _hub(field: str, name: str, kind: str) -> Finding:
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
     cost = f"{name!r} is not in {cache}, and HF_HUB_OFFLINE is set" if offline else "it is fetched from the Hugging Face hub first"
     return Finding(field, f"{name} in the hub's cache" if cached else None, cached, cost, needed=offline)
-
-
-def _is_hub_name(name: str) -> bool:
-    """`owner/model` or `model`, unless `owner` is a folder here: then a path was meant."""
-    owner, _, model = name.rpartition("/")
-    return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and Path(owner).exists())
 
 
 def _gpus() -> str | None:

@@ -43,6 +43,7 @@ def run(command: Command, recipe: Recipe) -> int:
     """
     noise.silence()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps collectives with matmuls in the order it launched them
+    recipe = _with_local_model(recipe)
     joined = "RANK" in os.environ or _join_slurm()
     world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
     inputs, done = preflight(command, recipe, world)
@@ -82,6 +83,12 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     if command == "sft":
         examples(inputs.train, inputs.tokenizer, recipe)
     return inputs, check_resume(recipe, inputs)
+
+
+def _with_local_model(recipe: Recipe) -> Recipe:
+    from megafork.data.hub import local_model
+
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": local_model(recipe.model.path)})})
 
 
 def _unfinished(recipe: Recipe) -> bool:

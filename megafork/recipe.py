@@ -68,7 +68,7 @@ class Run(Section):
 
 class Model(Section):
     path: str
-    """Hugging Face model folder (config.json, safetensors, tokenizer)."""
+    """Hugging Face model folder (config.json, safetensors, tokenizer), or `owner/model` on the hub."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
 
@@ -213,6 +213,8 @@ class Loss(Section):
     """eps_high: the ratio is clipped above at 1 + eps_high."""
     dual_clip: AboveOne | None = None
     """c: with a negative advantage the loss is at most c |A| (official code: 10)."""
+    importance_cap: Positive | None = None
+    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or of another precision. Empty: by 1."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean a micro-batch weighted by its sequences; or a mean a
     response (GRPO)."""

@@ -85,6 +85,14 @@ def test_three_steps_equal_the_float64_reference(layout: str, tied: bool, wanted
     compare(on_ranks(world, train_on_rank, specs(folder, sections)), expected, plain)
 
 
+def test_truncated_importance_sampling_equals_the_reference(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    pair = specs(folder, {"loss": {"importance_cap": 2.0}, "parallel": {"cp": 2}})
+    results = on_ranks(2, train_on_rank, pair)
+    compare(results, [reference(spec) for spec in pair])
+    assert all(0.0 < step["loss/capped_fraction"] < 0.5 for result in results[0] for step in result["history"])
+
+
 def test_rho_one_is_plain_dapo_to_the_last_bit(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m")
     pair = [recipe(folder, parallel={"tp": 2}, forks=forks) for forks in ({"top_entropy_quantile": 1.0}, {"select": "all"})]

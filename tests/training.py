@@ -38,9 +38,8 @@ def responses(seed: int = 5, count: int = 12) -> list[Response]:
         lengths = torch.randint(1, 17, (2,), generator=generator).tolist()
         prompt, answer = (torch.randint(0, 99, (length,), generator=generator, dtype=torch.int32) for length in lengths)
         advantage = float(torch.randn((), generator=generator))
-        made.append(
-            Response(n // 4, n % 4, n // 4, prompt, answer, -torch.rand(lengths[1], generator=generator), False, advantage=advantage)
-        )
+        written = -4.6 + torch.randn(lengths[1], generator=generator)  # about log 1/99, as the roll-out engine would have it
+        made.append(Response(n // 4, n % 4, n // 4, prompt, answer, written, False, advantage=advantage))
     return made
 
 
@@ -136,7 +135,9 @@ def reference(spec: Recipe) -> dict[str, Any]:
                 masks.update({(step, r.group, r.sample, n): bool(m) for n, m in enumerate(mask)})
                 ratio = (_score(model, r, spec.rollout.temperature)[0] - old_log_prob).exp()
                 free, bound = -ratio * r.advantage, -ratio.clamp(0.8, 1.28) * r.advantage
-                loss = loss + (torch.maximum(free, bound) * mask).sum() / total
+                cap = spec.loss.importance_cap
+                weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
+                loss = loss + (torch.maximum(free, bound) * weight * mask).sum() / total
                 clipped += int(((bound > free) & mask).sum())
             adam.zero_grad()
             loss.backward()

@@ -31,6 +31,12 @@ def token_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, loss: 
     return value, was_clipped
 
 
+def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
+    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy that starts the step against the one that
+    wrote the response (truncated importance sampling, Ionides 2008)."""
+    return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
+
+
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:
     """Set `weight` of every position of a mini-batch from its mask.
 

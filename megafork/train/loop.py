@@ -17,7 +17,7 @@ from megafork.parallel.reduce import from_last_stage, over_world
 from megafork.recipe import Loss, Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, select_forks
-from megafork.rl.loss import set_weights, token_loss
+from megafork.rl.loss import importance, set_weights, token_loss
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
@@ -26,7 +26,7 @@ from megafork.train.record import write_rollouts
 from megafork.train.run import Metrics, Run, build_learner, packer, placement
 from megafork.train.sampler import Collected, Outcome, Sampler, evaluate
 from megafork.train.summary import entropy_metrics, update_metrics
-from megafork.weights.policy_weights import export_policy
+from megafork.weights.bridge import Bridge
 
 
 class Trainer:
@@ -41,6 +41,7 @@ class Trainer:
             inputs, recipe, mesh, updates=recipe.train.steps * recipe.train.minibatches, temperature=recipe.rollout.temperature
         )
         self.engine = ColocatedEngine(recipe, mesh)
+        self.bridge = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
         self.reward_error: str | None = None
@@ -79,6 +80,8 @@ class Trainer:
         metrics = self.sample_metrics(collected, everything)
         if everything:
             metrics |= entropies | update_metrics(everything, thresholds, updates, self.mesh)
+        received, buffer = over_world([self.bridge.received, self.bridge.buffer], self.mesh, "max")
+        metrics |= {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
@@ -104,8 +107,10 @@ class Trainer:
         return from_last_stage(found, self.mesh)
 
     def refit(self, version: int) -> None:
+        """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
         self.learner.settle()
-        self.engine.refit(export_policy(self.learner.chunks, self.inputs.shape, self.mesh), version)
+        self.engine.refit(self.bridge.stream(), version)
+        dist.barrier()  # no rank asks a neighbour's engine for tokens of new weights before it has them
 
     def sample_metrics(self, collected: Collected, micros: list[MicroBatch]) -> Metrics:
         outcomes = collected.outcomes
@@ -146,7 +151,11 @@ def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Ten
     value, clipped = token_loss(log_prob, old, advantage, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
-        return value, {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
+        report = {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
+        if loss.importance_cap is None:
+            return value, report
+        ratio = importance(old, micro.rollout_log_prob[micro.mask], loss.importance_cap)
+    return value * ratio, {**report, "importance": ratio.sum(), "capped": (ratio >= loss.importance_cap).sum()}
 
 
 def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:

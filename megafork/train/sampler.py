@@ -162,14 +162,20 @@ def evaluate(
     requests = [Request(prompt.tokens, request_seed(recipe.run.seed, -1, prompt.index, sample)) for prompt, sample in keys]
     sampling = Sampling(recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=tokenizer.eos_ids)
     completions = engine.generate(requests, sampling)
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     if verifiers is not None:
         verdicts = verifiers.score([(tokenizer.decode(c.tokens), prompt.row) for c, (prompt, _) in zip(completions, keys, strict=True)])
         sums[0] = len(completions)
         sums[1] = sum(verdict.accuracy for verdict in verdicts)
         sums[2] = sum(len(completion.tokens) for completion in completions)
         sums[3] = sum(completion.truncated for completion in completions)
+        sums[4] = sum(verdict.error is not None for verdict in verdicts)
     sums = sums.to(mesh.device)
     dist.all_reduce(sums)
-    count, right, tokens, truncated = sums.tolist()
-    return {"eval/accuracy": right / count, "eval/response_length": tokens / count, "eval/truncated": truncated / count}
+    count, right, tokens, truncated, errors = sums.tolist()
+    return {
+        "eval/accuracy": right / count,
+        "eval/response_length": tokens / count,
+        "eval/truncated": truncated / count,
+        "eval/errors": errors,
+    }

@@ -46,7 +46,13 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Threshold], update
         sums = {"entropy": sum(float(micro.entropy[micro.mask].double().sum()) for micro in micros)}
     selected = sum(threshold.selected for threshold in thresholds)
     forks = max(selected, 1)
+    capped = {
+        f"loss/{name}": sum(update[key] for update in updates) / forks
+        for name, key in (("importance", "importance"), ("capped_fraction", "capped"))
+        if key in updates[0]
+    }
     return {
+        **capped,
         "entropy/forks": over_tokens(sums, mesh)["entropy"] / forks,
         "forks/tau": sum(threshold.tau for threshold in thresholds) / len(thresholds),
         "forks/fraction": selected / max(sum(threshold.total for threshold in thresholds), 1),

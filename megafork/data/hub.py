@@ -1,0 +1,35 @@
+"""Models by their name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megafork.recipe import RecipeError
+
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+
+
+def is_hub_name(name: str) -> bool:
+    """`owner/model` or `model`, unless `owner` is a folder here: then a path was meant."""
+    owner, _, model = name.rpartition("/")
+    return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and Path(owner).exists())
+
+
+def local_model(name: str) -> str:
+    """The folder of a model: `name` itself, or for `owner/model` the hub's cache, filled first where it lacks the model.
+
+    Raises RecipeError when the hub does not have it or can't be reached.
+    """
+    if Path(name).is_dir() or "/" not in name or not is_hub_name(name):
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, allow_patterns=list(_WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"model.path is {name!r}: no such folder, and the hub does not give it ({reason}): give a Hugging Face model folder, or fetch "
+            f"it where there is a network with `hf download {name}`"
+        ) from None

@@ -1,0 +1,176 @@
+"""Which rank sends which part of which tensor to whom, when the trained weights go to the roll-out engines.
+
+Both sides are lists of rectangles of Hugging Face tensors: `mapping.pieces` says what a training rank holds, `needed` what an engine's
+rank loads, and a transfer is an intersection of the two. The plan needs no communication: every rank computes it alike. A rank that holds
+a part itself sends itself, so none receives a byte that it has, or that its engine does not load.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from megafork.recipe import Parallel
+from megafork.shape import Shape, stage_of_layer
+from megafork.weights.mapping import EMBEDDING, Parameter, full_shape, parameters, pieces
+
+Span = tuple[int, int]
+_VLLM_VOCABULARY_MULTIPLE = 64
+"""vLLM pads embedding and head to it before it splits them."""
+
+
+class Transfer(NamedTuple):
+    """Rows and columns (None: the tensor has one dimension) of a Hugging Face tensor, from one rank to another."""
+
+    source: int
+    target: int
+    name: str
+    rows: Span
+    columns: Span | None
+    parameter: str
+    """Global name of the Megatron parameter that the source takes it from."""
+    at: int
+    """Row of the source's shard at which `rows` begins."""
+    left: int
+    """Column of the source's shard at which `columns` begins."""
+
+    @property
+    def numel(self) -> int:
+        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0] if self.columns else 1)
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """The plan for one model, training layout, number of ranks and engine size. `node`: ranks a node, whose links are the fast ones."""
+
+    shape: Shape
+    layout: Parallel
+    world: int
+    rollout_tp: int
+    node: int = 8
+
+    @cached_property
+    def buckets(self) -> list[list[Parameter]]:
+        """What travels together: the embedding, each layer, the final norm, the head."""
+        return [
+            list(group) for _, group in itertools.groupby(parameters(self.shape), key=lambda p: (p.layer, p.rule if p.layer is None else 0))
+        ]
+
+    def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
+        """Of all ranks, in an order that every rank knows; those of a rank to itself too."""
+        for parameter in bucket:
+            stage = self.stage(parameter)
+            for target in range(self.world):
+                yield from self._to(target, parameter, stage)
+
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        return full_shape(name, self.shape)
+
+    def _to(self, target: int, parameter: Parameter, stage: int) -> Iterator[Transfer]:
+        own_tp = target % self.layout.tp
+        replicated = parameter.rule.kind == "replicated"
+        for tp_rank in [own_tp] if replicated else range(self.layout.tp):
+            source = self._source(target, stage, tp_rank)
+            for piece in pieces(parameter, self.shape, self.layout.tp, tp_rank):
+                rows, columns = needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp)
+                height = _overlap(rows, piece.rows)
+                width = _overlap(columns, piece.columns or columns) if columns else None
+                if height and (width or not columns):
+                    left = width[0] - piece.columns[0] if width and piece.columns else (width[0] if width else 0)
+                    yield Transfer(source, target, piece.name, height, width, parameter.name, piece.at + height[0] - piece.rows[0], left)
+
+    def _source(self, target: int, stage: int, tp_rank: int) -> int:
+        """Among the ranks that hold this shard: the target, else one on its node, else one that serves about as many as the others."""
+        per_stage = self.world // self.layout.pp
+        holders = range(stage * per_stage + tp_rank, (stage + 1) * per_stage, self.layout.tp)
+        if target in holders:
+            return target
+        near = [rank for rank in holders if rank // self.node == target // self.node]
+        choice = near or holders
+        return choice[target // self.layout.tp % len(choice)]
+
+    def stage(self, parameter: Parameter) -> int:
+        """The pipeline stage that holds it."""
+        if parameter.layer is not None:
+            return self._stages[parameter.layer]
+        return 0 if parameter.rule == EMBEDDING else self.layout.pp - 1
+
+    @cached_property
+    def _stages(self) -> list[int]:
+        return stage_of_layer(self.shape.layers, self.layout)
+
+
+def needed(name: str, shape: Shape, tp: int, rank: int) -> tuple[Span, Span | None]:
+    """Rows and columns of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads; columns None: one dimension."""
+    size = full_shape(name, shape)
+    whole: tuple[Span, Span | None] = (0, size[0]), (0, size[1]) if len(size) > 1 else None
+    match name.split(".")[-2]:
+        case "q_proj" | "gate_proj" | "up_proj":
+            return _share(size[0], tp, rank), whole[1]
+        case "k_proj" | "v_proj":
+            return _share(size[0], min(tp, shape.kv_heads), rank * min(tp, shape.kv_heads) // tp), whole[1]
+        case "o_proj" | "down_proj":
+            return whole[0], _share(size[1], tp, rank)
+        case "embed_tokens" | "lm_head":
+            padded = -(-size[0] // _VLLM_VOCABULARY_MULTIPLE) * _VLLM_VOCABULARY_MULTIPLE
+            start, stop = _share(padded, tp, rank)
+            return (min(start, size[0]), min(stop, size[0])), whole[1]
+        case _:
+            return whole
+
+
+def _share(size: int, parts: int, part: int) -> Span:
+    return part * (size // parts), (part + 1) * (size // parts)
+
+
+def _overlap(one: Span, other: Span) -> Span | None:
+    start, stop = max(one[0], other[0]), min(one[1], other[1])
+    return (start, stop) if start < stop else None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Elements that cross between ranks in one refit: what the busiest rank receives and sends, and what crosses between nodes in all."""
+
+    received: int
+    sent: int
+    total: int
+    between_nodes: int
+
+
+def cost(plan: Reshard) -> Cost:
+    """Of the plan. Layers of one stage cost alike, so one of each is counted."""
+    received, sent = [0] * plan.world, [0] * plan.world
+    between_nodes = 0
+    alike: dict[tuple[int, str], list[list[Parameter]]] = {}
+    for bucket in plan.buckets:
+        alike.setdefault((plan.stage(bucket[0]), bucket[0].rule.megatron), []).append(bucket)
+    for buckets in alike.values():
+        for transfer in plan.transfers(buckets[0]):
+            if transfer.source != transfer.target:
+                count = transfer.numel * len(buckets)
+                received[transfer.target] += count
+                sent[transfer.source] += count
+                between_nodes += count if transfer.source // plan.node != transfer.target // plan.node else 0
+    return Cost(max(received), max(sent), sum(received), between_nodes)
+
+
+def cost_of_full_gather(plan: Reshard) -> Cost:
+    """Of the plain way: every rank collects every tensor whole from the ranks of its model replica (TP gather, then PP broadcast)."""
+    shape, layout = plan.shape, plan.layout
+    total = sum(_numel(full_shape(name, shape)) for p in parameters(shape) for name in p.huggingface())
+    held = [0] * layout.pp
+    for parameter in parameters(shape):
+        size = sum(_numel(full_shape(name, shape)) for name in parameter.huggingface())
+        held[plan.stage(parameter)] += size if parameter.rule.kind == "replicated" else size // layout.tp
+    received = [total - held[rank * layout.pp // plan.world] for rank in range(plan.world)]
+    per_node = max(layout.model_size // plan.node, 1)
+    far = plan.world * total * (per_node - 1) // per_node
+    return Cost(max(received), max(received), sum(received), far)
+
+
+def _numel(size: tuple[int, ...]) -> int:
+    return size[0] * (size[1] if len(size) > 1 else 1)

@@ -1,0 +1,105 @@
+"""The resharding plan: every transfer against the plain gather, and no byte that is not needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import recipe, save_model
+
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import Parallel, Recipe
+from megafork.shape import Shape, read_shape
+from megafork.weights.bridge import Bridge
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.mapping import full_shape, parameters, pieces
+from megafork.weights.policy_weights import export_policy, load_policy
+from megafork.weights.reshard import Reshard, cost, cost_of_full_gather, needed
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "DP2": (2, {}),
+    "TP2 PP2": (4, {"tp": 2, "pp": 2}),
+    "TP4, 2 KV heads": (4, {"tp": 4}),
+    "PP2 VPP2 DP2": (4, {"pp": 2, "vpp": 2}),
+    "PP2 CP2, uneven": (4, {"pp": 2, "cp": 2, "last_stage_layers": 1}),
+    "TP2 PP2 DP2": (8, {"tp": 2, "pp": 2}),
+}
+
+
+def _stream_and_gather(spec: Recipe, engines: list[int]) -> list[tuple[int, int, int, bool]]:
+    """For each engine size: bytes received, the least possible, the largest buffer, and whether all that is needed is right."""
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    folder = Path(spec.model.path)
+    shape = read_shape(folder)
+    chunks = build_policy(shape, spec, mesh)
+    load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
+    whole = dict(export_policy(chunks, shape, mesh))
+    seen = []
+    for tp in engines:
+        bridge = Bridge(chunks, shape, mesh, tp)
+        got = dict(bridge.stream())
+        assert set(got) == set(whole)
+        right, least = True, 0
+        for name, tensor in whole.items():
+            rows, columns = needed(name, shape, tp, mesh.rank % tp)
+            part = (slice(*rows), slice(*columns)) if columns else slice(*rows)
+            right &= got[name].shape == tensor.shape and torch.equal(got[name][part], tensor[part])
+            least += tensor[part].nbytes
+        seen.append((bridge.received, least - _held(shape, spec.parallel, tp, mesh.rank, mesh.world, whole), bridge.buffer, right))
+    return seen
+
+
+def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole: dict[str, torch.Tensor]) -> int:
+    """Bytes of what the rank's engine needs that the rank holds itself, counted element by element."""
+    stage, plan, held = rank * layout.pp // world, Reshard(shape, layout, world, tp), 0
+    for parameter in parameters(shape):
+        if plan.stage(parameter) != stage:
+            continue
+        for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
+            mine, wanted = (torch.zeros(full_shape(piece.name, shape), dtype=torch.bool) for _ in range(2))
+            mine[slice(*piece.rows), *([slice(*piece.columns)] if piece.columns else [])] = True
+            rows, columns = needed(piece.name, shape, tp, rank % tp)
+            wanted[slice(*rows), *([slice(*columns)] if columns else [])] = True
+            held += int((mine & wanted).sum()) * whole[piece.name].element_size()
+    return held
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, tied: bool, dtype: str, tmp_path: Path) -> None:
+    world, parallel = LAYOUTS[layout]
+    folder = save_model(tmp_path, tie_word_embeddings=tied)
+    spec = recipe(folder, parallel=parallel, precision={"dtype": dtype})
+    engines = [tp for tp in (1, 2, 4) if world % tp == 0]
+    shape = read_shape(folder)
+    buckets = Reshard(shape, spec.parallel, world, 1).buckets
+    largest = max(sum(torch.Size(full_shape(name, shape)).numel() for p in bucket for name in p.huggingface()) for bucket in buckets)
+    for seen in on_ranks(world, _stream_and_gather, spec, engines):
+        for received, least, buffer, right in seen:
+            assert right
+            assert received == least
+            assert buffer <= 4 * largest * (4 if dtype == "fp32" else 2)
+
+
+QWEN3_32B = Shape("Qwen3ForCausalLM", 64, 5120, 25600, 64, 8, 128, 151_936, False, 1e-6, 1e6, None, 40_960)
+
+
+@pytest.mark.parametrize("rollout_tp", [4, 8])
+@pytest.mark.parametrize("layout", [Parallel(tp=8, pp=4), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2), Parallel(tp=8)])
+def test_the_plan_for_32b_needs_no_communication_and_little_traffic(layout: Parallel, rollout_tp: int) -> None:
+    plan = Reshard(QWEN3_32B, layout, 64, rollout_tp)
+    ours, plain = cost(plan), cost_of_full_gather(plan)
+    model = sum(torch.Size(full_shape(name, QWEN3_32B)).numel() for parameter in parameters(QWEN3_32B) for name in parameter.huggingface())
+    assert model == 32_762_123_264  # the published number of parameters
+    assert ours.received <= 1.01 * model / rollout_tp  # norms go to all
+    assert ours.total < plain.total / (rollout_tp - 1)
+    assert ours.sent <= 4 * model / rollout_tp, "the senders share the work"
+    if layout.tp == rollout_tp and layout.pp == 1:
+        assert ours.received == 0, "nothing moves where the layouts match"
