@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 TORCH := 2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast lint format clean
+.PHONY: quickstart test test-fast bench lint format clean
 
 quickstart: .venv/ready  ## A tiny Qwen3, warm-started and then trained at its forking tokens: about five minutes on two cores.
 	rm -rf runs/quickstart runs/quickstart-sft
@@ -15,6 +15,9 @@ test: .venv/ready  ## The whole suite.
 
 test-fast: .venv/ready  ## What a developer runs while working.
 	$(BIN)/pytest -m "not slow"
+
+bench: .venv/ready  ## Ours against the peers' own code, on this machine: half an hour; docs/benchmarks.md.
+	$(BIN)/python -m benchmarks
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,0 +1,83 @@
+"""What a benchmark gives back: figures, each ours against a peer's; and how times are taken."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Series:
+    """The same thing measured several times, in the order measured."""
+
+    name: str
+    values: list[float]
+    cpu: list[float] = field(default_factory=list)
+    """Of times: the processor seconds of rank 0 too, which other programs on the machine lengthen little."""
+
+    def summary(self) -> dict[str, Any]:
+        middle, least, most = statistics.median(self.values), min(self.values), max(self.values)
+        cpu = {"cpu_median": statistics.median(self.cpu)} if self.cpu else {}
+        return {"name": self.name, "median": middle, "min": least, "max": most, **cpu, "repeats": len(self.values)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`what` was measured in `unit` (s, MB): less is better. Not run: neither `ours` nor `peer`, and the note says why."""
+
+    what: str
+    unit: str
+    ours: Series | None = None
+    peer: Series | None = None
+    at_least: float | None = None
+    """The ratio of the peer's to ours that was to be reached."""
+    note: str = ""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """What else was measured, by name and unit."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Times by which ours is less: the median of the ratios of neighbours, which a change of the machine's load moves least."""
+        if self.ours is None or self.peer is None:
+            return None
+        return _ratio(self.peer.values, self.ours.values)
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        """`ratio` of the processor seconds, where both have them."""
+        if self.ours is None or self.peer is None or not self.ours.cpu or not self.peer.cpu:
+            return None
+        return _ratio(self.peer.cpu, self.ours.cpu)
+
+    def summary(self) -> dict[str, Any]:
+        rest = {name: value for name, value in asdict(self).items() if name not in ("ours", "peer")}
+        series = {"ours": self.ours and self.ours.summary(), "peer": self.peer and self.peer.summary()}
+        return {**rest, **series, "ratio": self.ratio, "cpu_ratio": self.cpu_ratio}
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Series]:
+    """Seconds of each call on the slowest rank, `repeats` times in turn: a, b, c, a, b, c ... after one call of each that is not counted.
+
+    Every rank of the default process group calls it with the same names.
+    """
+    series = {name: Series(name, []) for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            dist.barrier()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            call()
+            cpu = time.process_time() - cpu_start
+            dist.barrier()
+            if repeat:
+                series[name].values.append(time.perf_counter() - start)
+                series[name].cpu.append(cpu)
+    return series

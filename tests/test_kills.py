@@ -1,0 +1,85 @@
+"""A run that is killed ten times at random moments, and continued under another layout each time, loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from task import make_task, write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+KILLS = 10
+LAYOUTS = (
+    ["run.ranks=1"],
+    ["parallel.tp=2", "parallel.sp=true"],
+    ["run.ranks=2"],
+    ["run.ranks=2", "optimizer.overlap=true"],
+    ["parallel.pp=2"],
+    ["parallel.cp=2"],
+)
+
+
+def command(name: str, *changes: str) -> list[str]:
+    return [sys.executable, "-m", "megafork.cli", "sft", "recipe.yaml", f"run.name={name}", *changes]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss/sft"]) for row in rows]
+
+
+def kill_at_random(process: subprocess.Popen[str], chance: random.Random, after_s: float) -> bool:
+    """SIGKILL to one process of the run, or SIGTERM to its launcher, `after_s` after its start. False when it had ended by then."""
+    try:
+        process.wait(after_s)
+        return False
+    except subprocess.TimeoutExpired:
+        pass
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    victim = chance.choice(family)
+    os.kill(victim.pid, signal.SIGTERM if victim is launcher and chance.random() < 0.5 else signal.SIGKILL)
+    process.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert alive == []
+    return True
+
+
+def test_ten_kills_under_random_layouts(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    write_recipe(
+        tmp_path,
+        run={"folder": "runs"},
+        rollout={"prompts": 16, "max_response_length": 4, "samples": 2},
+        train={"steps": 160, "micro_batch_tokens": 64},
+        optimizer={"lr": 1e-3, "eps": 1e-3, "decay": "cosine", "warmup_steps": 10},
+        checkpoint={"every": 3},
+    )
+    subprocess.run(command("unbroken", "run.ranks=1"), cwd=tmp_path, check=True, capture_output=True)
+    chance, kills, started = random.Random(20), 0, time.monotonic()
+    for attempt in range(40):
+        layout = [*chance.choice(LAYOUTS), f"checkpoint.background={chance.choice(['true', 'false'])}"]
+        process = subprocess.Popen(command("killed", *layout), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kills < KILLS:
+            kills += kill_at_random(process, chance, chance.uniform(3.0, 14.0))
+        _, stderr = process.communicate()
+        if process.returncode == 0:
+            break
+        assert "damaged" not in stderr, (attempt, stderr)
+    assert process.returncode == 0, stderr
+    assert kills >= KILLS // 2, f"only {kills} kills in {time.monotonic() - started:.0f} s: make the run longer"
+
+    whole, broken = losses(tmp_path / "runs/unbroken"), losses(tmp_path / "runs/killed")
+    assert [step for step, _ in broken] == list(range(1, 161))
+    assert [loss for _, loss in broken] == pytest.approx([loss for _, loss in whole], rel=1e-3)
+    weights = [load_file(tmp_path / f"runs/{name}/hf/model.safetensors") for name in ("unbroken", "killed")]
+    assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])

@@ -1,0 +1,83 @@
+"""docs/recipes.md: every key of a recipe, from where it is declared. Run it after a change of `megafork/recipe.py`; a test compares."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megafork.recipe import Recipe
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/recipes.md"
+_INTRODUCTION = """# Recipes
+
+A recipe is one YAML file that says all of a run. It is made of sections; every key of every section is below, with its type, its default,
+and what it means. Unknown keys, wrong types and sections that contradict each other are refused by one line before anything starts.
+
+```bash
+megafork train my.yaml                                  # a recipe
+megafork train my.yaml train.steps=200 parallel.tp=4    # with overrides: section.key=value, YAML values, the last one wins
+```
+
+`extends: base.yaml` at the top of a recipe takes over another one, whose path is relative to this one; keys given here win. Paths inside a
+recipe are relative to the folder in which the command runs. `runs/<name>/recipe.yaml` is the recipe with every default filled in.
+
+This page is written by `python tools/recipe_page.py`.
+"""
+
+
+def render() -> str:
+    sections = [_section(name, field) for name, field in Recipe.model_fields.items()]
+    return "\n".join([_INTRODUCTION, *sections])
+
+
+def _section(name: str, field: FieldInfo) -> str:
+    model = field.annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    lines = [f"## {name}", ""]
+    for key, item in model.model_fields.items():
+        default = "**required**" if item.is_required() else f"default `{_value(item.default)}`"
+        description = " ".join((item.description or "").split())
+        lines.append(f"- **`{key}`** ({_type(item.annotation, item.metadata)}; {default}): {description}")
+    return "\n".join([*lines, ""])
+
+
+def _type(kind: Any, metadata: list[Any]) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _type(arguments[0], [*_flat(arguments[1:]), *metadata])
+    if origin is Literal:
+        return " / ".join(f"`{value}`" for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("empty" if part is type(None) else _type(part, metadata) for part in arguments)
+    if origin in (tuple, list):
+        return "list of " + _type(next(part for part in arguments if part is not ...), metadata)
+    name = {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
+    return " ".join([name, *_bounds(metadata)])
+
+
+def _flat(metadata: Any) -> list[Any]:
+    return [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+
+def _bounds(metadata: list[Any]) -> list[str]:
+    words = {annotated_types.Gt: ("above", "gt"), annotated_types.Ge: ("from", "ge")}
+    words |= {annotated_types.Lt: ("below", "lt"), annotated_types.Le: ("up to", "le")}
+    return [f"{words[type(bound)][0]} {getattr(bound, words[type(bound)][1]):g}" for bound in metadata if type(bound) in words]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, tuple | list) else str(value)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
