@@ -28,7 +28,8 @@ def render(results: Path, names: tuple[str, ...]) -> str:
 
 def _section(name: str, result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
-    where = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}, load {machine['load_at_start'][0]} at the start"
+    on = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}"
+    where = f"{on}, load {machine['load_at_start'][0]} at the start"
     pinned = ", ".join(f"{package} {version}" for package, version in versions.items())
     lines = [f"## {name}", "", str(importlib.import_module(f"benchmarks.{name}").__doc__).strip(), ""]
     lines += ["| what | ours | peer | ratio | aim | |", "|---|---|---|---|---|---|"]
