@@ -43,7 +43,7 @@ class Figure:
     @property
     def ratio(self) -> float | None:
         """Times by which ours is less: the median of the ratios of neighbours, which a change of the machine's load moves least."""
-        if self.ours is None or self.peer is None:
+        if self.ours is None or self.peer is None or 0 in self.ours.values:
             return None
         return _ratio(self.peer.values, self.ours.values)
 

@@ -159,17 +159,23 @@ def cost(plan: Reshard) -> Cost:
 
 
 def cost_of_full_gather(plan: Reshard) -> Cost:
-    """Of the plain way: every rank collects every tensor whole from the ranks of its model replica (TP gather, then PP broadcast)."""
+    """Of the plain way: every rank collects every tensor whole from the ranks of its own model replica."""
     shape, layout = plan.shape, plan.layout
-    total = sum(_numel(full_shape(name, shape)) for p in parameters(shape) for name in p.huggingface())
-    held = [0] * layout.pp
+    split, replicated = [0] * layout.pp, [0] * layout.pp
     for parameter in parameters(shape):
         size = sum(_numel(full_shape(name, shape)) for name in parameter.huggingface())
-        held[plan.stage(parameter)] += size if parameter.rule.kind == "replicated" else size // layout.tp
-    received = [total - held[rank * layout.pp // plan.world] for rank in range(plan.world)]
-    per_node = max(layout.model_size // plan.node, 1)
-    far = plan.world * total * (per_node - 1) // per_node
-    return Cost(max(received), max(received), sum(received), far)
+        (replicated if parameter.rule.kind == "replicated" else split)[plan.stage(parameter)] += size
+    per_stage = plan.world // layout.pp
+    received, sent = [0] * plan.world, [0] * plan.world
+    between_nodes = 0
+    for rank, stage, tp_rank in itertools.product(range(plan.world), range(layout.pp), range(layout.tp)):
+        source = stage * per_stage + rank % per_stage // layout.tp * layout.tp + tp_rank
+        if source != rank:
+            count = split[stage] // layout.tp + (replicated[stage] if tp_rank == rank % layout.tp else 0)
+            received[rank] += count
+            sent[source] += count
+            between_nodes += count if source // plan.node != rank // plan.node else 0
+    return Cost(max(received), max(sent), sum(received), between_nodes)
 
 
 def _numel(size: tuple[int, ...]) -> int:

@@ -1,0 +1,112 @@
+"""New weights into the roll-out engines in the same ranks: our bridge, a gather of every tensor on every rank, and by way of the disk.
+
+The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 a node: what the
+busiest rank receives, and what crosses between nodes in all. A rank must receive what its engine loads and it does not hold itself; the
+plan moves that and no more (`tests/test_reshard.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_reshard import QWEN3_32B
+from test_rollout import free_port
+from tiny import recipe, save_model
+
+from benchmarks.figure import Figure, Series, interleaved
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import Parallel, Recipe
+from megafork.shape import read_shape
+from megafork.weights.bridge import Bridge
+from megafork.weights.huggingface import HuggingFaceWeights, write_folder
+from megafork.weights.policy_weights import export_policy, load_policy
+from megafork.weights.reshard import Reshard, cost, cost_of_full_gather
+
+OURS, GATHER, DISK = "bridge", "full gather", "write and read a folder"
+SIZES: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "TP2": (2, {"tp": 2}, 2),
+    "TP2 to TP1": (2, {"tp": 2}, 1),
+    "PP2 to TP2": (2, {"pp": 2}, 2),
+    "TP2 PP2 to TP2": (4, {"tp": 2, "pp": 2}, 2),
+}
+CLUSTER = (Parallel(tp=8, pp=4, sp=True), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2, sp=True), Parallel(tp=8, sp=True))
+
+
+def run(quick: bool) -> list[Figure]:
+    sizes, repeats = ({}, 1) if quick else (SIZES, 5)
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_model(Path(folder) / "model", tie_word_embeddings=False, **sizes)
+        for name, (world, parallel, tp) in LAYOUTS.items():
+            spec = recipe(model, parallel=parallel, rollout={"tp": tp, "max_response_length": 32, "kv_cache_mb": 16})
+            times, received = on_ranks(world, _times, spec, Path(folder) / "out", repeats, free_port(), timeout_s=1800)[0]
+            megabytes = {way: Series(way, [count / 1e6]) for way, count in received.items()}
+            figures += [Figure(f"refit, {name}", "s", times[OURS], times[way]) for way in (GATHER, DISK)]
+            figures.append(Figure(f"refit, {name}: received by a rank", "MB", megabytes[OURS], megabytes[GATHER]))
+    for layout in CLUSTER:
+        figures += [_count(layout, tp) for tp in (4, 8)]
+    return figures
+
+
+def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, Series], dict[str, int]]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from megafork.rollout.colocated import ColocatedEngine
+
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    folder = Path(spec.model.path)
+    shape = read_shape(folder)
+    chunks = build_policy(shape, spec, mesh)
+    load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
+    engine = ColocatedEngine(spec, mesh)
+    bridge = Bridge(chunks, shape, mesh, spec.rollout.tp)
+
+    def through_disk() -> None:
+        weights = export_policy(chunks, shape, mesh)
+        if mesh.is_rank_zero:
+            write_folder(out, weights, like=folder)
+        else:
+            for _ in weights:
+                pass
+        dist.barrier()
+        saved = HuggingFaceWeights(out)
+        engine.refit(((name, saved.read(name, (0, saved.shape(name)[0]))) for name in sorted(saved.names())), 1)
+        dist.barrier()
+
+    calls = {
+        OURS: lambda: engine.refit(bridge.stream(), 1),
+        GATHER: lambda: engine.refit(export_policy(chunks, shape, mesh), 1),
+        DISK: through_disk,
+    }
+    times = interleaved(calls, repeats)
+    engine.close()
+    width = next(chunks[0].parameters()).element_size()
+    return times, {OURS: cost(bridge.plan).received * width, GATHER: cost_of_full_gather(bridge.plan).received * width}
+
+
+def _count(layout: Parallel, rollout_tp: int) -> Figure:
+    plan = Reshard(QWEN3_32B, layout, 64, rollout_tp)
+    ours, plain = cost(plan), cost_of_full_gather(plan)
+    gigabytes = 2 / 1e9
+    name = f"Qwen3-32B, 64 GPUs, TP{layout.tp} PP{layout.pp} CP{layout.cp} to TP{rollout_tp}: received by the busiest rank"
+    return Figure(
+        name,
+        "GB",
+        Series(OURS, [ours.received * gigabytes]),
+        Series(GATHER, [plain.received * gigabytes]),
+        note="counted, not run",
+        extra={"between_nodes_gb": ours.between_nodes * gigabytes, "between_nodes_full_gather_gb": plain.between_nodes * gigabytes},
+    )
