@@ -44,6 +44,8 @@ class Trainer:
         self.bridge = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
+        self.order = self.sampler.order.state()
+        """Where the prompts' order stood after the last step's responses; a checkpoint keeps it."""
         self.reward_error: str | None = None
         """Why a response could not be judged, for the first that could not; every rank knows it."""
 
@@ -52,6 +54,7 @@ class Trainer:
         clock = Clock()
         with clock("rollout"):
             collected = self.sampler.collect(step)
+            self.order = collected.order
             self.engine.sleep()
         minibatches = self.place(collected)
         everything = [micro for mini in minibatches for micro in mini]
@@ -175,7 +178,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate()
         remarks = _remarks(last, first=step == run.start + 1, error=trainer.reward_error if trainer.reward_error != told else None)
-        run.end_step(last, {"order": trainer.sampler.order.state(), "rng": torch.get_rng_state()}, remarks)
+        run.end_step(last, {"order": trainer.order, "rng": torch.get_rng_state()}, remarks)
     run.close()
     trainer.close()
     return last

@@ -53,6 +53,8 @@ class Collected:
     """Responses whose verifier raised, hung or died; they count as wrong."""
     first_error: str | None = None
     reward_seconds: float = 0.0
+    order: dict[str, int] = field(default_factory=dict)
+    """State of the prompts' order after it: where the next collection goes on."""
 
     @property
     def groups(self) -> list[int]:
@@ -96,6 +98,7 @@ class Sampler:
             kept += self._mixed(outcomes) if spec.dynamic_sampling else outcomes
             mine += held
         done.sampled_accuracy = accuracy_sum / max(done.sampled, 1)
+        done.order = self.order.state()
         self._keep(done, kept, mine)
         return done
 
