@@ -214,7 +214,8 @@ class Loss(Section):
     dual_clip: AboveOne | None = None
     """c: with a negative advantage the loss is at most c |A| (official code: 10)."""
     importance_cap: Positive | None = None
-    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or of another precision. Empty: by 1."""
+    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or of another precision.
+    Empty: by 1."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean a micro-batch weighted by its sequences; or a mean a
     response (GRPO)."""
