@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -12,12 +13,20 @@ from rich.console import Console
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 
+if TYPE_CHECKING:
+    from megafork.weights.convert import Converted, Tick
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+convert = typer.Typer(no_args_is_help=True, help="Weights from Hugging Face's format to Megatron's, and back.")
+app.add_typer(convert, name="convert")
 console = Console(highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file that says all of a run.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable last line.")]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; must not exist.", show_default=False)]
+Dtype = Annotated[Literal["keep", "fp32", "bf16"], typer.Option(help="Of the weights written.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor and the logits of both; takes the whole model's memory.")]
 
 
 @app.command()
@@ -58,6 +67,58 @@ def doctor(
     _finish(as_json, can_run=runs, findings=[vars(finding) for finding in findings])
     if recipe and not runs:
         raise typer.Exit(1)
+
+
+@convert.command("hf-to-megatron")
+def hf_to_megatron(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder.", show_default=False)],
+    target: Target,
+    tp: Annotated[int, typer.Option(help="Tensor parallel ranks that the files are cut for; any layout loads them.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages that the files are cut for; any layout loads them.")] = 1,
+    dtype: Dtype = "keep",
+    verify: Verify = False,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face folder becomes a Megatron distributed checkpoint."""
+    from megafork.weights import convert
+
+    _convert(lambda tick: convert.hf_to_megatron(source, target, tp=tp, pp=pp, dtype=dtype, verify=verify, progress=tick), as_json)
+
+
+@convert.command("megatron-to-hf")
+def megatron_to_hf(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint: converted, or of a run.", show_default=False)],
+    target: Target,
+    dtype: Dtype = "keep",
+    fp8: Annotated[bool, typer.Option("--fp8", help="Projections in e4m3, with a scale a block of 128 x 128.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="Name of an nvidia-modelopt config.", show_default=False)] = None,
+    verify: Verify = False,
+    as_json: Json = False,
+) -> None:
+    """A Megatron checkpoint becomes a Hugging Face folder. A Hugging Face folder is rewritten: in another dtype, or quantised."""
+    from megafork.weights import convert
+
+    _convert(
+        lambda tick: convert.megatron_to_hf(source, target, dtype=dtype, fp8=fp8, quantize=quantize, verify=verify, progress=tick), as_json
+    )
+
+
+def _convert(work: Callable[[Tick], Converted], as_json: bool) -> None:
+    from megafork.compat import noise
+
+    noise.silence()
+    from megafork.weights.convert import progress_bar
+    from megafork.weights.verify import VerifyError
+
+    try:
+        with progress_bar("converting") as tick:
+            done = work(tick)
+    except VerifyError as error:
+        typer.echo(f"megafork: {error}", err=True)
+        raise typer.Exit(1) from None
+    compared = "" if done.logit_difference is None else f"   logits differ by at most {done.logit_difference:.2g}"
+    console.print(f"{done.target}: {done.tensors} tensors, {done.bytes / 1e9:.3g} GB{compared}")
+    _finish(as_json, **{**vars(done), "target": str(done.target)})
 
 
 def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | None, as_json: bool) -> None:

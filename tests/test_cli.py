@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from task import make_task, write_recipe
+from tiny import save_model
 
 from megafork.launch import preflight
 from megafork.recipe import RecipeError
@@ -266,3 +267,19 @@ def test_a_whole_run_with_a_verifier_that_raises_and_hangs(task: Path) -> None:
     assert "ZeroDivisionError: nine" in notes[0] or "timeout: no verdict within 0.5 s" in notes[0]
     assert [line.split()[0] for line in lines if "/2 " in line] == ["1/2", "2/2"]
     assert (task / "runs/run/logs/rank_1.log").read_text() == ""
+
+
+@pytest.mark.slow
+def test_convert(tmp_path: Path) -> None:
+    """There by the command, back by the script that stands for the same command."""
+    save_model(tmp_path / "model")
+    there = megafork("convert", "hf-to-megatron", "model", "megatron", "--tp", "2", "--verify", "--json", cwd=tmp_path)
+    assert there.returncode == 0 and there.stderr == "", there.stderr
+    assert json.loads(there.stdout.splitlines()[-1])["logit_difference"] < 1e-4
+    script = Path(__file__).parents[1] / "tools" / "convert" / "megatron_to_hf.py"
+    back = [sys.executable, str(script), "megatron", "back"]
+    assert subprocess.run(back, cwd=tmp_path, timeout=240, check=False).returncode == 0
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    wrong = subprocess.run(back, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert (wrong.returncode, wrong.stderr) == (2, "megafork: DST is 'back': it is there already; delete it, or choose another name\n")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import cached_file
 
 from megafork.recipe import RecipeError
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+_SENTENCE_PIECE = "tokenizer.model"
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -85,25 +87,57 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+class SentencePieceTokenizer(SentencePieceBackend):
+    """A SentencePiece model as transformers wraps it, with SentencePiece's own encoding and decoding of what is between special tokens.
+
+    transformers 5.19 by itself converts the file, without the leading space that SentencePiece adds, which gives other ids than the model
+    was trained with.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        settings["legacy"] = True  # transformers' word for: leave the leading space to SentencePiece
+        super().__init__(**settings)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        known = self.added_tokens_encoder
+        runs = itertools.groupby(tokens, key=lambda token: token in known)
+        return "".join("".join(run) if special else self.sp_model.decode_pieces(list(run)) for special, run in runs)
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """Load the tokenizer of a Hugging Face folder, or of a hub name such as `Qwen/Qwen3-8B`. A folder is read without any network.
 
-    Raises RecipeError when there is none. A folder with only a SentencePiece `tokenizer.model` is refused: transformers 5.19 converts it
-    without the leading space that SentencePiece adds, which gives other ids than the model was trained with.
+    A folder with a SentencePiece `tokenizer.model` and no other vocabulary gives a SentencePieceTokenizer. Raises RecipeError when there
+    is none.
     """
     local = Path(path).is_dir()
     # with a config.json alone transformers builds an empty tokenizer and says nothing
     if local and not any((Path(path) / name).is_file() for name in _VOCABULARY_FILES):
-        raise RecipeError(f"model.path is {path!r}: the folder has no tokenizer; put the model's tokenizer.json there")
+        if not (Path(path) / _SENTENCE_PIECE).is_file() or not (Path(path) / _SENTENCE_PIECE).stat().st_size:
+            raise RecipeError(f"model.path is {path!r}: the folder has no tokenizer; put the model's tokenizer.json there")
+        load: Callable[..., Any] = _load_sentence_piece
+    else:
+        load = AutoTokenizer.from_pretrained
     if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise RecipeError(f"model.path is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
     try:
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        backend = load(path, local_files_only=local)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a file it cannot read
         reason = " ".join(str(error).split())[:200]
         mend = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
         raise RecipeError(f"model.path is {path!r}: its tokenizer could not be loaded; {mend} ({type(error).__name__}: {reason})") from None
     return Tokenizer(path, backend, _eos_ids(path, backend, local))
+
+
+def _load_sentence_piece(path: str, **options: Any) -> SentencePieceTokenizer:
+    """With the special tokens that the model itself names, where tokenizer_config.json names none."""
+    backend = SentencePieceTokenizer.from_pretrained(path, **options)
+    model = backend.sp_model
+    for name in ("bos", "eos", "unk", "pad"):
+        number = getattr(model, f"{name}_id")()
+        if number >= 0 and getattr(backend, f"{name}_token") is None:
+            backend.add_special_tokens({f"{name}_token": model.id_to_piece(number)})
+    return backend
 
 
 def _eos_ids(path: str, backend: Any, local: bool) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -25,10 +24,9 @@ from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
+from megafork.weights.checksums import SUMS, sum_of, sync, sync_name
 
 _NAME = re.compile(r"step_(\d{6,})")
-_SUMS = "checksums.json"
-"""{file: [bytes, SHA-256]} of every other file of the checkpoint."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -100,12 +98,12 @@ class Checkpoints:
                 part.unlink()
             for results in temporary.glob("results_*"):
                 results.unlink()
-            sums |= {file.name: _sum(file) for file in temporary.iterdir() if file.name not in sums}
-            (temporary / _SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
-            _sync(temporary)
+            sums |= {file.name: sum_of(file) for file in temporary.iterdir() if file.name not in sums}
+            (temporary / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
+            sync(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-            _sync(folder.parent)
+            sync_name(folder)
             for _, old in complete(self.folder)[: -self.keep_last]:
                 shutil.rmtree(old)
         dist.barrier()
@@ -126,7 +124,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _verify(folder: Path, mesh: Mesh) -> None:
     """Every rank checks its share of the files against their checksums; all raise when one has found damage."""
     sums = _sums(folder)
-    wrong = [name for name in sorted(sums)[mesh.rank :: mesh.world] if not (folder / name).is_file() or _sum(folder / name) != sums[name]]
+    wrong = [name for name in sorted(sums)[mesh.rank :: mesh.world] if not (folder / name).is_file() or sum_of(folder / name) != sums[name]]
     found: list[list[str]] = [[] for _ in range(mesh.world)]
     dist.all_gather_object(found, wrong)
     damaged = sorted(itertools.chain(*found))
@@ -136,9 +134,9 @@ def _verify(folder: Path, mesh: Mesh) -> None:
 
 def _sums(folder: Path) -> dict[str, list[Any]]:
     try:
-        return json.loads((folder / _SUMS).read_text())
+        return json.loads((folder / SUMS).read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(folder, f"{_SUMS}: {error}") from None
+        raise _damaged(folder, f"{SUMS}: {error}") from None
 
 
 def _damaged(folder: Path, reason: str) -> RecipeError:
@@ -152,13 +150,8 @@ def _write_and_sum(write: Callable[..., None], folder: Path, saver: int, rank: i
     if os.getpid() != saver:
         die_with_parent(saver)  # else it would go on writing where the next run begins to
     write(rank, *arguments)
-    sums = {file.name: _sum(file) for file in folder.glob(f"__{rank}_*")}
+    sums = {file.name: sum_of(file) for file in folder.glob(f"__{rank}_*")}
     (folder / f"sums_{rank}").write_text(json.dumps(sums))
-
-
-def _sum(file: Path) -> list[Any]:
-    with file.open("rb") as data:
-        return [file.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
 
 
 def _named(chunks: list[Policy]) -> list[tuple[str, Policy]]:
@@ -175,13 +168,3 @@ def _sharded(chunks: list[Policy], optimizer: Any, mesh: Mesh, *, loading: bool)
     content: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
     content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=loading, metadata=metadata)
     return content
-
-
-def _sync(folder: Path) -> None:
-    """Ask the disk to keep what a rename is about to promise."""
-    for entry in [*folder.iterdir(), folder] if folder.is_dir() else [folder]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megafork.recipe import RecipeError
 from megafork.shape import Shape
+from megafork.weights.checksums import sync, sync_name
 from megafork.weights.mapping import huggingface_shapes
+from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file, write_index
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -26,8 +30,10 @@ _COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+"""Files beside config.json and the weights that make a folder a model one can talk to."""
 
 
 class HuggingFaceWeights:
@@ -40,18 +46,19 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         placed = self._locate()
-        files = {file: safe_file(file) for file in set(placed.values())}
-        held = {file: set(opened.keys()) for file, opened in files.items()}
-        absent = sorted(name for name, file in placed.items() if name not in held[file])
+        self._tensors: dict[str, _Header] = {}
+        for file in sorted(set(placed.values())):
+            self._tensors |= _headers(file)
+        absent = sorted(name for name, file in placed.items() if name not in self._tensors or self._tensors[name].file != file)
         if absent:
             raise RecipeError(
                 f"model.path is {str(folder)!r}: its index puts {absent[0]} into {placed[absent[0]].name}, which does not hold it; "
                 "index and shards are of different models: download them again"
             )
-        self._files = {name: files[file] for name, file in placed.items()}
+        self._tensors = {name: self._tensors[name] for name in placed}
 
     def _locate(self) -> dict[str, Path]:
-        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        single, index = self.folder / "model.safetensors", self.folder / INDEX
         if index.exists():
             names = self._read_index(index)
         elif single.exists():
@@ -78,26 +85,32 @@ class HuggingFaceWeights:
             ) from None
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype | None:
         """None for a dtype that megafork does not train from."""
-        return _DTYPES.get(self._files[name].get_slice(name).get_dtype())
+        return _DTYPES.get(self._tensors[name].dtype)
 
     def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
-        """A rectangle of one tensor on the CPU, in the file's dtype; only its bytes are read."""
-        lazy = self._files[name].get_slice(name)
+        """A rectangle of one tensor on the CPU, in the file's dtype; only its bytes are read.
+
+        It may be a view of the mapped file, whose pages count as this process's memory as long as the tensor lives.
+        """
+        lazy = safe_file(self._tensors[name].file).get_slice(name)
         return lazy[rows[0] : rows[1]] if columns is None else lazy[rows[0] : rows[1], columns[0] : columns[1]]
 
-    def check(self, shape: Shape) -> None:
-        """Compare names, shapes and dtypes with what config.json says. Raises RecipeError that lists every difference."""
+    def check(self, shape: Shape, *, dtype: torch.dtype | None = None, listed: int | None = 8) -> None:
+        """Compare names, shapes and dtypes with what config.json says. Raises RecipeError that lists every difference, or `listed` of them.
+
+        `dtype`: what all tensors must have; None: any dtype that megafork trains from.
+        """
         wanted = huggingface_shapes(shape)
-        wrong = [f"missing {name}" for name in wanted if name not in self._files]
+        wrong = [f"missing {name}" for name in wanted if name not in self._tensors]
         ignorable = {"lm_head.weight"} if shape.tied else set()  # some tools write the tied head twice
-        for name in sorted(self._files):
+        for name in sorted(self._tensors):
             if name in ignorable or name.endswith("rotary_emb.inv_freq"):
                 continue
             if name not in wanted:
@@ -105,10 +118,27 @@ class HuggingFaceWeights:
             elif self.shape(name) != wanted[name]:
                 wrong.append(f"{name} is {list(self.shape(name))}, config.json says {list(wanted[name])}")
             elif self.dtype(name) is None:
-                wrong.append(f"{name} has dtype {self._files[name].get_slice(name).get_dtype()}, known are {', '.join(_DTYPES)}")
+                wrong.append(f"{name} has dtype {self._tensors[name].dtype}, known are {', '.join(_DTYPES)}")
+            elif dtype is not None and self.dtype(name) != dtype:
+                wrong.append(f"{name} has dtype {self._tensors[name].dtype}, config.json says {CODES.get(dtype, dtype)}")
         if wrong:
-            listed = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-            raise RecipeError(f"model.path is {str(self.folder)!r}: its tensors do not fit its config.json: {listed}")
+            shown = "; ".join(wrong[:listed]) + (f"; and {len(wrong[listed:])} more" if listed and len(wrong) > listed else "")
+            raise RecipeError(f"model.path is {str(self.folder)!r}: its tensors do not fit its config.json: {shown}")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Where a tensor lies, and what the file says of it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _headers(path: Path) -> dict[str, _Header]:
+    with safe_file(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return {name: _Header(path, tuple(lazy.get_shape()), lazy.get_dtype()) for name, lazy in slices.items()}
 
 
 def safe_file(file: Path):  # type: ignore[no-untyped-def]  # safetensors has no types
@@ -124,53 +154,65 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder: `tensors` in shards of about `shard_bytes`, config and tokenizer copied from the folder `like`.
 
-    Written under a temporary name and renamed when complete: an interrupted write leaves the old folder whole (killed between the two
-    renames of the exchange, it leaves it as `<target>.old`). `dtype` None keeps each tensor's own.
+    Holds one shard in memory. Written under a temporary name and renamed when complete: an interrupted write leaves the old folder whole
+    (killed between the two renames of the exchange, it leaves it as `<target>.old`). `dtype` None keeps each tensor's own.
     """
+    with replaced(target) as folder:
+        written = _collect_shards(folder, tensors, dtype, shard_bytes)
+        copy_companions(like, folder, {"dtype": str(written).removeprefix("torch.")})
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A new folder under a temporary name, which takes the place of `target` when the block ends without an error."""
     temporary = target.with_name(target.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    written = _write_shards(temporary, tensors, dtype, shard_bytes)
-    config = json.loads((like / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the key's older name
-    config["dtype"] = str(written).removeprefix("torch.")
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in _COMPANIONS:
-        if (like / name).exists():
-            shutil.copyfile(like / name, temporary / name)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    sync(temporary)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)  # of a writer that was killed; the new folder is complete by now
     if target.exists():
         target.rename(old)
     temporary.rename(target)
+    sync_name(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> torch.dtype:
-    """Returns the dtype of the tensors written."""
-    where: dict[str, int] = {}
+def copy_companions(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
+    """Copy config.json, with changes, and the files of the tokenizer and of the generation."""
+    config = json.loads((source / "config.json").read_text())
+    if "dtype" in changes:
+        config.pop("torch_dtype", None)  # the key's older name
+    (target / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n")
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _collect_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> torch.dtype:
+    """Write tensors of which nothing is known before they come. Returns their dtype."""
+    written: list[list[Spec]] = []
     shard: dict[str, Tensor] = {}
-    count = size = total = 0
 
     def flush() -> None:
-        nonlocal shard, count, size
-        save_file(shard, folder / f"shard-{count}.safetensors", metadata={"format": "pt"})
-        shard, count, size = {}, count + 1, 0
+        specs = [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in shard.items()]
+        write_file(folder / f"shard-{len(written)}", specs, iter(shard.items()))
+        written.append(specs)
+        shard.clear()
 
     for name, tensor in tensors:
-        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if shard and size + tensor.nbytes > shard_bytes:
+        tensor = tensor.detach().to("cpu", dtype or tensor.dtype)
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > shard_bytes:
             flush()
-        shard[name], where[name] = tensor, count
-        size += tensor.nbytes
-        total += tensor.nbytes
+        shard[name] = tensor
     flush()
-    if count == 1:
-        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
-        return tensor.dtype
-    files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    files = shard_names(len(written))
     for n, file in enumerate(files):
-        (folder / f"shard-{n}.safetensors").rename(folder / file)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: files[n] for name, n in where.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"shard-{n}").rename(folder / file)
+    write_index(folder, [(file, spec) for file, specs in zip(files, written, strict=True) for spec in specs])
     return tensor.dtype

@@ -1,0 +1,181 @@
+"""FP8 folders: the numbers of a block, the form that vLLM loads, and what vLLM makes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import save_model
+
+from megafork.recipe import RecipeError
+from megafork.weights.convert import hf_to_megatron, megatron_to_hf
+from megafork.weights.fp8 import BLOCK, dequantize, is_quantized, quantize
+from megafork.weights.sources import open_source
+from megafork.weights.verify import VerifyError, compare_blocks
+
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+"""Sizes that blocks fit."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    size=st.floats(-30, 30),
+    spread=st.floats(0, 8),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@example(rows=256, columns=128, size=0.0, spread=0.0, seed=1, dtype=torch.bfloat16)
+@example(rows=2100, columns=3, size=0.0, spread=1.0, seed=1, dtype=torch.float32)  # more rows than are quantised at once
+def test_a_block_keeps_its_largest_number_and_the_rest_to_a_sixteenth(
+    rows: int, columns: int, size: float, spread: float, seed: int, dtype: torch.dtype
+) -> None:
+    draw = np.random.default_rng(seed)
+    drawn = draw.standard_normal((rows, columns)) * np.exp2(size + spread * draw.standard_normal((rows, columns)))
+    weight = torch.from_numpy(drawn).to(dtype)
+    weight[: rows // 3, : columns // 3] = 0
+    small, scale = quantize(weight)
+    assert small.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and small.shape == weight.shape
+    assert scale.shape == (-(-rows // BLOCK), -(-columns // BLOCK)) and bool((scale > 0).all())
+    back, exact = dequantize(small, scale).double(), weight.double()
+    for i in range(scale.size(0)):
+        for j in range(scale.size(1)):
+            block = (slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK))
+            largest, unit = float(exact[block].abs().max()), float(scale[i, j])
+            assert float(small[block].float().abs().max()) == (448.0 if largest else 0.0), "the whole range of e4m3 is used"
+            assert abs(float(back[block].abs().max()) - largest) <= 1e-6 * largest
+            allowed = torch.maximum(exact[block].abs() / 16, torch.tensor(unit * 2.0**-10)) * (1 + 1e-5)  # half a unit in the last place
+            assert bool(((back[block] - exact[block]).abs() <= allowed).all())
+
+
+def fp8_folder(tmp_path: Path, architecture: str = "Qwen3", **changes: Any) -> tuple[Path, Path]:
+    source = save_model(tmp_path / "in", architecture, dtype=torch.bfloat16, **{**WIDE, **changes})
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "fp8", fp8=True, verify=True)
+    return source, tmp_path / "fp8"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_folder_has_deepseeks_form(tied: bool, tmp_path: Path) -> None:
+    source, folder = fp8_folder(tmp_path, tie_word_embeddings=tied)
+    before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("quantization_config") == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    assert config == json.loads((source / "config.json").read_text())
+    projections = {name for name in before if "_proj" in name}
+    assert len(projections) == 7 * 4 and all(is_quantized(name) for name in projections)
+    assert after.keys() == before.keys() | {name + "_scale_inv" for name in projections}
+    for name, tensor in before.items():
+        if name in projections:
+            assert after[name].dtype == torch.float8_e4m3fn
+            torch.testing.assert_close(dequantize(after[name], after[name + "_scale_inv"]), tensor.float(), rtol=1 / 16, atol=1e-4)
+        else:
+            assert torch.equal(after[name], tensor), f"{name} is left alone"
+    megatron_to_hf(source, tmp_path / "direct", fp8=True)
+    direct = load_file(tmp_path / "direct" / "model.safetensors")
+    assert all(torch.equal(direct[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in after.items())
+
+
+def test_verify_sees_another_scale(tmp_path: Path) -> None:
+    source, folder = fp8_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight_scale_inv"][0, 0] *= 1.2
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(VerifyError, match=r"^--verify: model\.layers\.1\.mlp\.down_proj\.weight: not the source's"):
+        compare_blocks(open_source(source, keep=True), folder, lambda done: None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "message"),
+    [
+        ({"num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}, torch.bfloat16, r"self_attn.k_proj has 192 rows"),
+        ({"intermediate_size": 320}, torch.bfloat16, r"mlp.gate_proj has 320 rows"),
+        ({}, torch.float32, r"add --dtype bf16"),
+    ],
+)
+def test_what_vllm_could_not_load_is_refused(sizes: dict[str, int], dtype: torch.dtype, message: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "in", dtype=dtype, **{**WIDE, **sizes})
+    with pytest.raises(RecipeError, match=rf"^--fp8: .*{message}"):
+        megatron_to_hf(source, tmp_path / "out", fp8=True)
+    assert not (tmp_path / "out").exists()
+
+
+_SCORE = """
+import json, sys
+from megafork.compat import vllm as fixes, vllm_fp8
+fixes.prepare()
+import torch, vllm
+def engine():
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20, "max_model_len": 64, "max_num_seqs": 8}
+    return vllm.LLM(sys.argv[1], skip_tokenizer_init=True, dtype="bfloat16", **small)
+if sys.argv[2] == "without":
+    try:
+        engine()
+    except Exception as error:
+        print(json.dumps(str(error)))
+        raise SystemExit
+vllm_fp8.install()
+prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[3])]
+done = engine().generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+print(json.dumps([[list(place.values())[0].logprob for place in out.prompt_logprobs[1:]] for out in done]))
+"""
+
+
+PROMPTS = [[(7 * n + m) % 99 for m in range(40)] for n in range(6)]
+
+
+def score(folder: Path, kernel: str) -> Any:
+    command = [sys.executable, "-c", _SCORE, str(folder), kernel, json.dumps(PROMPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def reference(folder: Path, *, fp8: bool) -> torch.Tensor:
+    """Log-prob of each prompt token by transformers in bf16; with `fp8` projections see weights in blocks and inputs in groups of 128."""
+    import transformers
+
+    def rounded(module: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        groups = inputs[0].float().unflatten(-1, (-1, BLOCK))
+        scale = groups.abs().amax(-1, keepdim=True) / 448
+        return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).bfloat16()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        if fp8 and is_quantized(f"{name}.weight"):
+            module.weight.data = dequantize(*quantize(module.weight.data)).bfloat16()
+            module.register_forward_pre_hook(rounded)
+    tokens = torch.tensor(PROMPTS)
+    with torch.no_grad():
+        return model(tokens).logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+
+@pytest.mark.slow
+def test_vllm_computes_with_it(tmp_path: Path) -> None:
+    source, folder = fp8_folder(tmp_path, num_hidden_layers=1)  # in more, rounding of rounding hides what is compared
+    found = torch.tensor(score(folder, "with"))
+    from_fp8, from_bf16 = ((found - reference(source, fp8=fp8)).abs().mean() for fp8 in (True, False))
+    assert from_fp8 < 0.1 and from_bf16 > 1.7 * from_fp8, "vLLM computes what the blocks say, as far as bf16 before the rounding goes"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(), reason="vLLM has a block kernel for this machine")
+def test_vllm_still_has_no_kernel_of_its_own(tmp_path: Path) -> None:
+    """When this fails, megafork/compat/vllm_fp8.py can go."""
+    assert "Failed to find a kernel" in score(fp8_folder(tmp_path)[1], "without")

@@ -1,0 +1,61 @@
+"""Quantisation by nvidia-modelopt, where it is installed; and what is said where it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert_fp8 import PROMPTS, WIDE, reference, score
+from tiny import save_model
+
+from megafork.recipe import RecipeError
+from megafork.weights.convert import megatron_to_hf
+
+HERE = importlib.util.find_spec("modelopt") is not None
+
+_CONVERT = """
+import sys
+from pathlib import Path
+from megafork.weights.convert import hf_to_megatron, megatron_to_hf
+hf_to_megatron(Path(sys.argv[1]) / "in", Path(sys.argv[1]) / "megatron")
+megatron_to_hf(Path(sys.argv[1]) / "megatron", Path(sys.argv[1]) / "out", quantize=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int3"}, r"^--quantize is 'int3': choose one of fp8_per_channel, "),
+        ({"quantize": "fp8_blocks", "fp8": True}, r"^--quantize is 'fp8_blocks' and --fp8 is set"),
+        ({"quantize": "fp8_blocks", "verify": True}, r"^--quantize is 'fp8_blocks' and --verify is set"),
+        pytest.param(
+            {"quantize": "fp8_blocks"},
+            r"nvidia-modelopt is not installed: pip install 'megafork\[quantize\]'",
+            marks=pytest.mark.skipif(HERE, reason="nvidia-modelopt is installed"),
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        megatron_to_hf(tmp_path / "in", tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HERE, reason="nvidia-modelopt is not installed (megafork[quantize])")
+@pytest.mark.parametrize("name", ["fp8_per_channel", "fp8_blocks"])
+def test_vllm_loads_what_modelopt_writes(name: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "in", dtype=torch.bfloat16, num_hidden_layers=1, **WIDE)
+    (source / "tokenizer.json").write_text("{}")
+    done = subprocess.run([sys.executable, "-c", _CONVERT, str(tmp_path), name], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "plain").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "modelopt"
+    difference = (torch.tensor(score(tmp_path / "out", "with")) - reference(source, fp8=False)).abs().mean()
+    assert 0.02 < difference < 0.3, f"quantised, and the model still: {len(PROMPTS)} prompts differ by {difference}"
