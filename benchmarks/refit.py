@@ -87,7 +87,7 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
         dist.barrier()
 
     calls = {
-        OURS: lambda: engine.refit(bridge.stream(), 1),
+        OURS: lambda: engine.refit(bridge, 1),
         GATHER: lambda: engine.refit(export_policy(chunks, shape, mesh), 1),
         DISK: through_disk,
     }

@@ -69,7 +69,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     Returns what was read, and the step that the run folder's newest checkpoint holds, 0 without any.
     """
     check_world(recipe.parallel, world)
-    if command == "train":
+    if command == "train" and not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, world)
     check_layout(read_shape(Path(recipe.model.path)), recipe.parallel)
     from megafork.data.reward import Verifiers

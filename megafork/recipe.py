@@ -157,6 +157,35 @@ class Rollout(Section):
     """Share of a GPU's memory for vLLM's weights and KV cache."""
     max_running: Count = 256
     """Requests an engine decodes at once."""
+    servers: list[str] = []
+    """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`. Empty: engines in the
+    trainer's own processes."""
+    staleness: CountOrZero = 0
+    """Steps by which the weights that write a token may be behind: so many steps are rolled out ahead, while others train, and go on with
+    new weights as these come. 0: each step with the weights before it. Above 0 it needs `servers` and `loss.importance_cap`."""
+    request_limit_s: Positive = 3600.0
+    """Seconds one response of a server may take. Over it: another server is asked."""
+    server_limit_s: Positive = 300.0
+    """Seconds a server may take for a part of a refit, and a run goes on without any server."""
+
+    @field_validator("servers")
+    @classmethod
+    def _are_addresses(cls, servers: list[str]) -> list[str]:
+        for url in servers:
+            if not re.fullmatch(r"http://[^/:\s]+:\d{1,5}", url):
+                raise ValueError(f"rollout.servers has {url!r}: give addresses such as http://node1:8000")
+        if len(set(servers)) < len(servers):
+            raise ValueError(f"rollout.servers is {servers}: it names a server twice")
+        return servers
+
+    @model_validator(mode="after")
+    def _stale_needs_servers(self) -> Rollout:
+        if self.staleness and not self.servers:
+            raise ValueError(
+                f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes wait for it; "
+                "name servers, or set rollout.staleness=0"
+            )
+        return self
 
 
 class Reward(Section):
@@ -324,6 +353,11 @@ class Recipe(Section):
             )
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
+        if self.rollout.staleness and self.loss.importance_cap is None:
+            raise ValueError(
+                f"rollout.staleness is {self.rollout.staleness} without loss.importance_cap: tokens of older weights would count as if "
+                "they were of the newest; set loss.importance_cap=2, or rollout.staleness=0"
+            )
         if self.reward.overlong == "shaping" and self.reward.overlong_buffer > self.rollout.max_response_length:
             raise ValueError(
                 f"reward.overlong_buffer is {self.reward.overlong_buffer} but rollout.max_response_length is "

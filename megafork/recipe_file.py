@@ -10,7 +10,8 @@ import difflib
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -90,7 +91,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _takes_text(section: str, key: str) -> bool:
     known = Recipe.model_fields.get(section)
     field = known and _keys(section).get(key)
-    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+    if field is None:
+        return False
+    kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else (field.annotation,)
+    return str in kinds
 
 
 def _validate(values: dict[str, Any]) -> Recipe:
@@ -145,6 +149,8 @@ def _wanted(schema: dict[str, Any]) -> str:
         return "one of " + ", ".join(schema["enum"])
     if "prefixItems" in schema:
         return f"a list of {len(schema['prefixItems'])}, each {_wanted(schema['prefixItems'][0])}"
+    if schema.get("type") == "array":
+        return f"a list, each {_wanted(schema['items'])}"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "null": "null"}
     words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
     bounds = [f"{word} {schema[key]:g}" for key, word in words.items() if key in schema]

@@ -55,7 +55,11 @@ def make_responses(lengths: Sequence[tuple[int, int]], *, samples: int = 4, seed
         prompt_tokens, tokens = (torch.randint(1, 99, (k,), generator=generator, dtype=torch.int32) for k in (prompt, answer))
         log_probs = -torch.rand(answer, generator=generator)
         advantage = float(torch.randn((), generator=generator))
-        made.append(Response(n // samples, n % samples, n // samples, prompt_tokens, tokens, log_probs, False, advantage=advantage))
+        made.append(
+            Response(
+                n // samples, n % samples, n // samples, prompt_tokens, tokens, log_probs, False, advantage=advantage, versions=tokens % 5
+            )
+        )
     return made
 
 

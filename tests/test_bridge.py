@@ -37,7 +37,7 @@ def _refit_after_updates(specs: list[Recipe], checked: tuple[int, ...], port: in
         for update in range(1, UPDATES + 1):
             rig.step(update)
             rig.learner.settle()
-            engine.refit(bridge.stream(), update)
+            engine.refit(bridge, update)
             said = engine.generate(requests, GREEDY)
             if update in checked:
                 answers.append((said, _fresh(spec, rig, update).generate(requests, GREEDY)))

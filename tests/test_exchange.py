@@ -58,7 +58,7 @@ def same(a: Response, b: Response) -> bool:
     floats = torch.equal(a.log_probs.view(torch.int32), b.log_probs.view(torch.int32)) and torch.equal(
         *(torch.tensor([r.advantage, r.reward, r.accuracy]).view(torch.int32) for r in (a, b))
     )
-    tokens = torch.equal(a.tokens, b.tokens) and torch.equal(a.prompt_tokens, b.prompt_tokens)
+    tokens = all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("tokens", "prompt_tokens", "versions"))
     dtypes = (a.tokens.dtype, a.prompt_tokens.dtype, a.log_probs.dtype) == (torch.int32, torch.int32, torch.float32)
     return floats and tokens and dtypes and (name(a), a.prompt, a.truncated) == (name(b), b.prompt, b.truncated)
 
@@ -71,7 +71,7 @@ def check(layout: str, owner: list[int], destination: list[int]) -> None:
         assert [name(response) for response in got] == [name(response) for response in wanted]
         assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
         ((_, received),) = calls
-        content = sum(4 * (len(r.prompt_tokens) + 2 * len(r.tokens)) for r in wanted)
+        content = sum(4 * (len(r.prompt_tokens) + 3 * len(r.tokens)) for r in wanted)
         assert content <= received <= content + 16 * len(wanted), "a rank receives its own responses and 16 bytes each for the rest"
 
 

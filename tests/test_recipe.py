@@ -49,6 +49,10 @@ WRONG = {
     "model.path=null": "model.path is null: must be text",
     "data.eval=./d.jsonl": "data.eval is './d.jsonl', the same as data.train: hold other prompts out, or leave data.eval empty",
     "run.name=../x": "run.name is '../x': it names a folder, use letters, digits, `_`, `-` and `.`",
+    "rollout.servers=http://a:8000": "rollout.servers is 'http://a:8000': must be a list, each text",
+    "rollout.servers=[a:8000]": "rollout.servers has 'a:8000': give addresses such as http://node1:8000",
+    "rollout.servers=[http://a:1,http://a:1]": "rollout.servers is ['http://a:1', 'http://a:1']: it names a server twice",
+    "rollout.staleness=1": "rollout.staleness is 1 without rollout.servers: engines in the trainer's own processes",
     "train.stps=5": "unknown key train.stps = 5: did you mean 'steps'?",
     "tran.steps=5": "unknown section 'tran': did you mean 'train'?",
     "zzz.steps=5": "unknown section 'zzz': known are run, model, parallel, data",
@@ -78,6 +82,7 @@ RIGHT: dict[str, Any] = {
     "train.micro_batch_tokens=null": None,
     "parallel.tp=4": 4,
     "forks.select=all": "all",
+    "rollout.servers=[http://a:8000,http://10.0.0.1:8001]": ["http://a:8000", "http://10.0.0.1:8001"],
 }
 
 

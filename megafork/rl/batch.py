@@ -34,6 +34,8 @@ class Response:
     """The verifier's verdict in [0, 1]."""
     reward: float = 0.0
     advantage: float = 0.0
+    versions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """int32 [n], the step that made the weights that wrote each token; empty where nobody wrote it for this run."""
 
     @property
     def length(self) -> int:

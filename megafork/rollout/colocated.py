@@ -113,12 +113,9 @@ class ColocatedEngine:
 
 
 def _completion(output: Any) -> Completion:
-    spans = output.weight_versions or []
-    versions = {span.version for span in spans}
-    assert len(versions) == 1, f"a response was written by weights {versions}"
     return Completion(
         tokens=list(output.token_ids),
         log_probs=list(output.logprobs.logprobs),
         truncated=output.finish_reason == "length",
-        version=int(versions.pop()),
+        versions=[int(span.version) for span in output.weight_versions for _ in range(span.start, span.end)],
     )

@@ -32,16 +32,23 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """A drawn response: its tokens, their log-probs at the sampling temperature, whether it was cut at max_tokens, and which weights
-    (`refit`'s version) wrote it."""
+    (`refit`'s version) wrote each token."""
 
     tokens: list[int]
     log_probs: list[float]
     truncated: bool
-    version: int
+    versions: list[int]
 
 
 class Engine(Protocol):
     """A roll-out engine. All ranks of the engine call each method together and with the same arguments."""
+
+    rank: int
+    """This rank's among the engine's; 0 has the completions."""
+    number: int
+    """Which of the engines this is."""
+    engines: int
+    """How many there are: each takes its share of the prompts."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order."""

@@ -21,7 +21,7 @@ def exchange(
     """Send each response to every rank of the DP rank that trains on it; returns this rank's, in the order of `outcomes`.
 
     `outcomes` and `dp_rank_of` ((group, sample) -> DP rank) must be the same on every rank. Every rank must call. Sizes follow from the
-    outcomes, so nothing is exchanged but the responses: 32 bits a token and a log-prob.
+    outcomes, so nothing is exchanged but the responses: 32 bits each for a token, its log-prob, and its weights' version.
     """
     mine = {(response.group, response.sample): response for response in held}
     sends = [
@@ -46,18 +46,19 @@ def exchange(
 
 
 def _size(outcome: Outcome) -> int:
-    return _HEADER + outcome.prompt_tokens + 2 * outcome.tokens
+    return _HEADER + outcome.prompt_tokens + 3 * outcome.tokens
 
 
 def _encode(response: Response) -> Tensor:
     numbers = torch.tensor([response.advantage, response.reward, response.accuracy], dtype=torch.float32).view(torch.int32)
     prompt = torch.tensor([response.prompt], dtype=torch.int32)
-    return torch.cat([prompt, numbers, response.prompt_tokens, response.tokens, response.log_probs.view(torch.int32)])
+    return torch.cat([prompt, numbers, response.prompt_tokens, response.tokens, response.log_probs.view(torch.int32), response.versions])
 
 
 def _decode(data: Tensor, outcome: Outcome) -> Response:
     numbers = data[1:_HEADER].view(torch.float32).tolist()
-    prompt, tokens, log_probs = data[_HEADER:].clone().split([outcome.prompt_tokens, outcome.tokens, outcome.tokens])
+    sizes = [outcome.prompt_tokens, outcome.tokens, outcome.tokens, outcome.tokens]
+    prompt, tokens, log_probs, versions = data[_HEADER:].clone().split(sizes)
     return Response(
         group=outcome.group,
         sample=outcome.sample,
@@ -65,6 +66,7 @@ def _decode(data: Tensor, outcome: Outcome) -> Response:
         prompt_tokens=prompt,
         tokens=tokens,
         log_probs=log_probs.view(torch.float32),
+        versions=versions,
         truncated=outcome.truncated,
         advantage=numbers[0],
         reward=numbers[1],

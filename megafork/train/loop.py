@@ -19,14 +19,17 @@ from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import importance, set_weights, token_loss
 from megafork.rollout.colocated import ColocatedEngine
+from megafork.rollout.server import ServerEngine
+from megafork.train.ahead import Ahead
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
 from megafork.train.record import write_rollouts
 from megafork.train.run import Metrics, Run, build_learner, packer, placement
-from megafork.train.sampler import Collected, Outcome, Sampler, evaluate
-from megafork.train.summary import entropy_metrics, update_metrics
+from megafork.train.sampler import Collected, Outcome, Sampler
+from megafork.train.summary import entropy_metrics, staleness, update_metrics
 from megafork.weights.bridge import Bridge
+from megafork.weights.policy_weights import WholeWeights
 
 
 class Trainer:
@@ -40,10 +43,17 @@ class Trainer:
         self.learner = build_learner(
             inputs, recipe, mesh, updates=recipe.train.steps * recipe.train.minibatches, temperature=recipe.rollout.temperature
         )
-        self.engine = ColocatedEngine(recipe, mesh)
-        self.bridge = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
+        self.engine: ServerEngine | ColocatedEngine
+        self.weights: WholeWeights | Bridge
+        """What a refit hands over."""
+        if recipe.rollout.servers:
+            self.engine, self.weights = ServerEngine(recipe, mesh), WholeWeights(self.learner.chunks, inputs.shape, mesh)
+        else:
+            self.engine = ColocatedEngine(recipe, mesh)
+            self.weights = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
+        self.ahead = Ahead(self.sampler)
         self.order = self.sampler.order.state()
         """Where the prompts' order stood after the last step's responses; a checkpoint keeps it."""
         self.reward_error: str | None = None
@@ -53,7 +63,7 @@ class Trainer:
         """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
         clock = Clock()
         with clock("rollout"):
-            collected = self.sampler.collect(step)
+            collected = self.ahead.collect(step)
             self.order = collected.order
             self.engine.sleep()
         minibatches = self.place(collected)
@@ -80,11 +90,10 @@ class Trainer:
             self.refit(step)
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
             write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
-        metrics = self.sample_metrics(collected, everything)
+        metrics = self.sample_metrics(collected, everything) | staleness(collected.responses, step, self.mesh)
         if everything:
             metrics |= entropies | update_metrics(everything, thresholds, updates, self.mesh)
-        received, buffer = over_world([self.bridge.received, self.bridge.buffer], self.mesh, "max")
-        metrics |= {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
+        metrics |= self.refit_metrics()
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
@@ -112,8 +121,18 @@ class Trainer:
     def refit(self, version: int) -> None:
         """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
         self.learner.settle()
-        self.engine.refit(self.bridge.stream(), version)
+        self.engine.refit(self.weights, version)
         dist.barrier()  # no rank asks a neighbour's engine for tokens of new weights before it has them
+
+    def refit_metrics(self) -> Metrics:
+        """Largest over the ranks: bytes received from other ranks and the most held for a layer; or bytes sent to servers, and how many
+        of these have the weights."""
+        if isinstance(self.weights, Bridge):
+            received, buffer = over_world([self.weights.received, self.weights.buffer], self.mesh, "max")
+            return {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
+        assert isinstance(self.engine, ServerEngine)
+        sent, serving = over_world([self.engine.bytes_sent, self.engine.serving], self.mesh, "max")
+        return {"refit/sent_mb": sent / 1e6, "refit/servers": serving}
 
     def sample_metrics(self, collected: Collected, micros: list[MicroBatch]) -> Metrics:
         outcomes = collected.outcomes
@@ -140,7 +159,7 @@ class Trainer:
         """Accuracy on the held-out prompts, or nothing without any."""
         if not self.inputs.held_out:
             return {}
-        return dict(evaluate(self.inputs.held_out, self.engine, self.verifiers, self.inputs.tokenizer, self.recipe, self.mesh))
+        return dict(self.ahead.evaluate(self.inputs.held_out))
 
     def close(self) -> None:
         if self.verifiers is not None:

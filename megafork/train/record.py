@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         ("entropies", pa.list_(pa.float32())),
         ("log_probs", pa.list_(pa.float32())),
         ("mask", pa.list_(pa.bool_())),
+        ("versions", pa.list_(pa.int32())),
     ]
 )
 
@@ -91,6 +92,7 @@ def _rows(step: int, micros: list[MicroBatch], inputs: Inputs, mesh: Mesh) -> li
                     "entropies": entropy.tolist(),
                     "log_probs": log_prob.tolist(),
                     "mask": mask.to(torch.bool).tolist(),
+                    "versions": response.versions.tolist(),
                 }
             )
     return sorted(rows, key=lambda row: (row["prompt_index"], row["sample"]))

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
-from megafork.rollout.colocated import ColocatedEngine
-from megafork.rollout.engine import Request, Sampling, request_seed
+from megafork.rollout.engine import Engine, Request, Sampling, request_seed
 
 
 class Outcome(NamedTuple):
@@ -65,7 +65,7 @@ class Sampler:
     """Draws a step's prompts and responses. Every rank makes one and calls `collect` together; only an engine's first rank judges."""
 
     def __init__(
-        self, recipe: Recipe, prompts: list[Prompt], engine: ColocatedEngine, verifiers: Verifiers | None, tokenizer: Tokenizer, mesh: Mesh
+        self, recipe: Recipe, prompts: list[Prompt], engine: Engine, verifiers: Verifiers | None, tokenizer: Tokenizer, mesh: Mesh
     ) -> None:
         self.recipe = recipe
         self.order = PromptOrder(prompts, recipe.run.seed)
@@ -73,6 +73,8 @@ class Sampler:
         self.verifiers = verifiers
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # its own: it may be used in a thread beside the training
+        """Of all ranks. The timeout is long because engines take different times, and have limits of their own."""
 
     def collect(self, step: int) -> Collected:
         """Sample until `rollout.prompts` groups are kept or `rollout.max_refills` rounds were spent; their advantages are set."""
@@ -127,6 +129,7 @@ class Sampler:
                 prompt_tokens=torch.tensor(prompt.tokens, dtype=torch.int32),
                 tokens=torch.tensor(completion.tokens, dtype=torch.int32),
                 log_probs=torch.tensor(completion.log_probs, dtype=torch.float32),
+                versions=torch.tensor(completion.versions, dtype=torch.int32),
                 truncated=completion.truncated,
                 accuracy=verdict.accuracy,
             )
@@ -139,7 +142,7 @@ class Sampler:
             Outcome(r.group, r.sample, self.mesh.rank, len(r.prompt_tokens), len(r.tokens), r.accuracy, r.reward, r.truncated) for r in held
         ]
         every: list[list[Outcome]] = [[] for _ in range(self.mesh.world)]
-        dist.all_gather_object(every, mine)
+        dist.all_gather_object(every, mine, group=self.group)
         return sorted(outcome for part in every for outcome in part)
 
     def _mixed(self, outcomes: list[Outcome]) -> list[Outcome]:
@@ -155,30 +158,28 @@ class Sampler:
         done.outcomes = [o for o in kept if o.group in groups and not (drop_truncated and o.truncated)]
         done.responses = [r for r in mine if r.group in groups and not (drop_truncated and r.truncated)]
 
-
-def evaluate(
-    prompts: list[Prompt], engine: ColocatedEngine, verifiers: Verifiers | None, tokenizer: Tokenizer, recipe: Recipe, mesh: Mesh
-) -> dict[str, float]:
-    """Accuracy on held-out prompts over `eval.samples` responses each, with the same seeds at every call. Every rank must call."""
-    spec = recipe.eval
-    keys = [(prompt, sample) for n, prompt in enumerate(prompts) if n % engine.engines == engine.number for sample in range(spec.samples)]
-    requests = [Request(prompt.tokens, request_seed(recipe.run.seed, -1, prompt.index, sample)) for prompt, sample in keys]
-    sampling = Sampling(recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=tokenizer.eos_ids)
-    completions = engine.generate(requests, sampling)
-    sums = torch.zeros(5, dtype=torch.float64)
-    if verifiers is not None:
-        verdicts = verifiers.score([(tokenizer.decode(c.tokens), prompt.row) for c, (prompt, _) in zip(completions, keys, strict=True)])
-        sums[0] = len(completions)
-        sums[1] = sum(verdict.accuracy for verdict in verdicts)
-        sums[2] = sum(len(completion.tokens) for completion in completions)
-        sums[3] = sum(completion.truncated for completion in completions)
-        sums[4] = sum(verdict.error is not None for verdict in verdicts)
-    sums = sums.to(mesh.device)
-    dist.all_reduce(sums)
-    count, right, tokens, truncated, errors = sums.tolist()
-    return {
-        "eval/accuracy": right / count,
-        "eval/response_length": tokens / count,
-        "eval/truncated": truncated / count,
-        "eval/errors": errors,
-    }
+    def evaluate(self, prompts: list[Prompt]) -> dict[str, float]:
+        """Accuracy on held-out prompts over `eval.samples` responses each, with the same seeds at every call. Every rank must call."""
+        spec, engine = self.recipe.eval, self.engine
+        ours = [prompt for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
+        keys = [(prompt, sample) for prompt in ours for sample in range(spec.samples)]
+        requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for prompt, sample in keys]
+        sampling = Sampling(self.recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=self.tokenizer.eos_ids)
+        completions = engine.generate(requests, sampling)
+        sums = torch.zeros(5, dtype=torch.float64)
+        if self.verifiers is not None:
+            texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
+            verdicts = self.verifiers.score([(text, prompt.row) for text, (prompt, _) in zip(texts, keys, strict=True)])
+            sums[0] = len(completions)
+            sums[1] = sum(verdict.accuracy for verdict in verdicts)
+            sums[2] = sum(len(completion.tokens) for completion in completions)
+            sums[3] = sum(completion.truncated for completion in completions)
+            sums[4] = sum(verdict.error is not None for verdict in verdicts)
+        dist.all_reduce(sums, group=self.group)
+        count, right, tokens, truncated, errors = sums.tolist()
+        return {
+            "eval/accuracy": right / count,
+            "eval/response_length": tokens / count,
+            "eval/truncated": truncated / count,
+            "eval/errors": errors,
+        }

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.quantile import Threshold, percentiles
-from megafork.parallel.reduce import from_last_stage, over_tokens
-from megafork.rl.batch import MicroBatch
+from megafork.parallel.reduce import from_last_stage, over_tokens, over_world
+from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.forks import ForkGroups
 
 
@@ -37,6 +37,15 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
         "rollout_mismatch/kl": total["kl"] / total["tokens"],
         "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
     }
+
+
+def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, float]:
+    """By how many steps the weights that wrote the tokens are behind those that `step` starts with. `responses`: of this rank."""
+    behind = [step - 1 - response.versions for response in responses if response.versions.numel()]
+    late = torch.cat(behind).double() if behind else torch.zeros(0, dtype=torch.float64)
+    steps, tokens = over_world([float(late.sum()), late.numel()], mesh)
+    worst = over_world([float(late.max()) if late.numel() else 0.0], mesh, "max")[0]
+    return {"staleness/mean": steps / max(tokens, 1), "staleness/max": worst}
 
 
 def update_metrics(micros: list[MicroBatch], thresholds: list[Threshold], updates: list[dict[str, float]], mesh: Mesh) -> dict[str, float]:

@@ -18,7 +18,7 @@ from megafork.weights.reshard import Reshard, Transfer
 
 
 class Bridge:
-    """One a rank. `received` and `buffer` tell of the last `stream`: bytes from other ranks, and the most bytes held for a layer."""
+    """One a rank. `received` and `buffer` tell of the last pass: bytes from other ranks, and the most bytes held for a layer."""
 
     def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh, rollout_tp: int) -> None:
         self.mesh = mesh
@@ -26,7 +26,7 @@ class Bridge:
         self.local = local_parameters(chunks)
         self.received = self.buffer = 0
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor of its full shape) of the whole model. Every rank of the world must iterate to the end.
 
         Only the part of each tensor that this rank's engine loads is defined; the rest is memory as it was found. The tensors are fresh:

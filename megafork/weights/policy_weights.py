@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,16 @@ def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tu
                 rows = target[piece.rows[0] : piece.rows[1]]
                 (rows if piece.columns is None else rows[:, piece.columns[0] : piece.columns[1]]).copy_(part)
         yield from full.items()
+
+
+class WholeWeights:
+    """`export_policy` at each pass: for receivers outside of the training ranks. Every rank makes one and iterates together."""
+
+    def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh) -> None:
+        self._export = partial(export_policy, chunks, shape, mesh)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._export()
 
 
 def _gather(local: Tensor | None, size: tuple[int, ...], stage: int, mesh: Mesh, like: Tensor) -> list[Tensor]:

@@ -1,0 +1,133 @@
+"""In the workers of a vLLM server: where an update of the weights stands, and, without CUDA, their way over gloo.
+
+vLLM imports this module in every worker before the model is loaded, by `--worker-extension-cls megafork.rollout.receiver.Receiver`, and
+takes the engine by `--weight-transfer-config '{"backend": "gloo"}'`. The trainer's end is `transfer.GlooLink`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from megafork.compat import vllm as vllm_fixes
+from megafork.rollout.transfer import address_towards, broadcast, gloo_group
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where the trainer waits (member 0), how many members the group has, and how long each of them waits for the others."""
+
+    address: str
+    port: int
+    world_size: int
+    limit_s: float
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """The tensors that follow, in order: Hugging Face names, dtypes, and full shapes."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """Receives whole tensors in buckets and loads this worker's part of them.
+
+    It raises nothing: an exception of one worker leaves the other workers' replies unread, and vLLM (0.32) would take each of them for the
+    reply to the next call. What went wrong is in `problem`.
+    """
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    _group: Any = None
+    _problem: str | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        self.shutdown()
+        with self._noting_problems():
+            store = TCPStore(init_info.address, init_info.port, init_info.world_size, timeout=timedelta(seconds=init_info.limit_s))
+            here = address_towards(init_info.address, init_info.port)
+            rank = 1 + self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
+            self._group = gloo_group(store, rank, init_info.world_size, here, init_info.limit_s)
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._problem = None
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Takes part in the broadcast also when an earlier bucket could not be loaded, so that nobody waits."""
+        with self._noting_problems():
+            # fresh tensors each time: vLLM keeps them until a module is complete
+            tensors = [
+                torch.empty(shape, dtype=getattr(torch, dtype))
+                for dtype, shape in zip(update_info.dtype_names, update_info.shapes, strict=True)
+            ]
+            broadcast(self._group, tensors)
+            if self._problem is None:
+                self.model.load_weights(zip(update_info.names, tensors, strict=True))
+
+    def finish_weight_update(self) -> None:
+        """Layers that did not get all their weights keep the old ones when something went wrong; the next update mends them."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        if self.problem() is not None:
+            for layer in self.model.modules():  # vLLM would load what it holds of them now, and fail again
+                info = get_layerwise_info(layer)
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        finalize_layerwise_reload(self.model, self.model_config)
+        vllm_fixes.finish_tied_heads(self.model)
+
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+    def problem(self) -> str | None:
+        """What went wrong since the update was started; before it is finished also which linear layers miss weights.
+
+        vLLM would leave a layer that got only some of its weights undefined in part. (Embedding and head always wait for more weights:
+        for the rows that pad the vocabulary.)
+        """
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, LinearBase)]
+        missing = [name for name, layer in layers if get_layerwise_info(layer).can_load()]
+        return self._problem or (f"not all weights were sent of {', '.join(missing)}" if missing else None)
+
+    @contextlib.contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - see the class
+            self._problem = self._problem or f"{type(error).__name__}: {error}"
+
+
+class Receiver:
+    """Added to vLLM's worker class: what the trainer asks every worker by `/collective_rpc`."""
+
+    weight_transfer_engine: WeightTransferEngine
+    _weight_update_active: bool
+
+    def weight_update_state(self) -> dict[str, Any]:
+        """Whether an update is open, and what is wrong with it."""
+        engine = self.weight_transfer_engine
+        problem = engine.problem() if isinstance(engine, GlooWeightTransferEngine) else None
+        return {"open": self._weight_update_active, "problem": problem}
+
+
+WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

@@ -1,0 +1,339 @@
+"""vLLM elsewhere: one or several of its servers, in other processes or on other nodes, as one roll-out engine.
+
+Rank 0 asks the servers, in a thread of its own, so that responses can be drawn while the ranks train. All ranks gather the weights; each
+server gets them from one rank, so that several nodes send at once. A server that fails is taken out and its requests are asked of the
+others with the same seeds; once it is back it gets the current weights, also in the middle of a roll-out, and its share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import aiohttp
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.parallel.mesh import Mesh
+from megafork.recipe import Recipe, RecipeError
+from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost
+from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.transfer import Lane, buckets
+
+_TRIES = 5
+"""How often one thing may fail at servers that look well before the run ends."""
+_PATIENCE = timedelta(days=1)
+"""Of ranks that wait for rank 0's word: the time limits are rank 0's."""
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class NoServer(RuntimeError):
+    """No server is left, or none does what it is asked. The same command continues the run."""
+
+
+class ServerEngine:
+    """The servers of `rollout.servers`. Every rank of the world makes one; rank 0 answers for the engine.
+
+    Weights must be iterable again and again, each pass together on all ranks: a server may come back at any time.
+    """
+
+    number = 0
+    engines = 1
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, limits: Limits | None = None) -> None:
+        """Waits for all servers; raises RecipeError when one is not there in `limits.server_s`, or is not set up as the recipe needs."""
+        spec = recipe.rollout
+        self.rank = mesh.rank
+        self._limits = limits or Limits(in_flight=spec.max_running, request_s=spec.request_limit_s, server_s=spec.server_limit_s)
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._session = self._run(_open_session())
+        self._servers = [Server(url, self._session, self._limits) for url in spec.servers]
+        # servers are spread over the ranks, and so over the nodes
+        self._lanes = {
+            n: Lane(server, mesh.device, self._limits.server_s)
+            for n, server in enumerate(self._servers)
+            if n * mesh.world // len(spec.servers) == mesh.rank
+        }
+        self._up: set[int] = set()
+        """Servers that hold the current weights and answer; rank 0 knows best."""
+        self._back: set[int] = set()
+        """Rank 0: those that are well again, and have no weights yet."""
+        self._failed: set[int] = set()
+        """Those that could not take the current weights: they stay out until the next."""
+        self._weights: Iterable[tuple[str, Tensor]] = ()
+        self._version = -1
+        self.bytes_sent = 0
+        """Since the last refit began, by this rank."""
+        self._from_rank_zero(lambda: self._run(self._check(recipe)))
+
+    @property
+    def serving(self) -> int:
+        """Servers that hold the current weights and answer, as far as is known; the same on every rank after a refit."""
+        return len(self._up)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """On rank 0 one completion a request, in order; on other ranks nothing, whatever they pass.
+
+        Rank 0 blocks until all are there, and needs the other ranks' help where servers come back: call it in a thread, one call at a
+        time, and `attend` to that. Raises NoServer and RequestRefused.
+        """
+        if self.rank != 0:
+            return []
+        batch = Batch(requests, sampling, self._version)
+        self._run(self._answer(batch))
+        return batch.completions
+
+    def attend(self, work: Future[_T]) -> _T:
+        """Wait for work that asks the servers, and meanwhile feed those that come back. Every rank calls, each with its own part of it.
+
+        What rank 0's part raises for the lack of servers is raised on every rank; NoServer also when there is none for a while.
+        """
+        served = [time.monotonic()]
+        while (back := self._from_rank_zero(lambda: self._watch(work, served))) is not None:
+            if back:
+                self._feed(back)
+        return work.result()
+
+    def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give the weights to every server that is well; returns when all ranks know who has them. Raises NoServer when none has.
+
+        Responses that are being written are held up, their caches dropped, and go on with the new weights.
+        """
+        if iter(weights) is weights:
+            raise TypeError("the weights can be iterated only once: a server that comes back later needs them again")
+        self._weights, self._version, self._failed = weights, version, set()
+        self.bytes_sent = 0
+        for _ in range(_TRIES):
+            targets = self._from_rank_zero(lambda: self._run(self._healthy()))
+            self._up &= set(targets)
+            failed = self._feed(targets)
+            if self._up:
+                return
+        raise NoServer(f"none of the servers in rollout.servers took weights {version}: {next(iter(failed.values()))}")
+
+    def sleep(self) -> None:
+        """The servers' memory is their own."""
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Leave the servers alone; they go on. Every rank calls."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._run(self._session.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    # ---- rank 0 and the others
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _from_rank_zero(self, find: Callable[[], _T]) -> _T:
+        """What rank 0 finds, or the error that it meets, on every rank."""
+        said: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                said = [find()]
+            except (RecipeError, NoServer, RequestRefused) as error:
+                said = [error]
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        if isinstance(said[0], Exception):
+            raise said[0]
+        return said[0]
+
+    def _watch(self, work: Future[Any], served: list[float]) -> list[int] | None:
+        """Rank 0: which servers came back since, or None when the work is done."""
+        if concurrent.futures.wait([work], self._limits.poll_s).done:
+            if isinstance(error := work.exception(), (NoServer, RequestRefused)):
+                raise error
+            return None
+        if self._up:
+            served[0] = time.monotonic()
+        elif time.monotonic() - served[0] > self._limits.server_s:
+            raise self._none_left()
+        return sorted(self._back - self._failed)
+
+    # ---- servers
+
+    async def _check(self, recipe: Recipe) -> None:
+        """That every server is there, and what this run needs."""
+        await asyncio.gather(*(self._check_one(server, recipe) for server in self._servers))
+
+    async def _check_one(self, server: Server, recipe: Recipe) -> None:
+        mend = "start it by `python -m megafork.rollout.serve RECIPE --port PORT`"
+        try:
+            await asyncio.wait_for(server.until_healthy(), self._limits.server_s)
+            await server.workers()
+            longest = await server.longest_sequence()
+        except TimeoutError:
+            raise RecipeError(f"rollout.servers: nothing answers at {server.url} after {self._limits.server_s:g} s; {mend}") from None
+        except (ServerLost, RequestRefused) as error:
+            raise RecipeError(f"rollout.servers: {error}; {mend}") from error
+        if longest < recipe.longest_sequence:
+            raise RecipeError(f"rollout.servers: {server.url} takes {longest} tokens, the recipe needs {recipe.longest_sequence}; {mend}")
+
+    async def _healthy(self) -> list[int]:
+        """Servers that are well now; waits for one."""
+        until = time.monotonic() + self._limits.server_s
+        while True:
+            well = await asyncio.gather(*(server.healthy() for server in self._servers))
+            if any(well):
+                return [n for n, healthy in enumerate(well) if healthy]
+            if time.monotonic() > until:
+                raise self._none_left()
+            await asyncio.sleep(self._limits.poll_s)
+
+    def _none_left(self) -> NoServer:
+        return NoServer(f"none of the {len(self._servers)} servers of rollout.servers answered for {self._limits.server_s:g} s")
+
+    # ---- weights
+
+    def _feed(self, targets: Sequence[int]) -> dict[int, str]:
+        """Give these servers the current weights. Every rank calls: each tensor is gathered by all, whatever becomes of the servers.
+
+        Returns, on every rank, which failed and why.
+        """
+        lost: dict[int, str] = {}
+        lanes = {n: lane for n, lane in self._lanes.items() if n in targets}
+
+        async def attempt(step: Callable[[Lane], Awaitable[None]], n: int) -> None:
+            try:
+                await step(lanes[n])
+            except (ServerLost, RequestRefused) as error:
+                lost[n] = str(error)
+                lanes[n].close()
+
+        async def each(step: Callable[[Lane], Awaitable[None]]) -> None:
+            await asyncio.gather(*(attempt(step, n) for n in lanes if n not in lost))
+
+        self._run(each(lambda lane: lane.begin()))
+        for bucket in buckets(self._weights):
+            self._run(each(lambda lane, bucket=bucket: lane.send(bucket)))  # type: ignore[misc]
+            self.bytes_sent += sum(tensor.nbytes for _, tensor in bucket) * (len(lanes) - len(lost))
+        self._run(each(lambda lane: lane.end(self._version)))
+        every: list[dict[int, str]] = [{} for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather_object(every, lost, group=self._group)
+        failed = {n: reason for part in every for n, reason in part.items()}
+        self._failed |= set(failed)
+        self._up = (self._up | set(targets)) - set(failed)
+        for reason in failed.values() if self.rank == 0 else ():
+            _log.warning("left without weights %d: %s", self._version, reason)
+        return failed
+
+    # ---- requests
+
+    async def _answer(self, batch: Batch) -> None:
+        """Rank 0: have every request answered by the servers that are up, whichever these are at the time."""
+        serving: dict[int, asyncio.Task[None]] = {}
+        returning: dict[int, asyncio.Task[None]] = {}
+        finished = asyncio.create_task(batch.finished.wait())
+        try:
+            while not finished.done():
+                await self._assign(batch, serving, returning)
+                waiting = [task for task in (finished, *serving.values(), *returning.values()) if not task.done()]
+                await asyncio.wait(waiting, timeout=self._limits.poll_s, return_when=asyncio.FIRST_COMPLETED)
+                for n in [n for n, task in serving.items() if task.done()]:
+                    try:
+                        await serving.pop(n)
+                    except ServerLost as error:
+                        _log.warning("taken out: %s", error)
+                        self._up.discard(n)
+                self._back = {n for n, task in returning.items() if task.done()}
+        finally:
+            self._back = set()
+            await _cancel([finished, *serving.values(), *returning.values()])
+
+    async def _assign(self, batch: Batch, serving: dict[int, asyncio.Task[None]], returning: dict[int, asyncio.Task[None]]) -> None:
+        """Servers that are up serve; the others are waited for."""
+        for n, server in enumerate(self._servers):
+            if n in self._up:
+                if n in returning:
+                    await _cancel([returning.pop(n)])
+                if n not in serving:
+                    serving[n] = asyncio.create_task(self._serve(server, batch))
+            else:
+                if n in serving:  # a refit left it without weights
+                    await _cancel([serving.pop(n)])
+                if n not in returning:
+                    returning[n] = asyncio.create_task(server.until_healthy())
+
+    async def _serve(self, server: Server, batch: Batch) -> None:
+        """Keep requests in flight at one server until cancelled. Raises ServerLost; what was in flight then waits for another server."""
+
+        async def ask() -> None:
+            while True:
+                await batch.answer_next(server)
+
+        tasks = [asyncio.create_task(ask()) for _ in range(min(self._limits.in_flight, len(batch.requests)))]
+        tasks.append(asyncio.create_task(server.while_healthy()))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await _cancel(tasks)
+
+
+class Batch:
+    """Requests, those that wait for a server, and the answers so far. Each request is answered once, whoever is asked, and how often.
+
+    `version`: of the oldest weights that may answer.
+    """
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int) -> None:
+        self.requests = requests
+        self.sampling = sampling
+        self.version = version
+        self.finished = asyncio.Event()
+        self._answers: list[Completion | None] = [None] * len(requests)
+        self._tries = [0] * len(requests)
+        self._left = len(requests)
+        self._waiting: asyncio.Queue[int] = asyncio.Queue()
+        for number in range(len(requests)):
+            self._waiting.put_nowait(number)
+        if not requests:
+            self.finished.set()
+
+    @property
+    def completions(self) -> list[Completion]:
+        """In the order of the requests, once all are answered."""
+        return [answer for answer in self._answers if answer is not None]
+
+    async def answer_next(self, server: Server) -> None:
+        """Take the next request that waits to a server. It waits again if there is no answer, for whatever reason."""
+        number = await self._waiting.get()
+        self._tries[number] += 1
+        try:
+            self._answers[number] = await server.complete(self.requests[number], self.sampling, self.version)
+        except ServerLost as error:
+            if self._tries[number] == _TRIES:
+                raise NoServer(f"one request was tried {_TRIES} times, the last time: {error}") from error
+            raise
+        finally:
+            if self._answers[number] is None:
+                self._waiting.put_nowait(number)
+        self._left -= 1
+        if self._left == 0:
+            self.finished.set()
+
+
+async def _open_session() -> aiohttp.ClientSession:
+    # A connection a request: a kept one may have been closed by the server while this loop stood still, and would look like a loss.
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

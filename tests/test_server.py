@@ -1,0 +1,190 @@
+"""Roll-outs at servers elsewhere: what becomes of requests and weights when servers die, hang, come back, or are set up wrongly.
+
+The servers here are stand-ins that start in a moment (`stand_in_server.py`); `test_vllm_server.py` has vLLM's own.
+"""
+
+from __future__ import annotations
+
+import signal
+import urllib.request
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from stand_in_server import Habits, StandIn, answer
+from tiny import recipe
+from torch import Tensor
+
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import RecipeError
+from megafork.rollout.background import Background
+from megafork.rollout.client import Limits, RequestRefused
+from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.server import NoServer, ServerEngine
+
+GENERATE = "/inference/v1/generate"
+REQUESTS = [Request([1, 2, 3], seed) for seed in range(1000, 1060)]
+LIMITS = Limits(in_flight=4, request_s=5.0, server_s=5.0, health_s=1.0, connect_s=1.0, poll_s=0.1)
+
+
+class Weights:
+    """Whole tensors that all ranks make together: with one rank missing it would not end."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"):
+            tensor = torch.full((10, 7), self.value / dist.get_world_size())
+            dist.all_reduce(tensor)
+            yield name, tensor
+
+
+def total(value: float) -> float:
+    return 3 * 70 * value
+
+
+def complete(engine: ServerEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    """As the trainer asks: in a thread, which every rank attends to."""
+    return engine.attend(Background().begin(partial(engine.generate, requests, sampling)))
+
+
+def roll_outs(urls: list[str], limits: Limits, versions: list[int], **rollout: Any) -> list[list[Completion]] | Exception:
+    """On every rank: refit to each version and ask everything."""
+    spec = recipe(Path("no model is read"), rollout={"servers": urls, **rollout})
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    try:
+        engine = ServerEngine(spec, mesh, limits)
+        answers = []
+        for version in versions:
+            engine.refit(Weights(float(version)), version)
+            answers.append(complete(engine, REQUESTS, Sampling(max_tokens=8)))
+        engine.close()
+        return answers
+    except (NoServer, RequestRefused, RecipeError) as error:
+        return error
+
+
+def expected(version: int) -> list[Completion]:
+    answers = [answer(request.seed, str(version), total(version)) for request in REQUESTS]
+    return [Completion(a["token_ids"], [t["logprob"] for t in a["logprobs"]["content"]], False, [version] * 3) for a in answers]
+
+
+def test_each_request_is_answered_once_in_order_and_few_at_a_time() -> None:
+    with StandIn() as first, StandIn() as second:
+        ranks = on_ranks(2, roll_outs, [first.url, second.url], LIMITS, [1, 2, 3])
+        assert ranks[0] == [expected(1), expected(2), expected(3)]
+        assert ranks[1] == [[], [], []]
+        stats = [first.stats(), second.stats()]
+    assert sorted(seed for s in stats for seed in s["answered"]) == sorted(3 * [r.seed for r in REQUESTS])
+    assert all(len(s["answered"]) > 60 and s["peak"] == LIMITS.in_flight for s in stats), "the servers share the work"
+    assert all(s["calls"]["/init_weight_transfer_engine"] == 1 for s in stats), "one link serves all updates"
+
+
+def test_a_server_that_is_killed_in_mid_roll_out_costs_nothing() -> None:
+    habits = Habits(signal_at={GENERATE: (12, signal.SIGKILL)})
+    with StandIn(habits) as dies, StandIn() as lives:
+        answers = on_ranks(2, roll_outs, [dies.url, lives.url], LIMITS, [1, 2])[0]
+        assert answers == [expected(1), expected(2)]
+        assert len(lives.stats()["answered"]) > 60 + 60 - 12
+
+
+def test_a_server_that_comes_back_gets_the_current_weights_and_work() -> None:
+    habits = Habits(signal_at={GENERATE: (12, signal.SIGKILL)})
+    with StandIn(habits, keep=True) as dies, StandIn(Habits(response_s=0.2)) as lives:
+        answers = on_ranks(2, roll_outs, [dies.url, lives.url], LIMITS, [1])[0]
+        assert answers == [expected(1)]
+        stats = dies.stats()
+        assert stats["version"] == "1" and len(stats["answered"]) > 10, "within the same roll-out"
+        assert sorted(stats["answered"] + lives.stats()["answered"]) == sorted(set(stats["answered"] + lives.stats()["answered"]))
+
+
+def test_a_server_that_was_started_again_between_two_steps_is_noticed() -> None:
+    """By its weights: it looks well, and its link is dead."""
+    habits = Habits(signal_at={GENERATE: (62, signal.SIGKILL)})  # 60 requests and the look at log-probs; the next is a new step's look
+    with StandIn(habits, keep=True) as server:
+        assert on_ranks(2, roll_outs, [server.url], LIMITS, [1, 2, 3])[0] == [expected(1), expected(2), expected(3)]
+
+
+def test_without_any_server_the_run_waits_for_one() -> None:
+    habits = Habits(signal_at={GENERATE: (12, signal.SIGKILL)})
+    with StandIn(habits, keep=True) as first, StandIn(habits, keep=True) as second:
+        assert on_ranks(2, roll_outs, [first.url, second.url], LIMITS, [1])[0] == [expected(1)]
+
+
+def test_without_any_server_for_too_long_every_rank_says_so() -> None:
+    limits = Limits(in_flight=4, server_s=1.0, health_s=0.5, poll_s=0.1)
+    with StandIn(Habits(signal_at={GENERATE: (12, signal.SIGKILL)})) as server:
+        for error in on_ranks(2, roll_outs, [server.url], limits, [1]):
+            assert isinstance(error, NoServer) and "none of the 1 servers" in str(error) and "1 s" in str(error)
+
+
+def test_a_server_that_hangs_in_mid_roll_out_is_given_up() -> None:
+    with StandIn(Habits(signal_at={GENERATE: (12, signal.SIGSTOP)})) as hangs, StandIn() as lives:
+        assert on_ranks(2, roll_outs, [hangs.url, lives.url], LIMITS, [1, 2])[0] == [expected(1), expected(2)]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("route", ["/init_weight_transfer_engine", "/update_weights", "/finish_weight_update"])
+def test_a_server_that_fails_in_a_refit_does_not_hold_it_up(route: str, sign: int) -> None:
+    limits = Limits(in_flight=4, server_s=1.0, health_s=0.5, connect_s=0.5, poll_s=0.1)
+    with StandIn(Habits(signal_at={route: (1, sign)})) as fails, StandIn() as lives:
+        assert on_ranks(2, roll_outs, [fails.url, lives.url], limits, [1, 2])[0] == [expected(1), expected(2)]
+        assert lives.stats()["version"] == "2"
+
+
+def test_an_update_that_a_dead_trainer_left_open_is_closed() -> None:
+    with StandIn() as server:
+        for route in ("/pause", "/start_weight_update"):
+            with urllib.request.urlopen(urllib.request.Request(server.url + route, method="POST"), timeout=5):
+                pass
+        assert on_ranks(1, roll_outs, [server.url], LIMITS, [5])[0] == [expected(5)]
+
+
+def test_a_request_that_no_server_answers_in_time_ends_the_run() -> None:
+    limits = Limits(in_flight=64, request_s=0.2, server_s=5.0, poll_s=0.05)
+    with StandIn(Habits(response_s=10.0)) as first, StandIn(Habits(response_s=10.0)) as second:
+        for error in on_ranks(2, roll_outs, [first.url, second.url], limits, [1]):
+            assert isinstance(error, NoServer) and "tried 5 times" in str(error) and "no answer in 0.2 s" in str(error)
+
+
+def test_a_refused_request_is_not_asked_again() -> None:
+    with StandIn(Habits(refuses=True)) as server:
+        for error in on_ranks(2, roll_outs, [server.url], LIMITS, [1]):
+            assert isinstance(error, RequestRefused) and "the prompt is too long" in str(error)
+        assert server.stats()["calls"][GENERATE] <= 1 + LIMITS.in_flight
+
+
+@pytest.mark.parametrize(
+    ("habits", "kind", "words"),
+    [
+        (None, RecipeError, "nothing answers at http"),
+        (Habits(longest=63), RecipeError, "takes 63 tokens, the recipe needs 64"),
+        (Habits(raw_log_probs=True), NoServer, "--logprobs-mode processed_logprobs"),
+    ],
+    ids=["absent", "short", "raw log-probs"],
+)
+def test_a_server_that_is_not_set_up_as_the_run_needs_is_named(habits: Habits | None, kind: type[Exception], words: str) -> None:
+    limits = Limits(in_flight=4, server_s=1.0, connect_s=0.5, poll_s=0.1)
+    with StandIn(habits, up=habits is not None) as server:
+        for error in on_ranks(2, roll_outs, [server.url], limits, [1]):
+            assert isinstance(error, kind) and words in str(error) and server.url in str(error) and "\n" not in str(error)
+
+
+def test_weights_that_can_be_read_only_once_are_refused() -> None:
+    assert on_ranks(1, refit_to_a_stream) == ["the weights can be iterated only once: a server that comes back later needs them again"]
+
+
+def refit_to_a_stream() -> str:
+    with StandIn() as server:
+        spec = recipe(Path("no model is read"), rollout={"servers": [server.url]})
+        engine = ServerEngine(spec, build_mesh(spec.parallel, seed=1, device=torch.device("cpu")), LIMITS)
+        with pytest.raises(TypeError) as refused:
+            engine.refit(iter(Weights(1.0)), 1)
+        engine.close()
+    return str(refused.value)

@@ -1,0 +1,379 @@
+"""vLLM's own servers: what they answer after a refit, after a kill, and after the mistakes that vLLM takes without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+import torch
+from ranks import on_ranks
+from task import make_task, write_recipe
+from test_rollout import free_port
+from test_server import complete
+from tiny import recipe, save_model
+from torch import Tensor
+
+from megafork.compat import vllm as vllm_fixes
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import Recipe
+from megafork.rollout.background import Background
+from megafork.rollout.client import Limits
+from megafork.rollout.engine import Request, Sampling, request_seed
+from megafork.rollout.server import NoServer, ServerEngine
+from megafork.rollout.transfer import GlooLink, buckets, describe
+from megafork.shape import read_shape
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.policy_weights import export_policy, load_policy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+T = TypeVar("T")
+Answers = list[tuple[list[int], list[float]]]
+LONG = 280
+"""More tokens than a block of the prefix cache."""
+PROMPTS = [[(3 * i + n) % 99 for i in range(n)] for n in (1, 5, 31, LONG)]
+REQUESTS = [Request(prompt, request_seed(1, n, sample)) for n, prompt in enumerate(PROMPTS) for sample in range(2)]
+SAMPLING = (Sampling(max_tokens=12, temperature=0.0), Sampling(max_tokens=12, temperature=0.7, stop=(7,)))
+UPDATES = (0, 1, 0, 2, 1)
+"""Which model's weights each update brings."""
+LIMITS = Limits(in_flight=16, request_s=60.0, server_s=120.0, poll_s=0.2)
+
+
+def spec_of(folder: Path, **sections: Any) -> Recipe:
+    return recipe(folder, **{"data": {"max_prompt_length": LONG}, **sections})
+
+
+def models(folder: Path, **changes: Any) -> list[Path]:
+    return [save_model(folder / str(seed), seed=seed, **changes) for seed in (1, 2, 3)]
+
+
+def tensors(folder: Path) -> list[tuple[str, Tensor]]:
+    """In the order of a checkpoint, layer by layer."""
+    source = HuggingFaceWeights(folder)
+    return [(name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())]
+
+
+class Exported:
+    """A policy's weights as the trainer hands them out: gathered over its ranks, again at every pass."""
+
+    def __init__(self, spec: Recipe, folders: list[Path]) -> None:
+        self.mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+        self.shape = read_shape(folders[0])
+        self.sources = [HuggingFaceWeights(folder) for folder in folders]
+        self.chunks = build_policy(self.shape, spec, self.mesh)
+
+    def become(self, model: int) -> Exported:
+        load_policy(self.chunks, self.sources[model], self.shape, self.mesh)
+        return self
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return export_policy(self.chunks, self.shape, self.mesh)
+
+
+def start_vllm(folder: Path, **arguments: Any) -> Any:
+    """vLLM in this rank, which is one of its engine's."""
+    vllm_fixes.prepare()
+    import vllm
+
+    vllm_fixes.keep_process_groups()
+    with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
+        return vllm.LLM(
+            str(folder),
+            distributed_executor_backend="external_launcher",
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=512,
+            enforce_eager=True,
+            kv_cache_memory_bytes=32 << 20,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            **arguments,
+        )
+
+
+def ask(llm: Any) -> list[Answers]:
+    """Everything of an engine in this process."""
+    import vllm
+
+    answers = []
+    for sampling in SAMPLING:
+        parameters = [
+            vllm.SamplingParams(
+                seed=request.seed,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop),
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in REQUESTS
+        ]
+        outputs = llm.generate([{"prompt_token_ids": list(r.prompt)} for r in REQUESTS], parameters, use_tqdm=False)
+        answers.append([(list(o.outputs[0].token_ids), list(o.outputs[0].logprobs.logprobs)) for o in outputs])
+    return answers
+
+
+def fresh(folders: list[Path], port: int) -> list[list[Answers]]:
+    """What engines answer that loaded each folder from the disk."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [ask(start_vllm(folder)) for folder in folders]
+
+
+def assert_equal(got: list[Answers], want: list[Answers]) -> None:
+    for some, others in zip(got, want, strict=True):
+        assert [tokens for tokens, _ in some] == [tokens for tokens, _ in others]
+        for (_, log_probs), (_, wanted) in zip(some, others, strict=True):
+            torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(wanted), atol=2e-5, rtol=0)
+
+
+# ---- the workers' end alone
+
+
+def test_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
+    """An untied model in engines of TP 1 and 2; the tied one is at the servers below."""
+    folders = models(tmp_path, tie_word_embeddings=False)[:2]
+    want = on_ranks(1, fresh, folders, free_port())[0]
+    for tp in (1, 2):
+        for rank in on_ranks(tp, receive, folders, tp, free_port()):
+            for answers, model in zip(rank, UPDATES, strict=True):
+                assert_equal(answers, want[model % 2])
+            assert rank[0] == rank[2]
+
+
+def receive(folders: list[Path], tp: int, port: int) -> list[list[Answers]]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    llm = start_vllm(
+        folders[0],
+        load_format="dummy",
+        tensor_parallel_size=tp,
+        weight_transfer_config={"backend": "gloo"},
+        worker_extension_cls="megafork.rollout.receiver.Receiver",
+    )
+    rank = torch.distributed.get_rank()
+    link = GlooLink("127.0.0.1", tp, 30.0) if rank == 0 else None
+    info = [link.init_info if link else None]
+    torch.distributed.broadcast_object_list(info)
+    answers = []
+    with ThreadPoolExecutor() as trainer:
+        joined = trainer.submit(link.join) if link else None
+        llm.init_weight_transfer_engine({"init_info": info[0]})
+        if joined:
+            joined.result()
+        for version, model in enumerate(UPDATES):
+            llm.start_weight_update()
+            for bucket in buckets(tensors(folders[model % 2])):
+                sent = trainer.submit(link.send, bucket) if link else None
+                llm.update_weights({"update_info": describe(bucket)})
+                if sent:
+                    sent.result()
+            llm.finish_weight_update(str(version))
+            llm.reset_prefix_cache()
+            answers.append(ask(llm))
+    return answers
+
+
+# ---- servers
+
+
+@contextlib.contextmanager
+def vllm_servers(specs: list[Recipe], folder: Path) -> Iterator[list[tuple[str, subprocess.Popen[bytes]]]]:
+    """(Address, process that keeps the server running) each. They take most of a minute to come up; nobody waits here."""
+    started = []
+    try:
+        for n, spec in enumerate(specs):
+            file, port = folder / f"server_{n}.yaml", free_port()
+            file.write_text(spec.to_yaml())
+            words = [sys.executable, "-m", "megafork.rollout.serve", str(file), "--port", str(port)]
+            log = (folder / f"server_{n}.log").open("wb")
+            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+            started.append((f"http://127.0.0.1:{port}", process))
+        yield started
+    finally:
+        families = [[psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] for _, process in started]
+        for _, process in started:
+            process.terminate()
+        for (_, process), family in zip(started, families, strict=True):
+            process.wait(60)
+            assert psutil.wait_procs(family, timeout=10)[1] == [], "a server leaves nothing behind"
+
+
+def test_two_servers(tmp_path: Path) -> None:
+    """One story, for servers are slow to start: five updates, the mistakes, and a kill. The servers' engines are of TP 1 and TP 2, the
+    trainer's model is tied and of TP 2."""
+    folders = models(tmp_path)
+    specs = [spec_of(folders[0], rollout={"tp": tp, "kv_cache_mb": 32, "max_running": 16}) for tp in (1, 2)]
+    with vllm_servers(specs, tmp_path) as servers:
+        want = on_ranks(1, fresh, folders, free_port())[0]
+        urls = [url for url, _ in servers]
+
+        def trainer(*urls: str) -> Recipe:
+            return spec_of(folders[0], parallel={"tp": 2}, rollout={"servers": list(urls)})
+
+        for url in urls:
+            got = on_ranks(2, after_updates, trainer(url), folders)[0]
+            for answers, model in zip(got, UPDATES, strict=True):
+                assert_equal(answers, want[model])
+            assert got[0] == got[2]
+        for answers in on_ranks(2, after_mistakes, trainer(*urls), folders)[0]:
+            assert_equal(answers, want[1])
+        on_ranks(2, through_an_update, trainer(*urls), folders)
+        whole_runs(tmp_path, servers)
+        on_ranks(2, through_a_kill, trainer(*urls), folders, [server_of(keeper).pid for _, keeper in servers], timeout_s=200)
+
+
+def server_of(keeper: subprocess.Popen[bytes]) -> psutil.Process:
+    return psutil.Process(keeper.pid).children()[0]
+
+
+def everything(engine: ServerEngine) -> list[Answers]:
+    return [[(c.tokens, c.log_probs) for c in complete(engine, REQUESTS, sampling)] for sampling in SAMPLING]
+
+
+def after_updates(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
+    policy = Exported(spec, folders)
+    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    answers = []
+    for version, model in enumerate(UPDATES):
+        engine.refit(policy.become(model), version)
+        answers.append(everything(engine))
+    engine.close()
+    return answers
+
+
+def after_mistakes(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
+    """After each mistake, the answers of the right weights."""
+    policy = Exported(spec, folders)
+    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    right = tensors(folders[1])
+    misnamed = [(name.replace("1.self_attn.k_proj", "1.self_attn.kk_proj"), tensor) for name, tensor in right]
+    misshapen = [(name, tensor[:-1] if "1.mlp.up_proj" in name else tensor) for name, tensor in right]
+    half_sent = [(name, tensor) for name, tensor in right if "1.self_attn.k_proj" not in name]
+    mistakes: dict[str, Iterable[tuple[str, Tensor]]] = {"kk_proj": misnamed, "": misshapen, "layers.1.self_attn.qkv_proj": half_sent}
+    answers = []
+    for words, wrong in mistakes.items():
+        with pytest.raises(NoServer, match=words):
+            engine.refit(wrong, 1)
+        engine.refit(policy.become(1), 2)
+        answers.append(everything(engine))
+    # q, k and v apart: the parts of a fused tensor arrive in updates of their own, and are kept until the last is there
+    engine.refit(tensors(folders[2]), 3)
+    engine.refit(sorted(right, key=lambda member: member[0].split(".")[3:]), 4)
+    answers.append(everything(engine))
+    engine.close()
+    return answers
+
+
+def through_an_update(spec: Recipe, folders: list[Path]) -> None:
+    """Responses that are being written when new weights come: every token is the one that its weights choose after those before it."""
+    policy = Exported(spec, folders)
+    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    greedy = Sampling(max_tokens=200, temperature=0.0)
+    requests = [Request([n, 7, n], n) for n in range(24)]
+    engine.refit(policy.become(0), 1)
+    drawing = Background().begin(partial(engine.generate, requests, greedy))
+    time.sleep(0.3)
+    engine.refit(policy.become(1), 2)
+    through = engine.attend(drawing)
+    both = shared([(r, c, c.versions.index(2)) for r, c in zip(requests, through, strict=False) if set(c.versions) == {1, 2}])
+    assert len(both) > 4, "the update came too early or too late"
+    assert all(c.versions == sorted(c.versions) for c in through)
+    for model, version in ((0, 3), (1, 4)):
+        engine.refit(policy.become(model), version)
+        asked = [Request([*r.prompt, *(c.tokens[:at] if model else [])], 0) for r, c, at in both]
+        wanted = [(c.tokens[at:], c.log_probs[at:]) if model else (c.tokens[:at], c.log_probs[:at]) for _, c, at in both]
+        for (tokens, log_probs), answer in zip(wanted, complete(engine, asked, greedy), strict=False):
+            assert answer.tokens[: len(tokens)] == tokens
+            torch.testing.assert_close(torch.tensor(answer.log_probs[: len(tokens)]), torch.tensor(log_probs), atol=2e-5, rtol=0)
+    engine.close()
+
+
+def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]]) -> None:
+    """At staleness 0, with one of two servers killed on the way, a run has the numbers of engines in its own processes."""
+    task = make_task(folder / "task", vocab_size=99, num_hidden_layers=4)
+    (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
+    asked = {"max_response_length": 12, "servers": [url for url, _ in servers]}
+    file = write_recipe(task, parallel={"tp": 2}, rollout=asked, reward={"verifier": f"{task}/verifier.py:score"}, train={"steps": 12})
+
+    def run(name: str, *overrides: str) -> list[dict[str, Any]]:
+        words = [sys.executable, "-m", "megafork.cli", "train", str(file), f"run.name={name}", *overrides]
+        done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log = task / "runs" / name / "metrics.jsonl"
+        while name == "killed" and not (log.exists() and '"step": 3,' in log.read_text()):
+            assert done.poll() is None
+            time.sleep(0.01)
+        if name == "killed":
+            server_of(servers[0][1]).kill()
+        said, _ = done.communicate(timeout=200)
+        assert done.returncode == 0, said
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    wanted, killed = run("colocated", "rollout.servers=[]"), run("killed")
+    assert killed[-1]["refit/servers"] == 1
+    clocks = ("time/", "throughput/", "memory/", "refit/")
+    for there, here in zip(killed, wanted, strict=True):
+        mine, theirs = ({k: v for k, v in row.items() if not k.startswith(clocks)} for row in (there, here))
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    assert wanted[-1]["accuracy/mean"] > 0 and wanted[-1]["grad_norm"] > 0
+    stale = run("stale", "rollout.staleness=2", "loss.importance_cap=2")
+    assert [row["staleness/max"] for row in stale[1:]] == [0.0, 1.0, *[2.0] * 10]
+    assert all(row["rollout_mismatch/max"] > 1e-3 for row in stale[2:]), "stale weights give other log-probs"
+
+
+def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> None:
+    policy = Exported(spec, folders)
+    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    requests = [Request(PROMPTS[n % 3], request_seed(2, n)) for n in range(48)]
+    sampling = Sampling(max_tokens=32, temperature=1.0)
+    engine.refit(policy.become(2), 1)
+    started = time.monotonic()
+    unbroken = complete(engine, requests, sampling)
+    took = time.monotonic() - started
+    assert engine.serving == 2
+    if engine.rank == 0:
+        threading.Timer(took / 3, os.kill, (processes[0], signal.SIGKILL)).start()
+    broken = complete(engine, requests, sampling)
+    if engine.rank == 0:
+        assert engine.serving == 1, "the kill came too late"
+    same(broken, unbroken)
+    engine.refit(policy.become(1), 2)
+    second = complete(engine, requests, sampling)
+    until = time.monotonic() + 150
+    while not shared(engine.serving == 2) and shared(time.monotonic() < until):  # vLLM starts again, and is fed in some roll-out
+        same(complete(engine, requests[:2], sampling), second[:2])
+        time.sleep(0.5)
+    assert shared(engine.serving == 2)
+    if engine.rank == 0:
+        os.kill(processes[1], signal.SIGKILL)
+    same(complete(engine, requests, sampling), second)
+    if engine.rank == 0:
+        assert engine.serving == 1, "the server that was killed has answered everything"
+    engine.close()
+
+
+def shared(said: T) -> T:
+    """What rank 0 says."""
+    box = [said]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def same(some: list[Any], others: list[Any]) -> None:
+    """The same tokens; log-probs as near as another batch around a request, or another TP, leaves them."""
+    assert [(c.tokens, c.truncated, c.versions) for c in some] == [(c.tokens, c.truncated, c.versions) for c in others]
+    for one, other in zip(some, others, strict=True):
+        torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=2e-5, rtol=0)
