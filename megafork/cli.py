@@ -69,6 +69,33 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the job. Empty: as few as the recipe's layout takes.")] = None,
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200 or a100.")] = "h100",
+    mean_response: Annotated[int | None, typer.Option(help="Tokens of a response on average, for the time of a step.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Count what a refit moves, from this layout and others.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Propose layouts that fit, the quickest first.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory, step time and refit of a recipe on so many GPUs, without any of them. Exit code 1: it does not fit."""
+    spec = load_recipe(recipe, overrides)
+    from megafork.plan import hardware, models, planner, table
+    from megafork.plan.refit import refits
+    from megafork.plan.search import proposals
+
+    shape, source = models.shape_for(spec)
+    planned = planner.make_plan(shape, spec, planner.gpus_for(spec, gpus), hardware.gpu_named(gpu), mean_response)
+    counted = refits(shape, spec, planned.gpus) if refit else []
+    proposed = proposals(planned) if search else None
+    console.print(table.render(planned, source, counted, proposed))
+    _finish(as_json, **planned.to_dict(), refit=[one.to_dict() for one in counted], search=[one.to_dict() for one in proposed or []])
+    if not planned.fits:
+        raise typer.Exit(1)
+
+
 @convert.command("hf-to-megatron")
 def hf_to_megatron(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder.", show_default=False)],
