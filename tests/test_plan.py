@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -348,15 +349,19 @@ def test_wrong_input_is_one_clear_line() -> None:
     assert set(GPUS) == {"h100", "h200", "a100"}
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def megafork_plan(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megafork.cli", "plan", *arguments]
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(published().to_yaml())
-
-    def megafork(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "megafork.cli", "plan", "recipe.yaml", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    done = megafork("--gpus", "64", "--gpu", "h200", "--refit", "--search", "--json")
+    done = megafork_plan("recipe.yaml", "--gpus", "64", "--gpu", "h200", "--refit", "--search", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     numbers = json.loads(done.stdout.splitlines()[-1])
     assert numbers["fits"] and numbers["gpus"] == 64 and numbers["gpu"] == "h200" and len(numbers["stages"]) == 4
@@ -364,9 +369,18 @@ def test_the_command(tmp_path: Path) -> None:
     assert numbers["search"][0]["step"]["seconds"] <= numbers["search"][-1]["step"]["seconds"]
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
 
-    failed = megafork("rollout.gpu_memory_fraction=0.9", "--gpus", "16")
+    failed = megafork_plan("recipe.yaml", "rollout.gpu_memory_fraction=0.9", "--gpus", "16", cwd=tmp_path)
     assert (failed.returncode, failed.stderr) == (1, "")
     assert "does not fit" in failed.stdout and "rollout.gpu_memory_fraction=0." in failed.stdout
-    wrong = megafork("--gpus", "24")
+    wrong = megafork_plan("recipe.yaml", "--gpus", "24", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("megafork: parallel.tp x pp x cp is 4 x 4 x 1 = 16, which does not divide the 24 ranks")
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_command_says() -> None:
+    blocks = re.findall(r"```console\n\$ megafork plan ([^|\n]*).*?\n(.*?)```", (ROOT / "docs/plan.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for arguments, shown in blocks:
+        lines = [line.rstrip() for line in megafork_plan(*arguments.split()).stdout.splitlines()]
+        assert lines[-len(shown.splitlines()) :] == shown.splitlines(), arguments

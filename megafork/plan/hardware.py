@@ -13,7 +13,7 @@ class Gpu:
 
     name: str
     memory: int
-    """Bytes that the driver lets a process use."""
+    """Bytes, as nvidia-smi says."""
     flops: float
     """bf16 tensor-core peak."""
     bandwidth: float
@@ -24,11 +24,11 @@ class Gpu:
 
 GIB = 2**30
 GPUS = {
-    # NVIDIA H100 Tensor Core GPU data sheet (SXM5): 989 TFLOP/s bf16, 3.35 TB/s, NVLink 900 GB/s both ways; nvidia-smi: 81,559 MiB
+    # NVIDIA H100 Tensor Core GPU data sheet (SXM5): 989 TFLOP/s bf16, 3.35 TB/s, NVLink 900 GB/s both ways; 81,559 MiB
     "h100": Gpu("h100", 81559 * 2**20, 989e12, 3.35e12, 450e9),
-    # NVIDIA H200 data sheet (SXM): the same chip, 4.8 TB/s; nvidia-smi: 143,771 MiB
+    # NVIDIA H200 data sheet (SXM): the same chip, 4.8 TB/s; 143,771 MiB
     "h200": Gpu("h200", 143771 * 2**20, 989e12, 4.8e12, 450e9),
-    # NVIDIA A100 80GB data sheet (SXM4): 312 TFLOP/s bf16, 2.039 TB/s, NVLink 600 GB/s both ways; nvidia-smi: 81,920 MiB
+    # NVIDIA A100 80GB data sheet (SXM4): 312 TFLOP/s bf16, 2.039 TB/s, NVLink 600 GB/s both ways; 81,920 MiB
     "a100": Gpu("a100", 81920 * 2**20, 312e12, 2.039e12, 300e9),
 }
 
@@ -44,7 +44,7 @@ LINK_SHARE = 0.60
 
 # Memory that no tensor of ours explains. Assumed.
 RESERVED = 3 * GIB
-"""CUDA context, NCCL's buffers, cuBLAS workspaces."""
+"""The driver, the CUDA context, NCCL's buffers, cuBLAS workspaces."""
 FRAGMENTS = 0.05
 """Share of the activations that the allocator loses to fragmentation."""
 VLLM_OVERHEAD = 3 * GIB
