@@ -87,28 +87,42 @@ def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> i
 
 def stage_activations(shape: Shape, recipe: Recipe, stage: int, *, tokens: int, micro_batches: int, head_rows: int) -> Activations:
     """At a micro-batch of `tokens` (over all CP ranks) in which the head answers at `head_rows` positions."""
-    layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
+    layout, one = recipe.parallel, layer(shape, recipe)
     local = tokens / layout.cp
-    split = layout.tp if layout.sp else 1
-    one, full = layer(shape, recipe), recipe.model.recompute == "full"
-    layers = stage_layers(shape.layers, layout)[stage] / layout.vpp
-    stream = one.input * local
+    a_layer = one.input if recipe.model.recompute == "full" else one.total
+    ends = 0 if layout.pp == 1 else 1 if layout.vpp == 1 else 2  # what the stage received, and what it sent
     in_flight = micro_batches_in_flight(recipe, stage, micro_batches)
-    ends = 0 if layout.pp == 1 else stream if layout.vpp == 1 else 2 * stream  # what it received, what it sent
-    kept = in_flight * (layers * (one.input if full else one.total) * local + ends)
-    wide = 4 * shape.hidden / split * local
-
-    recomputed = one.total * local + stream if full else 0.0
-    product, weight = width * shape.ffn / layout.tp * local, width * shape.hidden * shape.ffn / layout.tp
-    whole = width * shape.hidden * local if layout.sp else 0.0  # of the sequence
-    down, gate, up = product + whole + weight, 2 * product, max(whole, stream) + 2 * weight - product  # backwards of the MLP's parts
-    mlp = recomputed + max(down, gate, up) + stream
-    norm = recomputed - (one.mlp + 2 * one.input) * local + 5 * wide + stream
+    layers = stage_layers(shape.layers, layout)[stage] / layout.vpp
     last = stage == layout.pp - 1
-    final_norm = 6 * wide + (stream if layout.pp > 1 else 0.0) if last else 0.0
     head = _head_bytes(shape, recipe, head_rows / layout.cp) if last else 0.0
-    working = max(mlp, norm, final_norm, head + wide + 2 * stream if last else 0.0)
-    return Activations(in_flight, kept, working, head, whole)
+    working = _in_layer(shape, recipe, one, local)
+    if last:
+        wide = 4 * one.input / WIDTH[recipe.precision.dtype] * local  # the residual stream in fp32
+        final_norm = 6 * wide + (one.input * local if layout.pp > 1 else 0.0)
+        working = max(working, final_norm, head + wide + 2 * one.input * local)
+    whole = _whole_sequence(shape, recipe, local)
+    return Activations(in_flight, in_flight * (layers * a_layer + ends * one.input) * local, working, head, whole)
+
+
+def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float) -> float:
+    """Bytes at the dearest moment of a layer's backward, besides what all layers keep."""
+    tp, width = recipe.parallel.tp, WIDTH[recipe.precision.dtype]
+    stream = one.input * local
+    product, weight = width * shape.ffn / tp * local, width * shape.hidden * shape.ffn / tp  # of the MLP: its inside, its down projection
+    whole = _whole_sequence(shape, recipe, local)
+    moments = {  # what the backward has made by then, less what it has let go
+        "down projection": product + whole + weight,
+        "silu": 2 * product,
+        "gate and up": max(whole, stream) + 2 * weight - product,
+        "norm": 5 * 4 / width * stream - one.mlp * local - 2 * stream,
+    }
+    recomputed = one.total * local + stream if recipe.model.recompute == "full" else 0.0
+    return recomputed + max(moments.values()) + stream
+
+
+def _whole_sequence(shape: Shape, recipe: Recipe, local: float) -> float:
+    """Bytes of the residual stream of all TP ranks, which sequence parallelism gathers before each matmul."""
+    return WIDTH[recipe.precision.dtype] * shape.hidden * local if recipe.parallel.sp else 0.0
 
 
 _BLOCK_ROWS = 4096

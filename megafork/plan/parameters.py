@@ -16,6 +16,8 @@ from megafork.recipe import Recipe
 from megafork.shape import Shape, stage_layers
 from megafork.weights.mapping import EMBEDDING, HEAD, TIED_HEAD, Parameter, full_shape, parameters, shard_shape
 
+WIDTH = {"fp32": 4, "bf16": 2}
+"""Bytes of a number."""
 _ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
 _IN_MEGATRON = (
@@ -87,10 +89,6 @@ class Weights:
         """Of each DP x CP rank: two fp32 moments, and with bf16 weights the fp32 main weights."""
         tensors = STATE_TENSORS + (1 if self.dtype == "bf16" else 0)
         return [4 * tensors * sum(held) for held in zip(*(buffer.shards(self.shards) for buffer in self.buffers), strict=True)]
-
-
-WIDTH = {"fp32": 4, "bf16": 2}
-"""Bytes of a number."""
 
 
 def over_model(shape: Shape, size: Callable[[Parameter], int]) -> int:
