@@ -42,13 +42,19 @@ def sft(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) 
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
-    """Write RUN/report.html again."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page. Empty: RUN/report.html, or comparison.html beside the first run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report again, or one page that compares several runs."""
+    from megafork.analysis.comparison import write_comparison
     from megafork.analysis.report import write_report
 
-    if not (run / "metrics.jsonl").exists():
-        raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")
-    page = write_report(run)
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")
+    page = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out)
     console.print(f"report: {page}")
     _finish(as_json, report=str(page))
 
