@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.activations import stage_activations
-from megafork.plan.hardware import GPUS, gpu_named
+from megafork.plan.hardware import FRAGMENTS, GPUS, RESERVED, VLLM_ASLEEP, gpu_named
 from megafork.plan.memory import engine_memory, refit_buffer
 from megafork.plan.mends import mends
 from megafork.plan.models import KNOWN, shape_for
@@ -266,6 +266,13 @@ def test_what_does_not_fit_is_named_with_the_keys_that_make_it_fit() -> None:
             assert plan.with_changes(changes).fits
     hopeless = planned(gpus=8, parallel__tp=8, parallel__pp=1)
     assert not hopeless.fits and mends(hopeless) == []
+
+
+def test_the_optimizers_step_has_room_where_a_rank_keeps_much_of_it() -> None:
+    alone, shared = (planned(gpus=gpus).stages[0] for gpus in (16, 128))
+    assert alone.weights.step_bytes == 4 * alone.weights.parameters > alone.activations.total
+    assert alone.phases["update"] - alone.state == RESERVED + VLLM_ASLEEP + alone.weights.step_bytes
+    assert shared.phases["update"] - shared.state == RESERVED + VLLM_ASLEEP + math.ceil(shared.activations.total * (1 + FRAGMENTS))
 
 
 def test_search_proposes_layouts_that_fit_quickest_first() -> None:

@@ -54,9 +54,10 @@ class StageMemory:
     def phases(self) -> dict[str, int]:
         """All bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
         always = self.state + RESERVED
+        training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
         return {
             "rollout": always + self.engine.pool,
-            "update": always + VLLM_ASLEEP + math.ceil(self.activations.total * (1 + FRAGMENTS)),
+            "update": always + VLLM_ASLEEP + training,
             "refit": always + self.engine.pool + self.refit_buffer,
         }
 

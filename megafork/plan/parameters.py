@@ -88,7 +88,16 @@ class Weights:
     def optimizer_bytes(self) -> list[int]:
         """Of each DP x CP rank: two fp32 moments, and with bf16 weights the fp32 main weights."""
         tensors = STATE_TENSORS + (1 if self.dtype == "bf16" else 0)
-        return [4 * tensors * sum(held) for held in zip(*(buffer.shards(self.shards) for buffer in self.buffers), strict=True)]
+        return [4 * tensors * held for held in self._shards]
+
+    @property
+    def step_bytes(self) -> int:
+        """What the optimizer's step needs for itself: torch's AdamW takes the root of all second moments at once on a GPU."""
+        return 4 * max(self._shards)
+
+    @cached_property
+    def _shards(self) -> list[int]:
+        return [sum(held) for held in zip(*(buffer.shards(self.shards) for buffer in self.buffers), strict=True)]
 
 
 def over_model(shape: Shape, size: Callable[[Parameter], int]) -> int:
