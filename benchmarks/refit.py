@@ -1,8 +1,8 @@
 """New weights into the roll-out engines in the same ranks: our bridge, a gather of every tensor on every rank, and by way of the disk.
 
 The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 a node: what the
-busiest rank receives, and what crosses between nodes in all. A rank must receive what its engine loads and it does not hold itself; the
-plan moves that and no more (`tests/test_reshard.py`).
+busiest rank receives, and what crosses between nodes in all; `megafork plan --refit` counts the same for any model. A rank must receive
+what its engine loads and it does not hold itself; the plan moves that and no more (`tests/test_reshard.py`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_reshard import QWEN3_32B
 from test_rollout import free_port
 from tiny import recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
-from megafork.recipe import Parallel, Recipe
+from megafork.plan.models import KNOWN
+from megafork.plan.refit import COMPARED, ENGINES, Refit, count_refit
+from megafork.recipe import Recipe
 from megafork.shape import read_shape
 from megafork.weights.bridge import Bridge
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
-from megafork.weights.reshard import Reshard, cost, cost_of_full_gather
+from megafork.weights.reshard import cost, cost_of_full_gather
 
 OURS, GATHER, DISK = "bridge", "full gather", "write and read a folder"
 SIZES: dict[str, Any] = {
@@ -43,7 +44,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "PP2 to TP2": (2, {"pp": 2}, 2),
     "TP2 PP2 to TP2": (4, {"tp": 2, "pp": 2}, 2),
 }
-CLUSTER = (Parallel(tp=8, pp=4, sp=True), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2, sp=True), Parallel(tp=8, sp=True))
 
 
 def run(quick: bool) -> list[Figure]:
@@ -57,9 +57,8 @@ def run(quick: bool) -> list[Figure]:
             megabytes = {way: Series(way, [count / 1e6]) for way, count in received.items()}
             figures += [Figure(f"refit, {name}", "s", times[OURS], times[way]) for way in (GATHER, DISK)]
             figures.append(Figure(f"refit, {name}: received by a rank", "MB", megabytes[OURS], megabytes[GATHER]))
-    for layout in CLUSTER:
-        figures += [_count(layout, tp) for tp in (4, 8)]
-    return figures
+    counted = (count_refit(KNOWN["qwen3-32b"], layout, 64, tp) for layout in COMPARED for tp in ENGINES)
+    return figures + [_figure(refit) for refit in counted]
 
 
 def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, Series], dict[str, int]]:
@@ -97,16 +96,19 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
     return times, {OURS: cost(bridge.plan).received * width, GATHER: cost_of_full_gather(bridge.plan).received * width}
 
 
-def _count(layout: Parallel, rollout_tp: int) -> Figure:
-    plan = Reshard(QWEN3_32B, layout, 64, rollout_tp)
-    ours, plain = cost(plan), cost_of_full_gather(plan)
-    gigabytes = 2 / 1e9
-    name = f"Qwen3-32B, 64 GPUs, TP{layout.tp} PP{layout.pp} CP{layout.cp} to TP{rollout_tp}: received by the busiest rank"
+def _figure(refit: Refit) -> Figure:
+    ours, gather, least = refit.plan, refit.gather, refit.least
+    gigabytes = refit.width / 1e9
     return Figure(
-        name,
+        f"Qwen3-32B, {refit.gpus} GPUs, {refit.name}: received by the busiest rank",
         "GB",
         Series(OURS, [ours.received * gigabytes]),
-        Series(GATHER, [plain.received * gigabytes]),
+        Series(GATHER, [gather.received * gigabytes]),
         note="counted, not run",
-        extra={"between_nodes_gb": ours.between_nodes * gigabytes, "between_nodes_full_gather_gb": plain.between_nodes * gigabytes},
+        extra={
+            "least_gb": least.received * gigabytes,
+            "between_nodes_gb": ours.between_nodes * gigabytes,
+            "between_nodes_least_gb": least.between_nodes * gigabytes,
+            "between_nodes_full_gather_gb": gather.between_nodes * gigabytes,
+        },
     )

@@ -42,13 +42,19 @@ def sft(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) 
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
-    """Write RUN/report.html again."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page. Empty: RUN/report.html, or comparison.html beside the first run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report again, or one page that compares several runs."""
+    from megafork.analysis.comparison import write_comparison
     from megafork.analysis.report import write_report
 
-    if not (run / "metrics.jsonl").exists():
-        raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")
-    page = write_report(run)
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")
+    page = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out)
     console.print(f"report: {page}")
     _finish(as_json, report=str(page))
 
@@ -66,6 +72,33 @@ def doctor(
     runs = can_run(findings)
     _finish(as_json, can_run=runs, findings=[vars(finding) for finding in findings])
     if recipe and not runs:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the job. Empty: as few as the recipe's layout takes.")] = None,
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200 or a100.")] = "h100",
+    mean_response: Annotated[int | None, typer.Option(help="Tokens of a response on average, for the time of a step.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Count what a refit moves, from this layout and others.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Propose layouts that fit, the quickest first.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory, step time and refit of a recipe on so many GPUs, without any of them. Exit code 1: it does not fit."""
+    spec = load_recipe(recipe, overrides)
+    from megafork.plan import hardware, models, planner, table
+    from megafork.plan.refit import refits
+    from megafork.plan.search import proposals
+
+    shape, source = models.shape_for(spec)
+    planned = planner.make_plan(shape, spec, planner.gpus_for(spec, gpus), hardware.gpu_named(gpu), mean_response)
+    counted = refits(shape, spec, planned.gpus) if refit else []
+    proposed = proposals(planned) if search else None
+    console.print(table.render(planned, source, counted, proposed))
+    _finish(as_json, **planned.to_dict(), refit=[one.to_dict() for one in counted], search=[one.to_dict() for one in proposed or []])
+    if not planned.fits:
         raise typer.Exit(1)
 
 

@@ -416,10 +416,11 @@ def test_names_of_meeting_curves_do_not_overlap() -> None:
     assert min(np.diff(places)) >= 12.9 and places[0] >= 0
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: apt-get install chromium")
-def test_a_browser_shows_it_without_errors(tmp_path: Path) -> None:
-    report(tmp_path / "run", rows=[{**ROWS[0], "pieces": [*HOSTILE[:5], "x"]}, *ROWS[1:]])
+needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: apt-get install chromium")
+
+
+def shown_by_a_browser(page: Path, profile: Path) -> Elements:
+    """The page as Chromium has understood it; a blocked load, a script or an error on its console fails."""
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
     command = [
         "chromium",
@@ -427,14 +428,20 @@ def test_a_browser_shows_it_without_errors(tmp_path: Path) -> None:
         "--disable-sync",
         "--host-resolver-rules=MAP * ~NOTFOUND",
         "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={profile}",
         "--dump-dom",
-        (tmp_path / "run" / "report.html").as_uri(),
+        page.as_uri(),
     ]
     browser = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    console = [line for line in browser.stderr.splitlines() if "CONSOLE" in line]
-    assert console == [], "a blocked load or a script would be reported here"
-    shown = Elements(browser.stdout)
-    written = Elements((tmp_path / "run" / "report.html").read_text())
+    assert [line for line in browser.stderr.splitlines() if "CONSOLE" in line] == []
+    return Elements(browser.stdout)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_shows_it_without_errors(tmp_path: Path) -> None:
+    report(tmp_path / "run", rows=[{**ROWS[0], "pieces": [*HOSTILE[:5], "x"]}, *ROWS[1:]])
+    page = tmp_path / "run" / "report.html"
+    shown, written = shown_by_a_browser(page, tmp_path / "profile"), Elements(page.read_text())
     assert shown.responses == written.responses
     assert sum(tag == "svg" for tag, _ in shown.found) == sum(tag == "svg" for tag, _ in written.found) > 3

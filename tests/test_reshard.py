@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from tiny import recipe, save_model
 
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
+from megafork.plan.models import KNOWN
 from megafork.recipe import Parallel, Recipe
 from megafork.shape import Shape, read_shape
 from megafork.weights.bridge import Bridge
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import full_shape, parameters, pieces
 from megafork.weights.policy_weights import export_policy, load_policy
-from megafork.weights.reshard import Reshard, cost, cost_of_full_gather, needed
+from megafork.weights.reshard import Reshard, cost, cost_of_full_gather, lower_bound, needed
+
+TINY_SHAPE = Shape("Qwen3ForCausalLM", 4, 64, 96, 4, 2, 32, 99, True, 1e-6, 1e4, None, 512)
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tp": 2}),
@@ -88,15 +92,55 @@ def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, tie
             assert buffer <= 4 * largest * (4 if dtype == "fp32" else 2)
 
 
-QWEN3_32B = Shape("Qwen3ForCausalLM", 64, 5120, 25600, 64, 8, 128, 151_936, False, 1e-6, 1e6, None, 40_960)
+NODES: dict[str, tuple[int, dict[str, Any], int]] = {  # world, layout, ranks a node
+    "TP2 PP2 DP2": (8, {"tp": 2, "pp": 2}, 2),
+    "TP2 PP2, wide nodes": (8, {"tp": 2, "pp": 2}, 4),
+    "PP2 VPP2 CP2": (8, {"pp": 2, "vpp": 2, "cp": 2}, 4),
+    "TP4, 2 KV heads": (8, {"tp": 4}, 2),
+    "a node that is not full": (6, {"tp": 2}, 4),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", NODES)
+def test_the_lower_bound_counts_each_element_that_a_rank_or_a_node_lacks(name: str, tied: bool) -> None:
+    world, parallel, node = NODES[name]
+    shape, layout = replace(TINY_SHAPE, tied=tied), Parallel(**parallel)
+    for tp in (tp for tp in (1, 2, 4) if world % tp == 0):
+        plan = Reshard(shape, layout, world, tp, node)
+        lacked = [_lacked(plan, range(rank, rank + 1)) for rank in range(world)]
+        bound = lower_bound(plan)
+        assert bound.received == max(lacked) == cost(plan).received
+        assert cost(plan).total == sum(lacked)
+        assert bound.between_nodes == sum(_lacked(plan, range(first, min(first + node, world))) for first in range(0, world, node))
+        assert bound.between_nodes <= cost(plan).between_nodes
+
+
+def _lacked(plan: Reshard, ranks: range) -> int:
+    """Elements that an engine of these ranks loads and none of them holds, marked one by one."""
+    shape, layout = plan.shape, plan.layout
+    sizes = {name: full_shape(name, shape) for parameter in parameters(shape) for name in parameter.huggingface()}
+    wanted, held = ({name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()} for _ in range(2))
+    for rank in ranks:
+        for name in sizes:
+            rows, columns = needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp)
+            wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
+        for parameter in parameters(shape):
+            if plan.stage(parameter) == rank * layout.pp // plan.world:
+                for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
+                    held[piece.name][(slice(*piece.rows), slice(*piece.columns)) if piece.columns else slice(*piece.rows)] = True
+    return sum(int((wanted[name] & ~held[name]).sum()) for name in sizes)
+
+
+SHAPE_32B = KNOWN["qwen3-32b"]
 
 
 @pytest.mark.parametrize("rollout_tp", [4, 8])
 @pytest.mark.parametrize("layout", [Parallel(tp=8, pp=4), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2), Parallel(tp=8)])
 def test_the_plan_for_32b_needs_no_communication_and_little_traffic(layout: Parallel, rollout_tp: int) -> None:
-    plan = Reshard(QWEN3_32B, layout, 64, rollout_tp)
+    plan = Reshard(SHAPE_32B, layout, 64, rollout_tp)
     ours, plain = cost(plan), cost_of_full_gather(plan)
-    model = sum(torch.Size(full_shape(name, QWEN3_32B)).numel() for parameter in parameters(QWEN3_32B) for name in parameter.huggingface())
+    model = sum(torch.Size(full_shape(name, SHAPE_32B)).numel() for parameter in parameters(SHAPE_32B) for name in parameter.huggingface())
     assert model == 32_762_123_264  # the published number of parameters
     assert ours.received <= 1.01 * model / rollout_tp  # norms go to all
     assert ours.total < plain.total / (rollout_tp - 1)

@@ -5,8 +5,10 @@ One file, no script, no font and no picture from elsewhere: the content security
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 from megafork.analysis.style import STYLE
 
@@ -46,6 +48,15 @@ def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer
     return document.translate(CONTROLS)
 
 
+def write(path: Path, document: str) -> Path:
+    """Replace the file in one piece, so that a reader never sees half a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".html.tmp")
+    unfinished.write_text(document, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
 def numbers_row(items: Sequence[tuple[str, str, str]]) -> str:
     """The headline numbers from (label, value, remark), the first in large; an arrow in a value parts before from after."""
     cells = []
@@ -58,9 +69,14 @@ def numbers_row(items: Sequence[tuple[str, str, str]]) -> str:
 
 def figure(heading: str, note: str, svg: str, key: Sequence[tuple[str, str]] = ()) -> str:
     """A card with a heading, a line of explanation, an optional key of (colour class, text), and the drawing."""
+    caption = f'<figcaption><h3>{escape(heading)}</h3><p class="note">{escape(note)}</p></figcaption>'
+    return f"<figure>{caption}{legend(key)}{svg}</figure>"
+
+
+def legend(key: Sequence[tuple[str, str]]) -> str:
+    """What each colour stands for, from (colour class, text)."""
     entries = "".join(f'<li><i class="{style}"></i>{escape(text)}</li>' for style, text in key)
-    legend = f'<ul class="key">{entries}</ul>' if key else ""
-    return f'<figure><figcaption><h3>{escape(heading)}</h3><p class="note">{escape(note)}</p></figcaption>{legend}{svg}</figure>'
+    return f'<ul class="key">{entries}</ul>' if key else ""
 
 
 def charts(figures: Sequence[str]) -> str:

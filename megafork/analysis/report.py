@@ -5,7 +5,6 @@ Each section is a function from what was read to HTML; one without data gives ""
 
 from __future__ import annotations
 
-import os
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +21,13 @@ from megafork.analysis.run_folder import (
     Metrics,
     open_rollouts,
     read_entropies,
-    read_metrics,
     read_recipe,
     read_rows,
+    read_steps,
     rollout_files,
     step_of,
 )
-from megafork.recipe import RecipeError
+from megafork.analysis.summary import headline, run_name, setting, warnings
 
 MOST_ENTROPIES = 2_000_000
 """Tokens behind the histogram."""
@@ -36,26 +35,19 @@ MOST_ENTROPIES = 2_000_000
 PERCENTILES = ("mean", "p50", "p80", "p95")
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into a run folder and return its path. Any part that the run has not written is left out.
+def write_report(run_folder: Path, path: Path | None = None) -> Path:
+    """Write a run's page to `path`, by default `report.html` in its folder, and return the path. What the run has not written is left out.
 
     Raises RecipeError, in one line, for a folder without metrics or with a damaged file. The page is replaced in one piece.
     """
-    path = run_folder / "report.html"
-    text = report_html(run_folder)
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    return page.write(path or run_folder / "report.html", report_html(run_folder))
 
 
 def report_html(run_folder: Path) -> str:
-    metrics, recipe = read_metrics(run_folder / "metrics.jsonl"), read_recipe(run_folder)
-    if not metrics:
-        raise RecipeError(f"{str(run_folder / 'metrics.jsonl')!r} holds no whole line: there is no step to report")
+    metrics, recipe = read_steps(run_folder), read_recipe(run_folder)
     distribution, responses = _rollouts(run_folder, metrics)
     return page.page(
-        f"{_name(recipe, run_folder)} · megafork",
+        f"{run_name(recipe, run_folder)} · megafork",
         header=_header(metrics, recipe, run_folder),
         sections=[
             ("Learning", page.charts(draw(metrics, LEARNING))),
@@ -72,34 +64,30 @@ def report_html(run_folder: Path) -> str:
 
 
 def _header(metrics: list[Metrics], recipe: dict[str, Any], folder: Path) -> str:
-    notes = "".join(f'<p class="warn">{escape(note)}</p>' for note in _warnings(metrics, recipe))
+    notes = "".join(f'<p class="warn">{escape(note)}</p>' for note in warnings(metrics, recipe))
     return (
-        f'<p class="eyebrow">mega<i>fork</i> run report</p><h1>{escape(_name(recipe, folder))}</h1>'
-        f'<p class="lead">{escape(_summary(metrics, recipe))}</p>{page.numbers_row(_headline(metrics))}{notes}'
+        f'<p class="eyebrow">mega<i>fork</i> run report</p><h1>{escape(run_name(recipe, folder))}</h1>'
+        f'<p class="lead">{escape(_summary(metrics, recipe))}</p>{page.numbers_row(headline(metrics))}{notes}'
     )
-
-
-def _name(recipe: dict[str, Any], folder: Path) -> str:
-    return str(_get(recipe, "run", "name") or folder.resolve().name)
 
 
 def _summary(metrics: list[Metrics], recipe: dict[str, Any]) -> str:
     """One or two sentences: which model, trained how, for how long."""
-    model, done, planned = _get(recipe, "model", "path"), metrics[-1]["step"], _get(recipe, "train", "steps")
+    model, done, planned = setting(recipe, "model", "path"), metrics[-1]["step"], setting(recipe, "train", "steps")
     supervised = bool(known_values(metrics, "loss/sft"))
     words = ["/".join(Path(str(model)).parts[-2:]) if model else "A model", f"trained for {done:,} steps"]
     if isinstance(planned, int) and planned != done:
         words[-1] = f"trained for {done:,} of {planned:,} steps"
     words.append("on target texts" if supervised else _selection(recipe))
-    sizes = [(name, _get(recipe, "parallel", name)) for name in ("tp", "pp", "cp")]
+    sizes = [(name, setting(recipe, "parallel", name)) for name in ("tp", "pp", "cp")]
     layout = ", ".join(f"{name.upper()} {size}" for name, size in sizes if isinstance(size, int) and size > 1)
     sentence = " ".join(word for word in words if word) + (f", with {layout}." if layout else ".")
-    prompts, samples = _get(recipe, "rollout", "prompts"), _get(recipe, "rollout", "samples")
+    prompts, samples = setting(recipe, "rollout", "prompts"), setting(recipe, "rollout", "samples")
     return sentence if supervised or not (prompts and samples) else f"{sentence} A step is {prompts} prompts with {samples} responses each."
 
 
 def _selection(recipe: dict[str, Any]) -> str:
-    select, rho = _get(recipe, "forks", "select"), _get(recipe, "forks", "top_entropy_quantile")
+    select, rho = setting(recipe, "forks", "select"), setting(recipe, "forks", "top_entropy_quantile")
     share = numbers.short_percent(rho) if isinstance(rho, float | int) else "a share"
     return {
         "top": f"on the {share} of response tokens with the highest entropy",
@@ -107,43 +95,6 @@ def _selection(recipe: dict[str, Any]) -> str:
         "random": f"on a random {share} of response tokens",
         "all": "on all response tokens",
     }.get(str(select), "")
-
-
-def _headline(metrics: list[Metrics]) -> list[tuple[str, str, str]]:
-    """(label, value, remark) of the numbers at the top; what was measured before and after comes first, and the first says when."""
-    items: list[tuple[str, str, str]] = []
-    for key, label, form in (
-        ("eval/accuracy", "held-out accuracy", numbers.percent),
-        ("accuracy/mean", "training accuracy", numbers.percent),
-        ("loss/sft", "supervised loss", numbers.plain),
-        ("entropy/mean", "mean entropy, nats", numbers.plain),
-        ("forks/tau", "threshold τ, nats", numbers.plain),
-    ):
-        known = [(row["step"], value) for row in metrics if (value := number(row, key)) is not None]
-        if known:
-            (first, before), (last, after) = known[0], known[-1]
-            remark = "" if items else f"step {first:,} → step {last:,}" if first != last else f"step {last:,}"
-            items.append((label, form(before) if first == last else f"{form(before)} → {form(after)}", remark))
-    speeds, times, memory = (sorted(known_values(metrics, key)) for key in ("throughput/tokens_per_s", "time/step", "memory/peak_gb"))
-    if speeds:
-        items.append(("tokens/s, median", numbers.plain(speeds[len(speeds) // 2]), ""))
-    if times:
-        items.append(("time in steps", numbers.duration(sum(times)), ""))
-    if memory:
-        items.append(("peak memory", f"{numbers.plain(memory[-1])} GB", ""))
-    return items
-
-
-def _warnings(metrics: list[Metrics], recipe: dict[str, Any]) -> list[str]:
-    """What a reader should know before trusting the curves."""
-    notes = []
-    planned = _get(recipe, "train", "steps")
-    if isinstance(planned, int) and metrics[-1]["step"] < planned:
-        notes.append(f"The run has written {metrics[-1]['step']:,} of its {planned:,} steps.")
-    errors = sum(known_values(metrics, "reward/errors"))
-    if errors:
-        notes.append(f"Verdicts that failed or ran out of time, each scored 0: {errors:,.0f}.")
-    return notes
 
 
 def _rollouts(run_folder: Path, metrics: list[Metrics]) -> tuple[str, str]:
@@ -211,8 +162,3 @@ def _recipe(recipe: dict[str, Any]) -> str:
         pairs = values.items() if isinstance(values, dict) else [("", values)]
         lines += [f"{section}.{key} = {value}" for key, value in pairs]
     return page.details("Every setting of the run", f'<pre tabindex="0">{escape(chr(10).join(lines))}</pre>') if lines else ""
-
-
-def _get(recipe: dict[str, Any], section: str, key: str) -> Any:
-    values = recipe.get(section)
-    return values.get(key) if isinstance(values, dict) else None

@@ -41,6 +41,15 @@ def read_metrics(path: Path) -> list[Metrics]:
     return metrics
 
 
+def read_steps(folder: Path) -> list[Metrics]:
+    """The lines of a run's metrics.jsonl; raises RecipeError also where there is none yet."""
+    path = folder / "metrics.jsonl"
+    metrics = read_metrics(path)
+    if not metrics:
+        raise RecipeError(f"{str(path)!r} holds no whole line: there is no step to report")
+    return metrics
+
+
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The run's resolved recipe as plain sections, {} where there is none. Not validated: an older run's keys may since have changed."""
     path = folder / "recipe.yaml"

@@ -92,7 +92,7 @@ b.wrong { color: var(--orange) }
 .h5 { background: var(--h5) }
 
 details { margin: 1rem 0 } summary { cursor: pointer; font-weight: 600 }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto } header .wide { margin: 1.2rem 0 }
 pre { font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--card); border: 1px solid var(--rule);
   border-radius: 10px; padding: 14px 16px; overflow: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100% }

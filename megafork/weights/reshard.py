@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megafork.recipe import Parallel
 from megafork.shape import Shape, stage_of_layer
-from megafork.weights.mapping import EMBEDDING, Parameter, full_shape, parameters, pieces
+from megafork.weights.mapping import EMBEDDING, Parameter, Piece, full_shape, parameters, pieces
 
 Span = tuple[int, int]
 _VLLM_VOCABULARY_MULTIPLE = 64
@@ -39,7 +39,7 @@ class Transfer(NamedTuple):
 
     @property
     def numel(self) -> int:
-        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0] if self.columns else 1)
+        return _area(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class Reshard:
             list(group) for _, group in itertools.groupby(parameters(self.shape), key=lambda p: (p.layer, p.rule if p.layer is None else 0))
         ]
 
+    @cached_property
+    def alike(self) -> list[tuple[list[Parameter], int]]:
+        """One bucket of each kind that costs the same, and how many there are: the layers of a stage differ in nothing."""
+        kinds: dict[tuple[int, str], list[list[Parameter]]] = {}
+        for bucket in self.buckets:
+            kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron), []).append(bucket)
+        return [(buckets[0], len(buckets)) for buckets in kinds.values()]
+
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
         """Of all ranks, in an order that every rank knows; those of a rank to itself too."""
         for parameter in bucket:
@@ -75,12 +83,11 @@ class Reshard:
         for tp_rank in [own_tp] if replicated else range(self.layout.tp):
             source = self._source(target, stage, tp_rank)
             for piece in pieces(parameter, self.shape, self.layout.tp, tp_rank):
-                rows, columns = needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp)
-                height = _overlap(rows, piece.rows)
-                width = _overlap(columns, piece.columns or columns) if columns else None
-                if height and (width or not columns):
-                    left = width[0] - piece.columns[0] if width and piece.columns else (width[0] if width else 0)
-                    yield Transfer(source, target, piece.name, height, width, parameter.name, piece.at + height[0] - piece.rows[0], left)
+                part = _meet(*needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp), piece)
+                if part:
+                    rows, columns = part
+                    left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
+                    yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
 
     def _source(self, target: int, stage: int, tp_rank: int) -> int:
         """Among the ranks that hold this shard: the target, else one on its node, else one that serves about as many as the others."""
@@ -126,6 +133,13 @@ def _share(size: int, parts: int, part: int) -> Span:
     return part * (size // parts), (part + 1) * (size // parts)
 
 
+def _meet(rows: Span, columns: Span | None, piece: Piece) -> tuple[Span, Span | None] | None:
+    """The part of these rows and columns that lies in the piece."""
+    height = _overlap(rows, piece.rows)
+    width = _overlap(columns, piece.columns or columns) if columns else None
+    return (height, width) if height and (width or not columns) else None
+
+
 def _overlap(one: Span, other: Span) -> Span | None:
     start, stop = max(one[0], other[0]), min(one[1], other[1])
     return (start, stop) if start < stop else None
@@ -142,16 +156,13 @@ class Cost:
 
 
 def cost(plan: Reshard) -> Cost:
-    """Of the plan. Layers of one stage cost alike, so one of each is counted."""
+    """Of the plan."""
     received, sent = [0] * plan.world, [0] * plan.world
     between_nodes = 0
-    alike: dict[tuple[int, str], list[list[Parameter]]] = {}
-    for bucket in plan.buckets:
-        alike.setdefault((plan.stage(bucket[0]), bucket[0].rule.megatron), []).append(bucket)
-    for buckets in alike.values():
-        for transfer in plan.transfers(buckets[0]):
+    for bucket, times in plan.alike:
+        for transfer in plan.transfers(bucket):
             if transfer.source != transfer.target:
-                count = transfer.numel * len(buckets)
+                count = transfer.numel * times
                 received[transfer.target] += count
                 sent[transfer.source] += count
                 between_nodes += count if transfer.source // plan.node != transfer.target // plan.node else 0
@@ -176,6 +187,43 @@ def cost_of_full_gather(plan: Reshard) -> Cost:
             sent[source] += count
             between_nodes += count if source // plan.node != rank // plan.node else 0
     return Cost(max(received), max(sent), sum(received), between_nodes)
+
+
+class LowerBound(NamedTuple):
+    """Elements that no way can do without."""
+
+    received: int
+    """What the busiest rank's engine loads and the rank does not hold."""
+    between_nodes: int
+    """What the engines of each node load and none of its ranks holds, counted once a node, of all nodes."""
+
+
+def lower_bound(plan: Reshard) -> LowerBound:
+    """Counted from what ranks need and hold, and not from the plan's transfers."""
+    ranks, nodes = (range(0, plan.world, size) for size in (1, plan.node))
+    return LowerBound(
+        received=max(_lacking(plan, range(rank, rank + 1)) for rank in ranks),
+        between_nodes=sum(_lacking(plan, range(first, min(first + plan.node, plan.world))) for first in nodes),
+    )
+
+
+def _lacking(plan: Reshard, ranks: range) -> int:
+    """Elements that the engines on these ranks load and none of the ranks holds. Two engine ranks load the same part or distinct ones."""
+    shape, layout, per_stage = plan.shape, plan.layout, plan.world // plan.layout.pp
+    lacking = 0
+    for bucket, times in plan.alike:
+        for parameter in bucket:
+            shards = {rank % layout.tp for rank in ranks if rank // per_stage == plan.stage(parameter)}
+            held = {piece for shard in shards for piece in pieces(parameter, shape, layout.tp, shard)}
+            for name in parameter.huggingface():
+                for part in {needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp) for rank in ranks}:
+                    there = (_meet(*part, piece) for piece in held if piece.name == name)
+                    lacking += times * (_area(*part) - sum(_area(*covered) for covered in there if covered))
+    return lacking
+
+
+def _area(rows: Span, columns: Span | None) -> int:
+    return (rows[1] - rows[0]) * (columns[1] - columns[0] if columns else 1)
 
 
 def _numel(size: tuple[int, ...]) -> int:

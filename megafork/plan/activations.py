@@ -1,0 +1,135 @@
+"""What a forward and backward keep on a rank: closed forms of the tensors that our model's autograd graph saves.
+
+Counted from the model as it is built (`model/qwen3.py`: Megatron's unfused layer, RMSNorm in fp32, flash attention), and checked against
+what a run on the CPU allocates. With context parallelism the count is for attention that keeps no score matrix, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megafork.plan.parameters import WIDTH
+from megafork.recipe import Recipe
+from megafork.shape import Shape, stage_layers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes that one layer keeps for one token of a rank, by what keeps them, and the layer's input."""
+
+    norms: float
+    """The two norms of the residual stream: fp32 copy, normed and scaled."""
+    attention: float
+    """Fused QKV, the norms of q and k, RoPE, the core's inputs and output."""
+    mlp: float
+    """Fused gate and up, silu, up again, their product."""
+    input: float
+    """The residual stream alone: all that full recomputation keeps."""
+
+    @property
+    def total(self) -> float:
+        return self.norms + self.attention + self.mlp
+
+
+def layer(shape: Shape, recipe: Recipe) -> Layer:
+    """Of the recipe's layout and dtype, with `model.recompute` none or selective; full keeps `input` and makes `total` once."""
+    layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
+    split = layout.tp if layout.sp else 1
+    d = shape.head_dim
+    heads, groups = shape.heads / layout.tp, max(shape.kv_heads / layout.tp, 1)
+    q, kv = heads * d, groups * d
+    mixed = q + 2 * kv if shape.kv_heads >= layout.tp else (shape.heads + 2 * shape.kv_heads) * d  # Megatron then gathers it
+    half = width == 2
+    norms = 2 * (4 + 2 * width) * shape.hidden / split + 8
+    qk_norms = (4 + width) * q + (4 * half + width) * kv + 4 * (heads + groups) if shape.qk_norm else 0.0
+    rope = 4 * d * width
+    gathered = layout.cp > 1
+    core = width * (q + 2 * kv * layout.cp if gathered else q + kv)
+    kept_qkv = 0.0 if gathered and half else width * mixed
+    output = width * q  # what the output projection reads
+    core_output = 0.0 if recipe.model.recompute == "selective" else width * q + 4 * heads
+    return Layer(
+        norms=norms,
+        attention=qk_norms + rope + core + kept_qkv + output + core_output,
+        mlp=5 * width * shape.ffn / layout.tp,
+        input=width * shape.hidden / split,
+    )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one pipeline stage at its fullest moment."""
+
+    in_flight: float
+    """Micro-batches (parts of vpp chunks count as such) whose backward is still to come."""
+    kept: float
+    """What they keep."""
+    working: float
+    """What the dearest moment of one backward needs besides: the gradients of an MLP, a norm or the head, a recomputed layer."""
+    head: float
+    """On the last stage: the head's rows, their gradient and its chunk of logits. `working` is at least that."""
+    gather: float
+    """Sequence parallelism's buffer for the whole sequence."""
+
+    @property
+    def total(self) -> float:
+        return self.kept + self.working + self.gather
+
+
+def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> int:
+    """Forwards of a model chunk that a stage has done before its first backward: Megatron's 1F1B, or its interleaved schedule."""
+    layout = recipe.parallel
+    if layout.vpp == 1:
+        return min(layout.pp - stage, micro_batches)
+    warm_up = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp
+    return min(warm_up + 1, micro_batches * layout.vpp)
+
+
+def stage_activations(shape: Shape, recipe: Recipe, stage: int, *, tokens: int, micro_batches: int, head_rows: int) -> Activations:
+    """At a micro-batch of `tokens` (over all CP ranks) in which the head answers at `head_rows` positions."""
+    layout, one = recipe.parallel, layer(shape, recipe)
+    local = tokens / layout.cp
+    a_layer = one.input if recipe.model.recompute == "full" else one.total
+    ends = 0 if layout.pp == 1 else 1 if layout.vpp == 1 else 2  # what the stage received, and what it sent
+    in_flight = micro_batches_in_flight(recipe, stage, micro_batches)
+    layers = stage_layers(shape.layers, layout)[stage] / layout.vpp
+    last = stage == layout.pp - 1
+    head = _head_bytes(shape, recipe, head_rows / layout.cp) if last else 0.0
+    working = _in_layer(shape, recipe, one, local)
+    if last:
+        wide = 4 * one.input / WIDTH[recipe.precision.dtype] * local  # the residual stream in fp32
+        final_norm = 6 * wide + (one.input * local if layout.pp > 1 else 0.0)
+        working = max(working, final_norm, head + wide + 2 * one.input * local)
+    whole = _whole_sequence(shape, recipe, local)
+    return Activations(in_flight, in_flight * (layers * a_layer + ends * one.input) * local, working, head, whole)
+
+
+def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float) -> float:
+    """Bytes at the dearest moment of a layer's backward, besides what all layers keep."""
+    tp, width = recipe.parallel.tp, WIDTH[recipe.precision.dtype]
+    stream = one.input * local
+    product, weight = width * shape.ffn / tp * local, width * shape.hidden * shape.ffn / tp  # of the MLP: its inside, its down projection
+    whole = _whole_sequence(shape, recipe, local)
+    moments = {  # what the backward has made by then, less what it has let go
+        "down projection": product + whole + weight,
+        "silu": 2 * product,
+        "gate and up": max(whole, stream) + 2 * weight - product,
+        "norm": 5 * 4 / width * stream - one.mlp * local - 2 * stream,
+    }
+    recomputed = one.total * local + stream if recipe.model.recompute == "full" else 0.0
+    return recomputed + max(moments.values()) + stream
+
+
+def _whole_sequence(shape: Shape, recipe: Recipe, local: float) -> float:
+    """Bytes of the residual stream of all TP ranks, which sequence parallelism gathers before each matmul."""
+    return WIDTH[recipe.precision.dtype] * shape.hidden * local if recipe.parallel.sp else 0.0
+
+
+_BLOCK_ROWS = 4096
+"""Rows of a block of the head on a GPU at most (`parallel/vocab.py`)."""
+
+
+def _head_bytes(shape: Shape, recipe: Recipe, rows: float) -> float:
+    """The rows and their gradient, a block's gradient in fp32, and the logits of `loss.head_memory_mb` or of all rows."""
+    logits = min(recipe.loss.head_memory_mb * 2**20, 4 * rows * shape.padded_vocab(recipe.parallel.tp) / recipe.parallel.tp)
+    return 2 * WIDTH[recipe.precision.dtype] * rows * shape.hidden + 4 * min(rows, _BLOCK_ROWS) * shape.hidden + logits

@@ -1,0 +1,73 @@
+"""The GPUs that the planner knows, and every figure that it assumes. Nothing here was measured by this project unless it says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megafork.recipe import RecipeError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as its vendor's data sheet describes it; rates are dense peaks, bytes and FLOP a second."""
+
+    name: str
+    memory: int
+    """Bytes, as nvidia-smi says."""
+    flops: float
+    """bf16 tensor-core peak."""
+    bandwidth: float
+    """Of its memory."""
+    link: float
+    """To another GPU of the node (NVLink), one direction."""
+
+
+GIB = 2**30
+GPUS = {
+    # NVIDIA H100 Tensor Core GPU data sheet (SXM5): 989 TFLOP/s bf16, 3.35 TB/s, NVLink 900 GB/s both ways; 81,559 MiB
+    "h100": Gpu("h100", 81559 * 2**20, 989e12, 3.35e12, 450e9),
+    # NVIDIA H200 data sheet (SXM): the same chip, 4.8 TB/s; 143,771 MiB
+    "h200": Gpu("h200", 143771 * 2**20, 989e12, 4.8e12, 450e9),
+    # NVIDIA A100 80GB data sheet (SXM4): 312 TFLOP/s bf16, 2.039 TB/s, NVLink 600 GB/s both ways; 81,920 MiB
+    "a100": Gpu("a100", 81920 * 2**20, 312e12, 2.039e12, 300e9),
+}
+
+GPUS_A_NODE = 8
+NETWORK = 50e9
+"""Bytes a second a GPU sends to another node: one 400 Gb/s adapter a GPU, as in a DGX H100."""
+
+# Shares of a peak that is reached. Assumed, and set once so that NeMo-RL's published step (Qwen3-32B, 32 x H100, 376 s) comes out near.
+MATMUL_SHARE = 0.50
+ATTENTION_SHARE = 0.35
+DECODE_SHARE = 0.60
+LINK_SHARE = 0.60
+
+# Memory that no tensor of ours explains. Assumed.
+RESERVED = 3 * GIB
+"""The driver, the CUDA context, NCCL's buffers, cuBLAS workspaces."""
+FRAGMENTS = 0.05
+"""Share of the activations that the allocator loses to fragmentation."""
+VLLM_OVERHEAD = 3 * GIB
+"""vLLM's own activations and CUDA graphs, inside rollout.gpu_memory_fraction."""
+VLLM_ASLEEP = 2 * GIB
+"""What vLLM keeps on the GPU while it sleeps: CUDA graphs and workspaces."""
+
+# The course of a step. Assumed, except where a source is named.
+RESPONSE_SHARE = 0.35
+"""Mean response length over the longest: the paper's Table 2 ends at 7,227 of 20,480 tokens (32B, top 20%)."""
+PROMPT_SHARE = 0.10
+"""Mean prompt length over the longest: DAPO-Math's prompts are a few hundred tokens."""
+GROUPS_SAMPLED = 1.5
+"""Groups sampled for each one kept by dynamic sampling; the others are all right or all wrong."""
+DECODE_STEP = 4e-3
+"""Seconds of a decoding step that neither bandwidth nor arithmetic explains: launches, sampling, scheduling."""
+ALL_REDUCE_LATENCY = 15e-6
+"""Seconds of a small all-reduce between the GPUs of a node."""
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises RecipeError for one that the planner does not know."""
+    known = GPUS.get(name.lower())
+    if known is None:
+        raise RecipeError(f"--gpu is {name!r}: the planner knows {', '.join(GPUS)}; choose the nearest")
+    return known

@@ -1,0 +1,107 @@
+"""All that lies on a GPU while a step runs: the trainer's state, the activations, vLLM, and the refit between them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megafork.plan.activations import Activations, stage_activations
+from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
+from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
+from megafork.recipe import Recipe
+from megafork.shape import Shape, stage_layers
+from megafork.weights.mapping import Parameter
+from megafork.weights.reshard import needed
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A rank's part of a vLLM engine, in bytes."""
+
+    weights: int
+    cache: int
+    """KV cache; below 0: what is lacking before there is any."""
+    token: int
+    """KV cache of one token."""
+    longest: int
+    """Tokens of the longest prompt and response."""
+    pool: int
+    """All that vLLM takes while it is awake."""
+
+    @property
+    def concurrent(self) -> int:
+        """Responses of full length that the engine holds at once."""
+        return max(self.cache, 0) // (self.token * self.longest)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Of one rank of a pipeline stage, in bytes; all its ranks are alike but for padding."""
+
+    stage: int
+    layers: int
+    weights: Weights
+    activations: Activations
+    engine: Engine
+    refit_buffer: int
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients and optimizer: there all the time. Exact."""
+        return self.weights.weight_bytes + self.weights.gradient_bytes + max(self.weights.optimizer_bytes)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """All bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
+        always = self.state + RESERVED
+        training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
+        return {
+            "rollout": always + self.engine.pool,
+            "update": always + VLLM_ASLEEP + training,
+            "refit": always + self.engine.pool + self.refit_buffer,
+        }
+
+
+def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemory]:
+    """Memory of each pipeline stage at the longest micro-batch, with the head asked at each of its positions."""
+    engine = engine_memory(shape, recipe, gpu)
+    buffer = refit_buffer(shape, recipe)
+    micro_batches = 10**9  # enough to fill the pipeline
+    tokens = recipe.micro_batch_tokens
+    result = []
+    for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
+        activations = stage_activations(shape, recipe, stage, tokens=tokens, micro_batches=micro_batches, head_rows=tokens)
+        result.append(StageMemory(stage, layers, stage_weights(shape, recipe, stage, gpus), activations, engine, buffer))
+    return result
+
+
+def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
+    """vLLM's weights (exact: the parts that it loads) and what is left for its KV cache."""
+    width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
+    weights = _engine_elements(shape, tp) * width
+    if recipe.rollout.kv_cache_mb is not None:
+        cache = recipe.rollout.kv_cache_mb * 2**20
+        pool = weights + cache + VLLM_OVERHEAD
+    else:
+        pool = int(gpu.memory * recipe.rollout.gpu_memory_fraction)
+        cache = pool - weights - VLLM_OVERHEAD
+    token = 2 * shape.layers * max(shape.kv_heads // tp, 1) * shape.head_dim * width
+    return Engine(weights, cache, token, recipe.longest_sequence, pool)
+
+
+def refit_buffer(shape: Shape, recipe: Recipe) -> int:
+    """Bytes at most for the bucket that travels (`weights/bridge.py`): its whole tensors, what a rank receives, and what the ranks of the
+    one stage that holds it send to all the others. An estimate."""
+    width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
+    vocabulary = shape.vocab * shape.hidden
+    layer = (count_parameters(shape) - count_parameters(replace(shape, layers=1))) // max(shape.layers - 1, 1)
+    whole = max(vocabulary, layer)
+    return int(width * (whole + (1 + recipe.parallel.pp) * whole / tp))
+
+
+def _engine_elements(shape: Shape, tp: int) -> int:
+    def size(parameter: Parameter) -> int:
+        spans = (needed(name, shape, tp, 0) for name in parameter.huggingface())
+        return sum((rows[1] - rows[0]) * (columns[1] - columns[0] if columns else 1) for rows, columns in spans)
+
+    return over_model(shape, size)

@@ -1,0 +1,176 @@
+"""Weights, gradients and optimizer state of a rank, exact: Megatron's flat buffers laid out on paper.
+
+Megatron's DDP puts the parameters of a model chunk into one flat buffer, last parameter first, each at a multiple of 64 elements, and
+ends each bucket at a multiple of 128 and of the ranks that share it (`ParamAndGradBuffer`). The weights are views of such a buffer, the
+fp32 gradients fill another, and each of the DP x CP ranks that hold the same weights keeps the optimizer state of its part of each bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from megafork.recipe import Recipe
+from megafork.shape import Shape, stage_layers
+from megafork.weights.mapping import EMBEDDING, HEAD, TIED_HEAD, Parameter, full_shape, parameters, shard_shape
+
+WIDTH = {"fp32": 4, "bf16": 2}
+"""Bytes of a number."""
+_ALIGNMENT = 64
+_BUCKET_ALIGNMENT = 128
+_IN_MEGATRON = (
+    "input_layernorm",
+    "linear_proj",
+    "linear_qkv",
+    "q_layernorm",
+    "k_layernorm",
+    "pre_mlp_layernorm",
+    "linear_fc1",
+    "linear_fc2",
+)
+"""Order of a layer's parameters as Megatron's modules register them."""
+STATE_TENSORS = 2
+"""Adam's moments, in fp32."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The flat buffer of one model chunk: (start, stop) of each parameter and of each bucket, in elements."""
+
+    spans: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def elements(self) -> int:
+        """Padding included."""
+        return self.buckets[-1][1] if self.buckets else 0
+
+    @property
+    def parameters(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+    def shards(self, ranks: int) -> list[int]:
+        """Parameters whose optimizer state each of the `ranks` that share the buffer keeps; padding has none."""
+        held = [0] * ranks
+        for first, last in self.buckets:
+            size = (last - first) // ranks
+            for start, stop in self.spans:
+                for rank in range((start - first) // size, (stop - first - 1) // size + 1) if first <= start < last else ():
+                    low = first + rank * size
+                    held[rank] += min(stop, low + size) - max(start, low)
+        return held
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one pipeline stage; every TP rank of it holds as much. `shards`: the DP x CP ranks that share the optimizer."""
+
+    buffers: tuple[Buffer, ...]
+    shards: int
+    dtype: str
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(buffer.parameters for buffer in self.buffers)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(buffer.elements for buffer in self.buffers) * WIDTH[self.dtype]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Summed in fp32 whatever the weights are."""
+        return sum(buffer.elements for buffer in self.buffers) * 4
+
+    @cached_property
+    def optimizer_bytes(self) -> list[int]:
+        """Of each DP x CP rank: two fp32 moments, and with bf16 weights the fp32 main weights."""
+        tensors = STATE_TENSORS + (1 if self.dtype == "bf16" else 0)
+        return [4 * tensors * held for held in self._shards]
+
+    @property
+    def step_bytes(self) -> int:
+        """What the optimizer's step needs for itself: torch's AdamW takes the root of all second moments at once on a GPU."""
+        return 4 * max(self._shards)
+
+    @cached_property
+    def _shards(self) -> list[int]:
+        return [sum(held) for held in zip(*(buffer.shards(self.shards) for buffer in self.buffers), strict=True)]
+
+
+def over_model(shape: Shape, size: Callable[[Parameter], int]) -> int:
+    """Sum of `size` over every parameter of the model. All layers are alike, so that only the first is looked at."""
+    one = replace(shape, layers=1)
+    return sum(size(parameter) * (1 if parameter.layer is None else shape.layers) for parameter in parameters(one))
+
+
+def count_parameters(shape: Shape) -> int:
+    """Of the whole model; a tied head counts once, padding of the vocabulary not at all."""
+    return over_model(shape, lambda p: sum(math.prod(full_shape(name, shape)) for name in p.huggingface()))
+
+
+def stage_weights(shape: Shape, recipe: Recipe, stage: int, ranks: int) -> Weights:
+    """What a rank of pipeline stage `stage` holds when the recipe's layout runs on `ranks` ranks."""
+    layout = recipe.parallel
+    shards = ranks // (layout.tp * layout.pp)
+    buffers = []
+    for chunk in range(layout.vpp):
+        split = recipe.optimizer.overlap and stage == 0 and chunk == 0
+        bucket = max(40_000_000, 1_000_000 * (shards // layout.cp)) if split else None
+        buffers.append(lay_out(list(_chunk_sizes(shape, recipe, stage, chunk)), shards, bucket))
+    return Weights(tuple(buffers), shards, recipe.precision.dtype)
+
+
+def _chunk_sizes(shape: Shape, recipe: Recipe, stage: int, chunk: int) -> Iterator[tuple[int, bool]]:
+    """(elements, whether two stages share it: a tied embedding) of each parameter of a chunk on one TP rank, in Megatron's order."""
+    layout = recipe.parallel
+    shared = shape.tied and layout.pp > 1
+
+    def size(parameter: Parameter) -> int:
+        return math.prod(shard_shape(parameter, shape, layout.tp))
+
+    if stage == 0 and chunk == 0:
+        yield size(Parameter(EMBEDDING.megatron, EMBEDDING, None)), shared
+    one = sorted((p for p in parameters(replace(shape, layers=1)) if p.layer == 0), key=_place)
+    for _ in range(stage_layers(shape.layers, layout)[stage] // layout.vpp):
+        yield from ((size(parameter), False) for parameter in one)
+    if stage == layout.pp - 1 and chunk == layout.vpp - 1:
+        yield shape.hidden, False
+        if shared or not shape.tied:
+            rule = TIED_HEAD if shape.tied else HEAD
+            yield size(Parameter(rule.megatron, rule, None)), shared
+
+
+def _place(parameter: Parameter) -> tuple[int, bool]:
+    module = parameter.name.split(".")[-2]
+    return _IN_MEGATRON.index(module), parameter.name.endswith("bias")
+
+
+def lay_out(sizes: list[tuple[int, bool]], shards: int, bucket_size: int | None) -> Buffer:
+    """The buffer of parameters of these sizes; a parameter that two stages share has a bucket of its own. `bucket_size`: elements after
+    which a bucket ends; empty: one for all."""
+    spans: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    divisor = math.lcm(shards, _BUCKET_ALIGNMENT)
+    end = first = 0
+    filled = False
+
+    def close() -> None:
+        nonlocal end, first, filled
+        end = -(-end // divisor) * divisor
+        buckets.append((first, end))
+        first, filled = end, False
+
+    for size, alone in reversed(sizes):
+        end = -(-end // _ALIGNMENT) * _ALIGNMENT
+        if alone and filled:
+            close()
+        spans.append((end, end + size))
+        end, filled = end + size, True
+        if alone or (bucket_size is not None and end - first >= bucket_size):
+            close()
+    if filled:
+        close()
+    return Buffer(tuple(spans), tuple(buckets))

@@ -1,0 +1,125 @@
+"""A recipe on so many GPUs: what each stage needs, whether it fits, and how long a step takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megafork.plan.hardware import Gpu
+from megafork.plan.memory import StageMemory, stages
+from megafork.plan.parameters import count_parameters
+from megafork.plan.speed import Step, step_time
+from megafork.recipe import Recipe, RecipeError
+from megafork.shape import Shape, check_engines, check_layout, check_world
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `megafork plan` tells; every figure in bytes and seconds."""
+
+    recipe: Recipe
+    shape: Shape
+    gpus: int
+    gpu: Gpu
+    parameters: int
+    """Of the whole model, each counted once."""
+    stages: list[StageMemory]
+    step: Step
+    mean_response: int | None
+    """Tokens, as given."""
+
+    @property
+    def dp(self) -> int:
+        return self.gpus // self.recipe.parallel.model_size
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The fullest rank in each phase."""
+        return {phase: max(stage.phases[phase] for stage in self.stages) for phase in self.stages[0].phases}
+
+    @property
+    def over(self) -> dict[str, int]:
+        """Bytes beyond the GPU's memory in each phase that does not fit; `cache`: what one response lacks."""
+        engine = self.stages[0].engine
+        over = {phase: peak - self.gpu.memory for phase, peak in self.peaks.items() if peak > self.gpu.memory}
+        if engine.concurrent < 1:
+            over["cache"] = engine.longest * engine.token - engine.cache
+        return over
+
+    @property
+    def fits(self) -> bool:
+        return not self.over
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Plan:
+        """The plan for other values of some `section.key`s. Raises ValueError for what recipe, model or GPUs do not allow."""
+        return make_plan(self.shape, changed(self.recipe, changes), self.gpus, self.gpu, self.mean_response)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same numbers for a machine."""
+        engine, step = self.stages[0].engine, self.step
+        return {
+            "gpu": self.gpu.name,
+            "gpus": self.gpus,
+            "gpu_memory": self.gpu.memory,
+            "layout": {**self.recipe.parallel.model_dump(), "dp": self.dp, "recompute": self.recipe.model.recompute},
+            "parameters": self.parameters,
+            "stages": [_stage_numbers(stage) for stage in self.stages],
+            "engine": {**vars(engine), "concurrent": engine.concurrent, "engines": self.gpus // self.recipe.rollout.tp},
+            "peaks": self.peaks,
+            "over": self.over,
+            "fits": self.fits,
+            "step": {**vars(step), "seconds": step.seconds, "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu},
+        }
+
+
+def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: int | None = None) -> Plan:
+    """Raises RecipeError for a layout that the model or the GPUs do not allow; one that does not fit in memory is a plan all the same."""
+    if gpus < 1:
+        raise RecipeError(f"--gpus is {gpus}: give the number of GPUs of the job, 1 or more")
+    longest = recipe.rollout.max_response_length
+    if mean_response is not None and not 1 <= mean_response <= longest:
+        raise RecipeError(f"--mean-response is {mean_response}: give a number of tokens from 1 to rollout.max_response_length={longest}")
+    check_layout(shape, recipe.parallel)
+    check_world(recipe.parallel, gpus)
+    check_engines(recipe.rollout.tp, gpus)
+    if shape.heads % recipe.rollout.tp:
+        raise RecipeError(
+            f"rollout.tp is {recipe.rollout.tp} but the model has {shape.heads} attention heads: choose one that divides them"
+        )
+    memory = stages(shape, recipe, gpus, gpu)
+    step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)
+    return Plan(recipe, shape, gpus, gpu, count_parameters(shape), memory, step, mean_response)
+
+
+def gpus_for(recipe: Recipe, gpus: int | None) -> int:
+    """The GPUs to plan for: as asked, else the recipe's ranks, else the fewest that the layout and the roll-out engines share."""
+    return gpus if gpus is not None else recipe.run.ranks or math.lcm(recipe.parallel.model_size, recipe.rollout.tp)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values for some `section.key`s, checked again. Raises ValueError for a combination that it refuses."""
+    values = recipe.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        values[section][key] = value
+    return Recipe.model_validate(values)
+
+
+def _stage_numbers(stage: StageMemory) -> dict[str, Any]:
+    return {
+        "stage": stage.stage,
+        "layers": stage.layers,
+        "parameters": stage.weights.parameters,
+        "weights": stage.weights.weight_bytes,
+        "gradients": stage.weights.gradient_bytes,
+        "optimizer": max(stage.weights.optimizer_bytes),
+        "activations": stage.activations.total,
+        "in_flight": stage.activations.in_flight,
+        "kept": stage.activations.kept,
+        "working": stage.activations.working,
+        "head": stage.activations.head,
+        "refit_buffer": stage.refit_buffer,
+        "phases": stage.phases,
+    }

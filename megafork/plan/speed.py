@@ -1,0 +1,156 @@
+"""The time of a step by phase, from FLOPs, bytes and the shares of the peaks in `hardware.py`. All of it is an estimate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megafork.plan.hardware import (
+    ALL_REDUCE_LATENCY,
+    ATTENTION_SHARE,
+    DECODE_SHARE,
+    DECODE_STEP,
+    GPUS_A_NODE,
+    GROUPS_SAMPLED,
+    LINK_SHARE,
+    MATMUL_SHARE,
+    NETWORK,
+    PROMPT_SHARE,
+    RESPONSE_SHARE,
+    Gpu,
+)
+from megafork.plan.memory import Engine
+from megafork.plan.parameters import WIDTH, Weights
+from megafork.recipe import Recipe
+from megafork.shape import Shape, stage_layers
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of each phase of a step."""
+
+    rollout: float
+    score: float
+    update: float
+    refit: float
+    prompt: float
+    """Mean tokens, assumed."""
+    response: float
+    """Mean tokens, assumed or given."""
+    tokens: int
+    """Prompt and response tokens that are trained on."""
+    gpus: int
+    running: int
+    """Responses that an engine decodes at once."""
+    micro_batches: int
+    """Of a DP rank in one optimizer update."""
+
+    @property
+    def seconds(self) -> float:
+        return self.rollout + self.score + self.update + self.refit
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens / self.seconds / self.gpus
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step has to do, from the recipe and the assumed mean lengths."""
+
+    prompt: float
+    response: float
+    samples: int
+
+    @property
+    def length(self) -> float:
+        return self.prompt + self.response
+
+    @classmethod
+    def of(cls, recipe: Recipe, mean_response: int | None) -> Load:
+        spec = recipe.rollout
+        response = mean_response or RESPONSE_SHARE * spec.max_response_length
+        return cls(PROMPT_SHARE * recipe.data.max_prompt_length, response, spec.prompts * spec.samples)
+
+
+def step_time(
+    shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, weights: list[Weights], mean_response: int | None = None
+) -> Step:
+    """Of one step on `gpus` GPUs. `mean_response`: tokens; empty: an assumed share of the longest."""
+    load = Load.of(recipe, mean_response)
+    rollout, running = _rollout(shape, recipe, gpus, gpu, engine, load)
+    spec, layout = recipe.forks, recipe.parallel
+    dp = gpus // layout.model_size
+    micro_batches = _micro_batches(recipe, load, load.samples / recipe.train.minibatches / dp)
+    every = _pass(shape, recipe, gpu, load, _micro_batches(recipe, load, load.samples / dp), linear=1, head=1.0, moves=1)
+    chosen = 1.0 if spec.select == "all" else spec.top_entropy_quantile
+    again = recipe.model.recompute == "full"
+    # forward 1, backward 2, recomputation 1; the head recomputes its logits in the backward: 4 times its forward in all
+    one = _pass(shape, recipe, gpu, load, micro_batches, linear=3 + again, head=4 * chosen, moves=2 + again)
+    update = recipe.train.minibatches * (one + max(_synchronise(recipe, gpus, gpu, w) for w in weights))
+    score = every * (2 if spec.entropy_from == "current" else 1)
+    refit = engine.weights / _link(gpus > GPUS_A_NODE, gpu)
+    return Step(rollout, score, update, refit, load.prompt, load.response, int(load.samples * load.length), gpus, running, micro_batches)
+
+
+def _rollout(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, load: Load) -> tuple[float, int]:
+    """Seconds, and responses decoded at once: the bulk at full batch, then the longest responses nearly alone, once a round."""
+    spec = recipe.rollout
+    rounds = 2 if spec.dynamic_sampling and spec.max_refills else 1
+    sampled = load.samples * (GROUPS_SAMPLED if rounds > 1 else 1.0) / (gpus / spec.tp)
+    context = load.prompt + load.response / 2
+    room = max(engine.cache, 0) / (engine.token * context)
+    running = max(1, int(min(spec.max_running, room, sampled)))
+
+    def decode(batch: float, context: float) -> float:
+        reading = (engine.weights + batch * context * engine.token) / (gpu.bandwidth * DECODE_SHARE)
+        counting = batch * engine.weights / (gpu.flops * MATMUL_SHARE)  # 2 FLOP a weight of 2 bytes
+        joining = 2 * shape.layers * ALL_REDUCE_LATENCY if spec.tp > 1 else 0.0
+        return max(reading, counting) + joining + DECODE_STEP
+
+    bulk = sampled * load.response / running * decode(running, context)
+    alone = max(spec.max_response_length - load.response, 0.0) * decode(1, spec.max_response_length)
+    prefill = sampled * load.prompt * engine.weights / (gpu.flops * MATMUL_SHARE)
+    return bulk + rounds * alone + prefill, running
+
+
+def _micro_batches(recipe: Recipe, load: Load, sequences: float) -> int:
+    """Micro-batches that hold these sequences, packed as full as whole sequences allow."""
+    fitting = max(1.0, recipe.micro_batch_tokens // load.length)
+    multiple = recipe.parallel.micro_batch_multiple
+    return max(1, math.ceil(sequences / fitting / multiple)) * multiple
+
+
+def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int, *, linear: float, head: float, moves: float) -> float:
+    """Seconds of one schedule over the micro-batches: the slowest stage, and the time in which the pipeline fills and drains.
+
+    `linear`: layers' matmuls in units of a forward. `head`: the same of the head at all response positions. `moves`: passes that
+    communicate over TP and CP.
+    """
+    layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
+    tokens = min(recipe.micro_batch_tokens // load.length, load.samples) * load.length
+    local = max(tokens, load.length) / layout.cp
+    matmul = 2 * (shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.hidden * shape.ffn)
+    again = linear > 1 and recipe.model.recompute == "selective"  # the core alone
+    attention = 2 * load.length * shape.heads * shape.head_dim
+    compute = local / layout.tp / gpu.flops * (linear * matmul / MATMUL_SHARE + (linear + again) * attention / ATTENTION_SHARE)
+    ring = 2 * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width  # two all-reduces a layer
+    gather = (layout.cp - 1) * 2 * max(shape.kv_heads / layout.tp, 1) * shape.head_dim * width
+    talk = moves * local * (ring / _link(layout.tp > GPUS_A_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_A_NODE, gpu))
+    rows = local * load.response / load.length
+    at_head = head * rows * 2 * shape.hidden * shape.vocab / layout.tp / (gpu.flops * MATMUL_SHARE)
+    counts = stage_layers(shape.layers, layout)
+    slowest = max(n * (compute + talk) + (at_head if stage == layout.pp - 1 else 0.0) for stage, n in enumerate(counts))
+    return (micro_batches + (layout.pp - 1) / layout.vpp) * slowest
+
+
+def _synchronise(recipe: Recipe, gpus: int, gpu: Gpu, weights: Weights) -> float:
+    """Seconds to reduce the gradients, step, and gather the weights; with `optimizer.overlap` only the step counts."""
+    speed = _link(gpus // recipe.parallel.pp > GPUS_A_NODE, gpu)
+    share = (weights.shards - 1) / weights.shards
+    moved = 0.0 if recipe.optimizer.overlap else share * (weights.gradient_bytes + weights.weight_bytes) / speed
+    return moved + 3 * max(weights.optimizer_bytes) / gpu.bandwidth  # read, write, and the gradients
+
+
+def _link(leaves_the_node: bool, gpu: Gpu) -> float:
+    return (NETWORK if leaves_the_node else gpu.link) * LINK_SHARE

@@ -1,0 +1,180 @@
+"""The plan as tables for people. What is not exact is marked with ~."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from megafork.plan.hardware import (
+    DECODE_SHARE,
+    FRAGMENTS,
+    GIB,
+    GPUS_A_NODE,
+    GROUPS_SAMPLED,
+    LINK_SHARE,
+    MATMUL_SHARE,
+    RESERVED,
+    VLLM_ASLEEP,
+    VLLM_OVERHEAD,
+)
+from megafork.plan.mends import mends
+from megafork.plan.planner import Plan
+from megafork.plan.refit import Refit
+
+_WHAT = {
+    "rollout": "trainer's state and vLLM together",
+    "update": "trainer's state and activations",
+    "refit": "trainer's state, vLLM and the bucket that travels",
+    "cache": "vLLM's KV cache for one response of full length",
+}
+
+
+def render(plan: Plan, source: str, refits: Sequence[Refit] = (), proposals: Sequence[Plan] | None = None) -> RenderableType:
+    """All of a plan, within 80 columns. `source`: where the model's shape is from. `proposals`: layouts that a search has found."""
+    parts: list[RenderableType] = [
+        _heading(plan, source),
+        _state(plan),
+        _phases(plan),
+        Text(_what_is_counted(plan), style="dim"),
+        _engine(plan),
+        _times(plan),
+        Text(_assumptions(plan), style="dim"),
+    ]
+    parts += [_refits(refits)] if refits else []
+    parts += [_proposals(proposals)] if proposals is not None else []
+    parts += ["\n".join(_verdict(plan))]
+    spaced = [part for one in parts for part in (one, "")][:-1]
+    return Group(*(Text.from_markup(part) if isinstance(part, str) else part for part in spaced))
+
+
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Numbers to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _heading(plan: Plan, source: str) -> str:
+    layout = plan.recipe.parallel
+    return (
+        f"{plan.parameters:,} parameters, shape from {escape(source)}\n"
+        f"{plan.gpus} x {plan.gpu.name}: tp {layout.tp} x pp {layout.pp} (vpp {layout.vpp}) x cp {layout.cp} x dp {plan.dp}, "
+        f"sp {'on' if layout.sp else 'off'}, recompute {plan.recipe.model.recompute}, {plan.recipe.precision.dtype}; "
+        f"roll-out tp {plan.recipe.rollout.tp}"
+    )
+
+
+def _what_is_counted(plan: Plan) -> str:
+    return (
+        "Weights, gradients and optimizer are exact, padding included. ~ marks estimates: activations are those of a micro-batch of "
+        f"{plan.recipe.micro_batch_tokens:,} tokens at whose every position the head answers; each phase has {_gib(RESERVED)} GiB for CUDA "
+        f"and NCCL, the update {FRAGMENTS:.0%} of fragments and {_gib(VLLM_ASLEEP)} GiB of sleeping vLLM."
+    )
+
+
+def _engine(plan: Plan) -> str:
+    engine = plan.stages[0].engine
+    return (
+        f"vLLM on each GPU: {_gib(engine.weights)} GiB weights (exact) and {_gib(max(engine.cache, 0))} GiB KV cache at {engine.token:,} "
+        f"bytes a token (after ~{_gib(VLLM_OVERHEAD)} GiB of its own): {engine.concurrent} responses of full length at once on each of "
+        f"{plan.gpus // plan.recipe.rollout.tp} engines\n"
+        f"refit: ~{_gib(plan.stages[0].refit_buffer)} GiB at most for the largest bucket (embedding, head or a layer)"
+    )
+
+
+def _state(plan: Plan) -> Table:
+    rows = []
+    for stage in plan.stages:
+        weights = stage.weights
+        sizes = (weights.weight_bytes, weights.gradient_bytes, max(weights.optimizer_bytes))
+        rows.append((str(stage.stage), str(stage.layers), f"{weights.parameters:,}", *(f"{size / GIB:.2f}" for size in sizes)))
+    headings = ("stage", "layers", "parameters", "weights", "gradients", "optimizer")
+    return _table("what a rank of each stage always holds, in GiB", headings, rows)
+
+
+def _phases(plan: Plan) -> Table:
+    rows = []
+    for stage in plan.stages:
+        activations = stage.activations
+        parts = (activations.kept, activations.working + activations.gather, activations.head)
+        totals = (_marked(total, plan.gpu.memory) for total in stage.phases.values())
+        rows.append((str(stage.stage), f"{activations.in_flight:g}", *map(_gib, parts), *totals))
+    headings = ("stage", "in flight", "kept ~", "working ~", "head ~", *(f"{phase} ~" for phase in plan.stages[0].phases))
+    return _table(f"activations, and all that it holds in each phase, of {_gib(plan.gpu.memory)} GiB", headings, rows)
+
+
+def _marked(size: int, most: int) -> str:
+    return _gib(size) if size <= most else f"[bold red]{_gib(size)}[/]"
+
+
+def _times(plan: Plan) -> Table:
+    step, spec = plan.step, plan.recipe
+    rows = [
+        ("roll-out", f"{step.rollout:,.0f}", f"{step.running} responses at once on an engine"),
+        ("score", f"{step.score:,.0f}", "one forward"),
+        ("update", f"{step.update:,.0f}", f"{spec.train.minibatches} x {step.micro_batches} micro-batches a DP rank"),
+        ("refit", f"{step.refit:,.1f}", f"{_gib(plan.stages[0].engine.weights)} GiB to each GPU"),
+        ("step", f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f} trained tokens/s/GPU"),
+    ]
+    table = _table("a step, estimated", ("phase", "seconds ~", ""), rows)
+    table.columns[2].justify = "left"
+    return table
+
+
+def _assumptions(plan: Plan) -> str:
+    refills = f" {GROUPS_SAMPLED:g} groups sampled for each one kept," if plan.recipe.rollout.dynamic_sampling else ""
+    return (
+        f"Assumed: responses of {plan.step.response:,.0f} tokens on average, prompts of {plan.step.prompt:,.0f},{refills} "
+        f"{MATMUL_SHARE:.0%} of the bf16 peak in matmuls, {DECODE_SHARE:.0%} of the memory's bandwidth in decoding, {LINK_SHARE:.0%} of "
+        "the links'. Rewards, evaluation and checkpoints are not counted."
+    )
+
+
+def _refits(refits: Sequence[Refit]) -> RenderableType:
+    """What crosses between ranks and nodes by the bridge's plan and by a full gather, beside the least possible."""
+    rows = []
+    for refit in refits:
+        ways = (refit.plan, refit.least, refit.gather)
+        received = (f"{way.received * refit.width / 1e9:,.1f}" for way in ways)
+        between = (f"{way.between_nodes * refit.width / 1e9:,.0f}" for way in ways)
+        rows.append((refit.name, *received, *between))
+    headings = ("from, to", *(f"{what}\n{way}" for what in ("a rank", "nodes") for way in ("plan", "least", "gather")))
+    note = (
+        f"a rank: what the busiest receives. nodes: what crosses between nodes of {GPUS_A_NODE} GPUs, in all. plan: the bridge's. "
+        "least: what no way can do without. gather: every rank collects every tensor whole."
+    )
+    return Group(_table(f"a refit on {refits[0].gpus} GPUs, in GB, exact", headings, rows), Text(note, style="dim"))
+
+
+def _proposals(plans: Sequence[Plan]) -> RenderableType:
+    if not plans:
+        return Text("no layout fits with room to spare: give more GPUs, or a shorter rollout.max_response_length")
+    headings = ("tp", "pp", "vpp", "cp", "sp", "dp", "recompute", "vLLM", "GiB ~", "step s ~", "tokens/s/GPU ~")
+    rows = []
+    for plan in plans:
+        layout, step = plan.recipe.parallel, plan.step
+        sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, "on" if layout.sp else "off", plan.dp, plan.recipe.model.recompute)
+        share, fullest = f"{plan.recipe.rollout.gpu_memory_fraction:.0%}", _gib(max(plan.peaks.values()))
+        rows.append((*map(str, sizes), share, fullest, f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f}"))
+    return _table("layouts that fit, the quickest first by estimate", headings, rows)
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if plan.fits:
+        phase, peak = max(plan.peaks.items(), key=lambda item: item[1])
+        return [f"[green]fits[/]: the fullest moment is the {phase}, {_gib(peak)} of {_gib(plan.gpu.memory)} GiB"]
+    lines = [f"[bold red]does not fit[/]: {_WHAT[phase]}: {_gib(bytes_)} GiB too much" for phase, bytes_ in plan.over.items()]
+    found = [", ".join(f"{name}={str(value).lower()}" for name, value in changes.items()) for changes in mends(plan)]
+    advice = f"any one of these makes it fit: {'; '.join(found)}" if found else "no two keys make it fit: see --search, or give more GPUs"
+    return [*lines, advice]
+
+
+def _gib(bytes_: float) -> str:
+    return f"{bytes_ / GIB:.1f}"

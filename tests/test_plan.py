@@ -1,0 +1,393 @@
+"""The planner against models that were really built, and against what a forward and backward really allocate."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from measure import peak_bytes
+from ranks import on_ranks
+from rich.console import Console
+from tiny import recipe, save_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import build_mesh
+from megafork.plan.activations import stage_activations
+from megafork.plan.hardware import FRAGMENTS, GPUS, RESERVED, VLLM_ASLEEP, gpu_named
+from megafork.plan.memory import engine_memory, refit_buffer
+from megafork.plan.mends import mends
+from megafork.plan.models import KNOWN, shape_for
+from megafork.plan.parameters import count_parameters, lay_out, stage_weights
+from megafork.plan.planner import Plan, changed, gpus_for, make_plan
+from megafork.plan.refit import COMPARED, count_refit, refits
+from megafork.plan.search import proposals
+from megafork.plan.table import render
+from megafork.recipe import Parallel, Recipe, RecipeError
+from megafork.rl.batch import MicroBatch, Response
+from megafork.shape import Shape, read_shape
+from megafork.train.loop import policy_loss
+from megafork.train.run import packer
+from megafork.train.update import Learner
+from megafork.weights.mapping import huggingface_shapes
+from megafork.weights.reshard import Reshard, needed
+
+SHAPE = Shape("Qwen3ForCausalLM", 4, 256, 768, 8, 2, 32, 512, False, 1e-6, 1e4, None, 2048)
+"""Wide enough that activations outweigh everything else at TOKENS tokens."""
+TOKENS, RESPONSES = 1024, 8
+"""Of a micro-batch. The responses are short, for with context parallelism the CPU's attention keeps a mask that a GPU's does not need."""
+H100 = gpu_named("h100")
+
+# (ranks, recipe sections, changes of the model)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "tp2": (2, {"parallel": {"tp": 2}}, {}),
+    "dp2-bf16": (2, {"precision": {"dtype": "bf16"}}, {}),
+    "dp3-untied": (3, {}, {"tied": False}),
+    "pp2-uneven-tied": (2, {"parallel": {"pp": 2, "first_stage_layers": 1}, "precision": {"dtype": "bf16"}}, {}),
+    "pp2-vpp2-dp2": (4, {"parallel": {"pp": 2, "vpp": 2}}, {"tied": False}),
+    "cp2-overlap-bf16": (2, {"parallel": {"cp": 2}, "precision": {"dtype": "bf16"}, "optimizer": {"overlap": True}}, {}),
+    "tp2-sp-pp2-bf16": (4, {"parallel": {"tp": 2, "sp": True, "pp": 2}, "precision": {"dtype": "bf16"}}, {}),
+    "tp4-half-a-group": (4, {"parallel": {"tp": 4}}, {"vocab": 101}),
+    "qwen2-with-biases": (2, {"parallel": {"tp": 2}}, {"architecture": "Qwen2ForCausalLM"}),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def really_held(spec: Recipe, shape: Shape) -> tuple[int, int, int, int]:
+    """Parameters, and bytes of weights, gradients and optimizer state, counted on a rank's storage."""
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    chunks = build_policy(shape, spec, mesh)
+    learner = Learner(chunks, spec, mesh, updates=1, temperature=1.0)
+    buffers = [buffer for chunk in learner.model for buffer in chunk.buffers]
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for chunk in chunks for p in chunk.parameters()}
+    inner = list(getattr(learner.optimizer, "chained_optimizers", [learner.optimizer]))
+    moments = [state[name] for adam in inner for state in adam.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    mains = [p for adam in inner for group in getattr(adam, "shard_fp32_from_float16_groups", []) for p in group if p is not None]
+    return (
+        sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+        sum(weights.values()),
+        sum(buffer.grad_data.nbytes for buffer in buffers),
+        sum(tensor.numel() * 4 for tensor in [*moments, *mains]),
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_gradients_and_optimizer_are_those_of_a_built_model(name: str, tiny: Path) -> None:
+    world, sections, changes = LAYOUTS[name]
+    shape, spec = replace(read_shape(tiny), **changes), recipe(tiny, **sections)
+    layout = spec.parallel
+    for rank, held in enumerate(on_ranks(world, really_held, spec, shape)):
+        planned = stage_weights(shape, spec, rank * layout.pp // world, world)
+        shard = rank % (world // layout.pp) // layout.tp  # ranks go tp, cp, dp, pp
+        expected = (planned.parameters, planned.weight_bytes, planned.gradient_bytes, planned.optimizer_bytes[shard])
+        assert held == expected, f"rank {rank}"
+
+
+def test_overlap_cuts_the_first_stage_into_buckets_that_all_ranks_share_evenly() -> None:
+    buffer = lay_out([(100, False), (1000, False), (30, False)], shards=6, bucket_size=900)
+    assert buffer.spans == ((0, 30), (64, 1064), (1152, 1252))
+    assert buffer.buckets == ((0, 1152), (1152, 1536))  # multiples of 384 = lcm(6, 128)
+    assert sum(buffer.shards(6)) == buffer.parameters == 1130
+
+
+def test_parameters_of_published_models() -> None:
+    """Totals of the safetensors files on the hub."""
+    published = {"qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264, "qwen3-4b": 4_022_468_096}
+    assert {name: count_parameters(KNOWN[name]) for name in published} == published
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_an_engine_holds_the_parts_that_it_loads(tp: int, tiny: Path) -> None:
+    shape = replace(read_shape(tiny), tied=False)
+    spec = recipe(tiny, rollout={"tp": tp, "kv_cache_mb": 8})
+    engine = engine_memory(shape, spec, H100)
+    spans = [needed(name, shape, tp, 0) for name in huggingface_shapes(shape)]
+    assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, span)) for span in spans)
+    assert engine.token == 2 * 4 * max(2 // tp, 1) * 32 * 4  # k and v, layers, groups, head_dim, fp32
+    assert engine.concurrent == (8 << 20) // (engine.token * 64)
+
+
+def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
+    """TOKENS tokens in RESPONSES responses, their prompts included, of which the update takes every fifth."""
+    generator = torch.Generator().manual_seed(seed)
+    responses = []
+    for number in range(RESPONSES):
+        prompt, answer = (torch.randint(0, 500, (n,), generator=generator, dtype=torch.int32) for n in (32, TOKENS // RESPONSES - 31))
+        responses.append(Response(0, number, 0, prompt, answer, torch.zeros(len(answer)), False, advantage=1.0))
+    micro = packer(mesh)(responses)
+    count = len(micro.positions)
+    micro.old_log_prob, micro.entropy = torch.zeros(count), torch.zeros(count)
+    micro.mask = torch.arange(count) % 5 == 0
+    micro.weight = torch.full((count,), 1.0 / count)
+    return micro
+
+
+def learner_and_micros(spec: Recipe, count: int) -> tuple[Learner, list[MicroBatch]]:
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    chunks = build_policy(SHAPE, spec, mesh)
+    with torch.no_grad():
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.normal_(0.0, 0.02)
+    return Learner(chunks, spec, mesh, updates=9, temperature=1.0), [micro_batch(spec, mesh, n) for n in range(count)]
+
+
+def forward_backward(learner: Learner, micros: list[MicroBatch], spec: Recipe) -> None:
+    def loss(micro: MicroBatch, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        value, _ = policy_loss(output[0], micro, loss=spec.loss)
+        return (micro.weight[micro.mask] * value).sum(), torch.zeros([], dtype=torch.int), {}
+
+    for chunk in learner.model:
+        chunk.zero_grad_buffer()
+    learner._run(micros, loss, forward_only=False, everywhere=False)
+
+
+def really_allocated(spec: Recipe, count: int) -> int:
+    """Peak of a forward and backward of this rank.
+
+    Its TP and CP neighbours are torch's fake process group, which moves nothing: gloo copies what it sends and frees it from threads of
+    its own, some time later.
+    """
+    layout = spec.parallel
+    if layout.tp * layout.cp > 1:
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.tp * layout.cp)
+    learner, micros = learner_and_micros(spec, count)
+    forward_backward(learner, micros, spec)  # what is allocated once is there
+    return peak_bytes(lambda: forward_backward(learner, micros, spec))
+
+
+def activation_recipe(recompute: str, dtype: str, parallel: dict[str, Any]) -> Recipe:
+    return recipe(
+        Path("unused"),
+        model={"recompute": recompute},
+        precision={"dtype": dtype},
+        parallel=parallel,
+        rollout={"max_response_length": TOKENS - 32},
+        loss={"head_memory_mb": 1},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recompute", "dtype", "parallel"),
+    [
+        ("none", "bf16", {}),
+        ("full", "fp32", {}),
+        ("full", "bf16", {"pp": 2}),
+        ("none", "bf16", {"pp": 2, "first_stage_layers": 1}),
+        ("none", "bf16", {"pp": 2, "vpp": 2}),
+        ("none", "bf16", {"tp": 2}),
+        ("selective", "bf16", {"tp": 2, "sp": True}),
+        ("full", "bf16", {"tp": 2, "sp": True}),
+        ("none", "bf16", {"tp": 4, "sp": True}),  # half a key-value group a rank
+        ("none", "fp32", {"cp": 2}),
+        ("full", "bf16", {"cp": 2}),
+        ("none", "bf16", {"tp": 2, "sp": True, "cp": 2}),
+    ],
+)
+def test_activations_are_within_a_tenth_of_what_a_run_allocates(recompute: str, dtype: str, parallel: dict[str, Any]) -> None:
+    spec, micros = activation_recipe(recompute, dtype, parallel), 3 if parallel.get("vpp", 1) == 1 else 4
+    for stage, allocated in enumerate(on_ranks(spec.parallel.pp, really_allocated, spec, micros)):
+        planned = stage_activations(SHAPE, spec, stage, tokens=TOKENS, micro_batches=micros, head_rows=TOKENS // 5)
+        assert planned.kept + planned.working == pytest.approx(allocated, rel=0.1), f"stage {stage}"  # `gather` is there already
+
+
+def test_pipeline_stages_hold_as_many_micro_batches_as_the_schedule_lets_them() -> None:
+    def in_flight(parallel: dict[str, Any], micros: int) -> list[float]:
+        spec = activation_recipe("none", "bf16", parallel)
+        stages = range(spec.parallel.pp)
+        return [stage_activations(SHAPE, spec, s, tokens=TOKENS, micro_batches=micros, head_rows=0).in_flight for s in stages]
+
+    assert in_flight({"pp": 4}, 16) == [4, 3, 2, 1]
+    assert in_flight({"pp": 4}, 2) == [2, 2, 2, 1]
+    assert in_flight({"pp": 2, "vpp": 2}, 8) == [5, 3]
+
+
+def published() -> Recipe:
+    """NeMo-RL's Qwen3-32B in bf16 at 4k on 32 x H100: train TP 4 x PP 4, roll-out TP 4; 64 prompts of 32 samples."""
+    return Recipe.model_validate(
+        {
+            "model": {"path": "Qwen/Qwen3-32B", "recompute": "full"},
+            "parallel": {"tp": 4, "pp": 4, "sp": True},
+            "data": {"train": "unused.jsonl", "max_prompt_length": 512},
+            "rollout": {"prompts": 64, "samples": 32, "max_response_length": 3584, "tp": 4, "dynamic_sampling": False},
+            "reward": {"overlong": "none"},
+        }
+    )
+
+
+def planned(model: str = "qwen3-32b", gpus: int = 32, mean_response: int | None = None, **changes: Any) -> Plan:
+    """Of `published()` with `changes`, whose keys are written section__key."""
+    spec = changed(published(), {name.replace("__", "."): value for name, value in changes.items()})
+    return make_plan(KNOWN[model], spec, gpus, H100, mean_response)
+
+
+def test_the_published_layout_fits_and_its_step_time_is_of_the_right_size() -> None:
+    plan = planned(mean_response=3354)
+    assert plan.fits and plan.dp == 2
+    assert plan.step.seconds == pytest.approx(376, rel=0.5)
+    assert plan.step.tokens_per_s_per_gpu == pytest.approx(571, rel=0.5)
+
+
+LONG: dict[str, Any] = {"rollout__max_response_length": 20480, "data__max_prompt_length": 2048}
+
+
+def test_what_does_not_fit_is_named_with_the_keys_that_make_it_fit() -> None:
+    kept = planned(gpus=128, model__recompute="none", **LONG)
+    assert set(kept.over) == {"update"}
+    assert {"model.recompute": "full"} in mends(kept)
+    crowded = planned(rollout__gpu_memory_fraction=0.8)
+    assert "rollout" in crowded.over
+    assert [set(changes) for changes in mends(crowded)] == [{"rollout.gpu_memory_fraction"}]
+    no_cache = planned(rollout__gpu_memory_fraction=0.2)
+    assert no_cache.over["cache"] > 0 and no_cache.stages[0].engine.concurrent == 0
+    both = planned(gpus=128, model__recompute="none", rollout__gpu_memory_fraction=0.9, **LONG)
+    assert {"rollout", "update"} < set(both.over)
+    assert {"rollout.gpu_memory_fraction", "model.recompute"} in [set(changes) for changes in mends(both)]
+    for plan in (kept, crowded, no_cache, both):
+        assert not plan.fits and mends(plan)
+        for changes in mends(plan):
+            assert plan.with_changes(changes).fits
+    hopeless = planned(gpus=8, parallel__tp=8, parallel__pp=1)
+    assert not hopeless.fits and mends(hopeless) == []
+
+
+def test_the_optimizers_step_has_room_where_a_rank_keeps_much_of_it() -> None:
+    alone, shared = (planned(gpus=gpus).stages[0] for gpus in (16, 128))
+    assert alone.weights.step_bytes == 4 * alone.weights.parameters > alone.activations.total
+    assert alone.phases["update"] - alone.state == RESERVED + VLLM_ASLEEP + alone.weights.step_bytes
+    assert shared.phases["update"] - shared.state == RESERVED + VLLM_ASLEEP + math.ceil(shared.activations.total * (1 + FRAGMENTS))
+
+
+def test_search_proposes_layouts_that_fit_quickest_first() -> None:
+    found = proposals(planned("qwen3-8b", 16, rollout__tp=2), show=5)
+    assert len(found) == 5
+    assert [plan.step.seconds for plan in found] == sorted(plan.step.seconds for plan in found)
+    for plan in found:
+        layout = plan.recipe.parallel
+        assert plan.fits and 16 % layout.model_size == 0 and layout.tp * layout.cp <= 8
+        assert plan.to_dict() == make_plan(plan.shape, plan.recipe, 16, H100).to_dict()
+    assert proposals(planned(gpus=4, parallel__pp=1)) == []
+
+
+def test_doubling_the_gpus_never_slows_a_step_nor_swells_a_rank() -> None:
+    for few, many in itertools.pairwise(planned(gpus=gpus) for gpus in (16, 32, 64, 128)):
+        assert many.step.seconds < few.step.seconds
+        assert max(many.peaks.values()) < max(few.peaks.values())
+
+
+def test_a_refit_is_counted_beside_a_full_gather_and_the_least_possible() -> None:
+    counted = refits(KNOWN["qwen3-32b"], published(), 64)
+    assert [refit.name for refit in counted[:3]] == ["TP4 PP4 CP1 DP4 to TP4", "TP8 PP4 CP1 DP2 to TP4", "TP8 PP4 CP1 DP2 to TP8"]
+    assert len(counted) == 2 * len(COMPARED)
+    for refit in counted:
+        assert refit.plan.received == refit.least.received < refit.gather.received
+        assert refit.least.between_nodes <= refit.plan.between_nodes <= refit.gather.between_nodes
+    bytes_ = counted[2].to_dict()
+    assert bytes_["plan"]["received"] == 2 * counted[2].plan.received == pytest.approx(6.24e9, rel=0.01)
+    assert bytes_["lower_bound"]["between_nodes"] == pytest.approx(8 * 0.75 * 65.52e9, rel=0.01)  # 3 of 4 stages, once for each node
+    with pytest.raises(RecipeError, match=r"rollout.tp is 3, which does not divide the 64 ranks"):
+        count_refit(KNOWN["qwen3-32b"], COMPARED[0], 64, 3)
+
+
+@pytest.mark.parametrize("layout", COMPARED, ids=str)
+def test_the_bucket_that_travels_has_room(layout: Parallel) -> None:
+    shape, spec = KNOWN["qwen3-32b"], changed(published(), {f"parallel.{key}": value for key, value in layout.model_dump().items()})
+    plan, largest = Reshard(shape, layout, 64, 4), 0
+    for bucket, _ in plan.alike:
+        moved = [0] * 64
+        for transfer in plan.transfers(bucket):
+            for rank in {transfer.source, transfer.target} if transfer.source != transfer.target else ():
+                moved[rank] += transfer.numel
+        whole = sum(math.prod(plan.full_shape(name)) for parameter in bucket for name in parameter.huggingface())
+        largest = max(largest, whole + max(moved))
+    assert 2 * largest <= refit_buffer(shape, spec) <= 2 * 2 * largest
+
+
+def test_tables_fit_80_columns_and_show_the_numbers_that_json_holds() -> None:
+    plan = planned()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(plan, "the planner's table", refits(plan.shape, plan.recipe, 32), [plan]))
+    text = console.export_text()
+    numbers = json.loads(json.dumps(plan.to_dict()))
+    for stage in numbers["stages"]:
+        assert f"{stage['parameters']:,}" in text and f"{stage['optimizer'] / 2**30:.2f}" in text
+    for said in ("32,762,123,264 parameters", f"{numbers['engine']['token']:,} bytes", f"{numbers['step']['update']:,.0f}", "fits: the"):
+        assert said in text
+    assert re.search(r"^TP4 PP4 CP1 DP2 to TP4 +12\.5 +12\.5 +61\.6 ", text, re.MULTILINE), "a row is one line"
+    assert re.search(r"^ *4 +4 +1 +1 +on +2 +full +60% ", text, re.MULTILINE)
+
+
+def test_the_shape_comes_from_the_folder_else_from_its_name(tiny: Path) -> None:
+    assert shape_for(recipe(tiny))[0] == read_shape(tiny)
+    assert shape_for(recipe(Path("Qwen/Qwen3-14B-Base")))[0] == KNOWN["qwen3-14b"]
+    with pytest.raises(RecipeError, match=r"model.path is 'nowhere': no such folder.*qwen3-32b"):
+        shape_for(recipe(Path("nowhere")))
+
+
+def test_wrong_input_is_one_clear_line() -> None:
+    with pytest.raises(RecipeError, match=r"--gpu is 'b9000'.*h100"):
+        gpu_named("b9000")
+    with pytest.raises(RecipeError, match="--gpus is 0"):
+        planned(gpus=0)
+    with pytest.raises(RecipeError, match="4 x 4 x 1 = 16, which does not divide the 24 ranks"):
+        planned(gpus=24)
+    with pytest.raises(RecipeError, match=r"rollout.tp is 3"):
+        planned(gpus=48, rollout__tp=3)
+    with pytest.raises(RecipeError, match=r"--mean-response is 9000: .* from 1 to rollout.max_response_length=3584"):
+        planned(mean_response=9000)
+    assert gpus_for(published(), None) == 16 and gpus_for(published(), 32) == 32
+    assert set(GPUS) == {"h100", "h200", "a100"}
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def megafork_plan(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megafork.cli", "plan", *arguments]
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(published().to_yaml())
+    done = megafork_plan("recipe.yaml", "--gpus", "64", "--gpu", "h200", "--refit", "--search", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    assert numbers["fits"] and numbers["gpus"] == 64 and numbers["gpu"] == "h200" and len(numbers["stages"]) == 4
+    assert numbers["refit"][0]["full_gather"]["received"] > numbers["refit"][0]["plan"]["received"]
+    assert numbers["search"][0]["step"]["seconds"] <= numbers["search"][-1]["step"]["seconds"]
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+
+    failed = megafork_plan("recipe.yaml", "rollout.gpu_memory_fraction=0.9", "--gpus", "16", cwd=tmp_path)
+    assert (failed.returncode, failed.stderr) == (1, "")
+    assert "does not fit" in failed.stdout and "rollout.gpu_memory_fraction=0." in failed.stdout
+    wrong = megafork_plan("recipe.yaml", "--gpus", "24", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("megafork: parallel.tp x pp x cp is 4 x 4 x 1 = 16, which does not divide the 24 ranks")
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_command_says() -> None:
+    blocks = re.findall(r"```console\n\$ megafork plan ([^|\n]*).*?\n(.*?)```", (ROOT / "docs/plan.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for arguments, shown in blocks:
+        lines = [line.rstrip() for line in megafork_plan(*arguments.split()).stdout.splitlines()]
+        assert lines[-len(shown.splitlines()) :] == shown.splitlines(), arguments

@@ -1,0 +1,116 @@
+"""The recipes that people copy: each loads, fits the GPUs that it names, builds its model, and does the paper's arithmetic."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_countdown import countdown
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import build_mesh
+from megafork.plan.hardware import gpu_named
+from megafork.plan.models import shape_for
+from megafork.plan.planner import Plan, gpus_for, make_plan
+from megafork.recipe import Recipe
+from megafork.recipe_file import load_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
+CLUSTER = [f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "all_tokens")]
+PRESETS = [f"presets/{name}.yaml" for name in ("default", "paper", "official_code")]
+QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml"]
+
+
+def plan(name: str, gpus: int | None = None, overrides: list[str] | None = None) -> Plan:
+    spec = load_recipe(RECIPES / name, overrides)
+    return make_plan(shape_for(spec)[0], spec, gpus_for(spec, gpus), gpu_named("h100"))
+
+
+def test_these_are_all_recipes_and_no_two_share_a_run_folder() -> None:
+    assert {str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml")} == {*CLUSTER, *PRESETS, *QUICKSTART}
+    assert len({load_recipe(RECIPES / name).run_folder for name in [*CLUSTER, *QUICKSTART]}) == len([*CLUSTER, *QUICKSTART])
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_it_fits_the_gpus_that_it_names_with_room_to_spare(name: str) -> None:
+    said = re.search(r"H100: (\d+) GPUs or more, in multiples of (\d+)\.", (RECIPES / name.replace("all_tokens", "fork")).read_text())
+    assert said is not None
+    least, multiple = map(int, said.groups())
+    for gpus in (least, least + multiple, 128):
+        planned = plan(name, gpus)
+        assert planned.fits, planned.over
+        assert max(planned.peaks.values()) < 0.95 * planned.gpu.memory
+        assert planned.stages[0].engine.concurrent >= 8
+        held = sum(stage.weights.parameters for stage in planned.stages) * planned.recipe.parallel.tp
+        assert 0 <= held - planned.parameters < 0.001 * held  # norms are on every TP rank
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_it_does_the_papers_arithmetic(name: str) -> None:
+    """Paper, 'Experimental setup': 512 prompts of 16 responses, 32 prompts an update, 2,048 + 20,480 tokens, lr 1e-6, clip 0.2 / 0.28."""
+    planned = plan(name, 128)
+    spec, step = planned.recipe, planned.step
+    assert (spec.rollout.prompts, spec.rollout.samples, spec.rollout.prompts // spec.train.minibatches) == (512, 16, 32)
+    assert (spec.data.max_prompt_length, spec.rollout.max_response_length, spec.reward.overlong_buffer) == (2048, 20480, 4096)
+    assert (spec.optimizer.lr, spec.optimizer.warmup_steps, spec.optimizer.weight_decay) == (1e-6, 0, 0.1)
+    assert (spec.loss.clip_low, spec.loss.clip_high, spec.rollout.temperature) == (0.2, 0.28, 1.0)
+    assert spec.rollout.dynamic_sampling and spec.reward.overlong == "shaping" and spec.eval.samples == 16
+    assert spec.data.template == (
+        "User:\n{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:\n"
+    )
+    assert spec.forks.top_entropy_quantile == 0.2 and spec.micro_batch_tokens == 2048 + 20480
+    assert step.tokens == int(512 * 16 * (step.prompt + step.response))
+    assert step.tokens <= step.micro_batches * spec.train.minibatches * planned.dp * spec.micro_batch_tokens < 2 * step.tokens
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_twin_differs_in_the_tokens_alone(model: str) -> None:
+    fork, twin = (load_recipe(RECIPES / f"{model}_{kind}.yaml").model_dump() for kind in ("fork", "all_tokens"))
+    assert fork["forks"].pop("select") == "top" and twin["forks"].pop("select") == "all"
+    assert fork["run"].pop("name") != twin["run"].pop("name")
+    assert fork == twin
+
+
+def test_the_presets_are_the_switches_of_the_paper_and_of_its_code() -> None:
+    def switches(name: str) -> tuple[object, ...]:
+        spec = load_recipe(RECIPES / "presets" / f"{name}.yaml")
+        return spec.forks.scope, spec.forks.entropy_from, spec.loss.reduction, spec.loss.dual_clip, spec.reward.scale
+
+    assert switches("default") == ("minibatch", "old", "token-mean", None, "0/1")
+    assert switches("paper") == ("minibatch", "current", "token-mean", None, "0/1")
+    assert switches("official_code") == ("microbatch", "current", "official", 10.0, "+-1")
+    official = load_recipe(RECIPES / "presets" / "official_code.yaml")
+    assert official.optimizer.warmup_steps == 10 * official.train.minibatches
+
+
+def parameters_on_meta(spec: Recipe, world: int) -> list[int]:
+    """Of the first rank of each pipeline stage, built at the model's real size. A tensor on the meta device has a shape and no memory;
+    a fake process group has as many ranks as it is told."""
+    counts = []
+    for stage in range(spec.parallel.pp):
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=stage * world // spec.parallel.pp, world_size=world)
+        mesh = build_mesh(spec.parallel, seed=1, device=torch.device("meta"))
+        with torch.device("meta"):
+            chunks = build_policy(shape_for(spec)[0], spec, mesh)
+        counts.append(sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()))
+    return counts
+
+
+@pytest.mark.parametrize("name", [*CLUSTER, *QUICKSTART])
+def test_the_model_is_built_in_its_layout_at_its_real_size(name: str, tmp_path: Path) -> None:
+    overrides = []
+    if name in QUICKSTART:
+        countdown.write_model(tmp_path, seed=1)
+        overrides = [f"model.path={tmp_path}"]
+    planned = plan(name, overrides=overrides)
+    built = on_ranks(1, parameters_on_meta, planned.recipe, planned.gpus)[0]
+    assert built == [stage.weights.parameters for stage in planned.stages]
+    assert sum(stage.layers for stage in planned.stages) == planned.shape.layers
+    assert planned.fits or name in CLUSTER  # which names the GPUs that it takes
