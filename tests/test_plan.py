@@ -36,6 +36,7 @@ from megafork.plan.refit import COMPARED, count_refit, refits
 from megafork.plan.search import proposals
 from megafork.plan.table import render
 from megafork.recipe import Parallel, Recipe, RecipeError
+from megafork.recipe_file import load_recipe
 from megafork.rl.batch import MicroBatch, Response
 from megafork.shape import Shape, read_shape
 from megafork.train.loop import policy_loss
@@ -121,6 +122,21 @@ def test_an_engine_holds_the_parts_that_it_loads(tp: int, tiny: Path) -> None:
     assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, span)) for span in spans)
     assert engine.token == 2 * 4 * max(2 // tp, 1) * 32 * 4  # k and v, layers, groups, head_dim, fp32
     assert engine.concurrent == (8 << 20) // (engine.token * 64)
+
+
+def test_servers_take_vllm_off_the_trainers_gpus() -> None:
+    recipe_32b = load_recipe(Path(__file__).parents[1] / "recipes/qwen3_32b_fork.yaml")
+    values = recipe_32b.model_dump()
+    values["rollout"] |= {"servers": ["http://a:8000", "http://b:8000", "http://b:8001"], "staleness": 1}
+    values["loss"]["importance_cap"] = 2.0
+    shape = KNOWN["qwen3-32b"]
+    together, apart = (make_plan(shape, spec, 32, H100) for spec in (recipe_32b, Recipe(**values)))
+    stages = list(zip(together.stages, apart.stages, strict=True))
+    assert all(one.phases["update"] - other.phases["update"] == VLLM_ASLEEP for one, other in stages)
+    assert all(one.phases["rollout"] - other.phases["rollout"] == one.engine.pool for one, other in stages)
+    assert apart.step.gpus == 32 + 3 * 4
+    assert apart.step.seconds == max(apart.step.rollout, apart.step.score + apart.step.update + apart.step.refit)
+    assert apart.step.rollout > together.step.rollout, "three engines instead of eight"
 
 
 def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:

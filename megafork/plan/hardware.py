@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megafork.recipe import RecipeError
 
@@ -71,3 +71,10 @@ def gpu_named(name: str) -> Gpu:
     if known is None:
         raise RecipeError(f"--gpu is {name!r}: the planner knows {', '.join(GPUS)}; choose the nearest")
     return known
+
+
+def gpu_here(name: str, memory: int) -> Gpu:
+    """The GPU that its driver calls `name`, with the memory that it really has; of one that the planner does not know, the memory alone is
+    right."""
+    known = next((gpu for gpu in GPUS.values() if gpu.name in name.lower()), GPUS["h100"])
+    return replace(known, memory=memory)

@@ -44,6 +44,8 @@ class StageMemory:
     activations: Activations
     engine: Engine
     refit_buffer: int
+    colocated: bool
+    """vLLM shares the GPU; else it is at servers with GPUs of their own."""
 
     @property
     def state(self) -> int:
@@ -54,11 +56,12 @@ class StageMemory:
     def phases(self) -> dict[str, int]:
         """All bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
         always = self.state + RESERVED
+        awake, asleep = (self.engine.pool, VLLM_ASLEEP) if self.colocated else (0, 0)
         training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
         return {
-            "rollout": always + self.engine.pool,
-            "update": always + VLLM_ASLEEP + training,
-            "refit": always + self.engine.pool + self.refit_buffer,
+            "rollout": always + awake,
+            "update": always + asleep + training,
+            "refit": always + awake + self.refit_buffer,
         }
 
 
@@ -67,12 +70,17 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
     engine = engine_memory(shape, recipe, gpu)
     buffer = refit_buffer(shape, recipe)
     micro_batches = 10**9  # enough to fill the pipeline
-    tokens = recipe.micro_batch_tokens
+    tokens, colocated = recipe.micro_batch_tokens, not recipe.rollout.servers
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
         activations = stage_activations(shape, recipe, stage, tokens=tokens, micro_batches=micro_batches, head_rows=tokens)
-        result.append(StageMemory(stage, layers, stage_weights(shape, recipe, stage, gpus), activations, engine, buffer))
+        result.append(StageMemory(stage, layers, stage_weights(shape, recipe, stage, gpus), activations, engine, buffer, colocated))
     return result
+
+
+def engines(recipe: Recipe, gpus: int) -> int:
+    """vLLM engines that share a roll-out, when `gpus` train."""
+    return len(recipe.rollout.servers) or gpus // recipe.rollout.tp
 
 
 def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:

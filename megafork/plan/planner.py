@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megafork.plan.hardware import Gpu
-from megafork.plan.memory import StageMemory, stages
+from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
 from megafork.plan.speed import Step, step_time
 from megafork.recipe import Recipe, RecipeError
@@ -66,7 +66,7 @@ class Plan:
             "layout": {**self.recipe.parallel.model_dump(), "dp": self.dp, "recompute": self.recipe.model.recompute},
             "parameters": self.parameters,
             "stages": [_stage_numbers(stage) for stage in self.stages],
-            "engine": {**vars(engine), "concurrent": engine.concurrent, "engines": self.gpus // self.recipe.rollout.tp},
+            "engine": {**vars(engine), "concurrent": engine.concurrent, "engines": engines(self.recipe, self.gpus)},
             "peaks": self.peaks,
             "over": self.over,
             "fits": self.fits,
@@ -83,7 +83,8 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
         raise RecipeError(f"--mean-response is {mean_response}: give a number of tokens from 1 to rollout.max_response_length={longest}")
     check_layout(shape, recipe.parallel)
     check_world(recipe.parallel, gpus)
-    check_engines(recipe.rollout.tp, gpus)
+    if not recipe.rollout.servers:
+        check_engines(recipe.rollout.tp, gpus)
     if shape.heads % recipe.rollout.tp:
         raise RecipeError(
             f"rollout.tp is {recipe.rollout.tp} but the model has {shape.heads} attention heads: choose one that divides them"
@@ -95,7 +96,8 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
 
 def gpus_for(recipe: Recipe, gpus: int | None) -> int:
     """The GPUs to plan for: as asked, else the recipe's ranks, else the fewest that the layout and the roll-out engines share."""
-    return gpus if gpus is not None else recipe.run.ranks or math.lcm(recipe.parallel.model_size, recipe.rollout.tp)
+    engine = 1 if recipe.rollout.servers else recipe.rollout.tp
+    return gpus if gpus is not None else recipe.run.ranks or math.lcm(recipe.parallel.model_size, engine)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

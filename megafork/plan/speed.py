@@ -19,7 +19,7 @@ from megafork.plan.hardware import (
     RESPONSE_SHARE,
     Gpu,
 )
-from megafork.plan.memory import Engine
+from megafork.plan.memory import Engine, engines
 from megafork.plan.parameters import WIDTH, Weights
 from megafork.recipe import Recipe
 from megafork.shape import Shape, stage_layers
@@ -40,14 +40,18 @@ class Step:
     tokens: int
     """Prompt and response tokens that are trained on."""
     gpus: int
+    """Those of the servers included."""
     running: int
     """Responses that an engine decodes at once."""
     micro_batches: int
     """Of a DP rank in one optimizer update."""
+    ahead: bool = False
+    """The roll-out of the next step goes on while this one trains."""
 
     @property
     def seconds(self) -> float:
-        return self.rollout + self.score + self.update + self.refit
+        training = self.score + self.update + self.refit
+        return max(self.rollout, training) if self.ahead else self.rollout + training
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -90,14 +94,16 @@ def step_time(
     update = recipe.train.minibatches * (one + max(_synchronise(recipe, gpus, gpu, w) for w in weights))
     score = every * (2 if spec.entropy_from == "current" else 1)
     refit = engine.weights / _link(gpus > GPUS_A_NODE, gpu)
-    return Step(rollout, score, update, refit, load.prompt, load.response, int(load.samples * load.length), gpus, running, micro_batches)
+    tokens, ahead = int(load.samples * load.length), recipe.rollout.staleness > 0
+    every_gpu = gpus + len(recipe.rollout.servers) * recipe.rollout.tp
+    return Step(rollout, score, update, refit, load.prompt, load.response, tokens, every_gpu, running, micro_batches, ahead)
 
 
 def _rollout(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, load: Load) -> tuple[float, int]:
     """Seconds, and responses decoded at once: the bulk at full batch, then the longest responses nearly alone, once a round."""
     spec = recipe.rollout
     rounds = 2 if spec.dynamic_sampling and spec.max_refills else 1
-    sampled = load.samples * (GROUPS_SAMPLED if rounds > 1 else 1.0) / (gpus / spec.tp)
+    sampled = load.samples * (GROUPS_SAMPLED if rounds > 1 else 1.0) / engines(recipe, gpus)
     context = load.prompt + load.response / 2
     room = max(engine.cache, 0) / (engine.token * context)
     running = max(1, int(min(spec.max_running, room, sampled)))

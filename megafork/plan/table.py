@@ -21,6 +21,7 @@ from megafork.plan.hardware import (
     VLLM_ASLEEP,
     VLLM_OVERHEAD,
 )
+from megafork.plan.memory import engines
 from megafork.plan.mends import mends
 from megafork.plan.planner import Plan
 from megafork.plan.refit import Refit
@@ -46,7 +47,7 @@ def render(plan: Plan, source: str, refits: Sequence[Refit] = (), proposals: Seq
     ]
     parts += [_refits(refits)] if refits else []
     parts += [_proposals(proposals)] if proposals is not None else []
-    parts += ["\n".join(_verdict(plan))]
+    parts += ["\n".join(verdict(plan))]
     spaced = [part for one in parts for part in (one, "")][:-1]
     return Group(*(Text.from_markup(part) if isinstance(part, str) else part for part in spaced))
 
@@ -84,7 +85,7 @@ def _engine(plan: Plan) -> str:
     return (
         f"vLLM on each GPU: {_gib(engine.weights)} GiB weights (exact) and {_gib(max(engine.cache, 0))} GiB KV cache at {engine.token:,} "
         f"bytes a token (after ~{_gib(VLLM_OVERHEAD)} GiB of its own): {engine.concurrent} responses of full length at once on each of "
-        f"{plan.gpus // plan.recipe.rollout.tp} engines\n"
+        f"{engines(plan.recipe, plan.gpus)} {'servers' if plan.recipe.rollout.servers else 'engines'}\n"
         f"refit: ~{_gib(plan.stages[0].refit_buffer)} GiB at most for the largest bucket (embedding, head or a layer)"
     )
 
@@ -166,7 +167,8 @@ def _proposals(plans: Sequence[Plan]) -> RenderableType:
     return _table("layouts that fit, the quickest first by estimate", headings, rows)
 
 
-def _verdict(plan: Plan) -> list[str]:
+def verdict(plan: Plan) -> list[str]:
+    """Whether the plan fits, or what does not and what would mend it; lines with the markup of rich."""
     if plan.fits:
         phase, peak = max(plan.peaks.items(), key=lambda item: item[1])
         return [f"[green]fits[/]: the fullest moment is the {phase}, {_gib(peak)} of {_gib(plan.gpu.memory)} GiB"]
