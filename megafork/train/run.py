@@ -16,6 +16,7 @@ from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import pack, plan
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.metrics import RunLog
+from megafork.train.stop import BatchJob
 from megafork.train.update import Learner
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import write_folder
@@ -41,6 +42,7 @@ class Run:
         self.learner = learner
         spec = recipe.checkpoint
         self.checkpoints = Checkpoints(recipe.run_folder / "checkpoints", mesh, keep_last=spec.keep_last, asynchronous=spec.background)
+        self.job = BatchJob(mesh)
         self.start = check_resume(recipe, inputs)
         """The last step that is done."""
         self.state: dict[str, Any] | None = None
@@ -64,15 +66,20 @@ class Run:
     def end_step(self, metrics: Metrics, state: Mapping[str, Any], remarks: Iterable[str] = ()) -> None:
         """Log the step, and save a checkpoint where one is due; `state`: what besides the weights and the optimizer the next step needs.
 
-        Raises Stopped, with a checkpoint, when gradients were not finite `SKIPS_IN_A_ROW` times.
+        Raises Stopped, with a checkpoint, when gradients were not finite `SKIPS_IN_A_ROW` times or the batch job asks for it.
         """
         step, steps, every = int(metrics["step"] or 0), self.recipe.train.steps, self.recipe.checkpoint.every
         self.log(metrics, remarks)  # before the checkpoint: a run killed in between repeats the step and its line
-        stop = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
-        if stop or step == steps or (every and step % every == 0):
+        skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
+        asked = self.job.wants_stop() and step < steps
+        if skipping or asked or step == steps or (every and step % every == 0):
             self._save(step, state)
-        self.checkpoints.settle(wait=stop)
-        if stop:
+        self.checkpoints.settle(wait=skipping or asked)
+        self.job.beat(step)
+        if asked:
+            self.job.stopped(step)
+            raise Stopped(f"step {step}: stopped because the batch job asked for it, with a checkpoint; the same command continues")
+        if skipping:
             raise Stopped(
                 f"step {step}: gradients were not finite {self.learner.skips_in_a_row} updates in a row. These were skipped, and the "
                 f"weights are saved as they were before: look at grad_norm in {self.recipe.run_folder / 'metrics.jsonl'}, then continue "
