@@ -1,0 +1,139 @@
+# What all batch scripts share: environment, pre-flight, and a run that outlives time limits, lost nodes and hangs.
+# Sourced in the directory in which sbatch was called: the repository's root (or `sbatch --chdir ROOT`).
+#
+# Settings, all optional, from the environment in which sbatch is called:
+#   RECIPE             another recipe than the script's own; MEGAFORK_COMMAND: sft instead of train
+#   MEGAFORK_IMAGE     container image (needs the pyxis plugin); MEGAFORK_MOUNTS: what it sees besides this directory, A:B,C:D
+#   MEGAFORK_VENV      virtual environment where there is no container (.venv)
+#   MEGAFORK_LOGS      where each job makes its folder, on a file system that all nodes share (logs)
+#   MEGAFORK_HANG_S    seconds without an ended step after which a run is taken for hanging (5400)
+#   MEGAFORK_RETRIES   how often in a row a job is queued again after a failure or a hang (3)
+#   MEGAFORK_CPU       1: ranks without GPUs, for trying out
+# What is the cluster's own (modules, NCCL_SOCKET_IFNAME, mounts) goes into slurm/site.sh.
+
+set -euo pipefail
+if [[ -f slurm/site.sh ]]; then source slurm/site.sh; fi
+
+export CUDA_DEVICE_MAX_CONNECTIONS=1          # Megatron overlaps communication by the order of launches
+export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1   # TE reads it when it is imported; without it its scales differ from vLLM's
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}    # hundreds of ranks must not ask the hub; the pre-flight says what its cache lacks
+export PYTHONUNBUFFERED=1
+MEGAFORK_JOB=$(realpath -m "${MEGAFORK_LOGS:-logs}")/$SLURM_JOB_ID
+export MEGAFORK_JOB
+mkdir -p "$MEGAFORK_JOB"
+
+# Block distribution: the first node has the first ranks, as Megatron's groups expect. Every rank sees all GPUs of its node.
+STEP=(srun --mpi=none --distribution=block --gpu-bind=none)
+if [[ -n ${MEGAFORK_IMAGE:-} ]]; then
+    STEP+=(--container-image="$MEGAFORK_IMAGE" --container-workdir="$PWD")
+    STEP+=(--container-mounts="$PWD:$PWD,$MEGAFORK_JOB:$MEGAFORK_JOB${MEGAFORK_MOUNTS:+,$MEGAFORK_MOUNTS}")
+else
+    PATH=$(realpath -m "${MEGAFORK_VENV:-.venv}")/bin:$PATH
+fi
+
+# run train|sft RECIPE [section.key=value ...]: check, train, and be queued again as long as there is reason to. Ends the script.
+# In a job of two parts (sbatch OPTIONS : OPTIONS script) the second part's tasks are roll-out servers.
+run() {
+    local nodes=$SLURM_JOB_NUM_NODES ranks=$SLURM_NTASKS cpus=${SLURM_CPUS_PER_TASK:-} servers=() trainer=("${STEP[@]}")
+    if ((${SLURM_HET_SIZE:-1} > 1)); then
+        nodes=$SLURM_JOB_NUM_NODES_HET_GROUP_0 ranks=$SLURM_NTASKS_HET_GROUP_0 cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_0:-}
+        servers=("rollout.servers=[$(server_addresses)]")
+        trainer+=(--het-group=0)
+    fi
+    trainer+=(--cpus-per-task="${cpus:-1}")   # srun does not take it from sbatch
+    say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): megafork $1 $2 with $ranks ranks on $nodes nodes ${servers[*]}"
+    rm -f "$MEGAFORK_JOB"/{stop,stopped,heartbeat} "$MEGAFORK_JOB"/rank_*.error
+    trap ask_to_stop USR1
+    local preflight=(python slurm/preflight.py "$ranks" "$@" "${servers[@]}")
+    "${trainer[@]}" --ntasks="$nodes" --ntasks-per-node=1 bash -c '"$@" || exit 2' _ "${preflight[@]}" || preflight_failed $?
+    if ((${#servers[@]})); then
+        "${STEP[@]}" --het-group=1 --cpus-per-task="${SLURM_CPUS_PER_TASK_HET_GROUP_1:-1}" slurm/server.sh &
+    fi
+    "${trainer[@]}" --kill-on-bad-exit=1 slurm/rank.sh megafork "$1" "$MEGAFORK_JOB/recipe.yaml" &
+    watch $!
+}
+
+# Where the servers will be: http://HOST:PORT, as many a node as the job's second part has tasks there.
+server_addresses() {
+    local host port addresses=()
+    for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1"); do
+        for ((port = 8000; port < 8000 + SLURM_NTASKS_PER_NODE_HET_GROUP_1; port++)); do
+            addresses+=("http://$host:$port")
+        done
+    done
+    (IFS=, && echo "${addresses[*]}")
+}
+
+# A job that can't work ends within a minute. Exit code 2 is the pre-flight's own; others are srun's, when a node does not answer.
+preflight_failed() {
+    if (($1 == 2)); then give_up 2 "the pre-flight found what is written above"; fi
+    try_again "the pre-flight could not be started on every node (srun's exit code is $1)"
+}
+
+# Wait for the training step; end it when it hangs, or when it can't stop before the job's time is over.
+watch() {
+    local step=$1 code=0 beat last="" since=$SECONDS hang=${MEGAFORK_HANG_S:-5400}
+    while kill -0 "$step" 2>/dev/null; do
+        sleep 2 &
+        wait $! || true   # unlike sleep, it ends when Slurm's signal comes
+        beat=$(cat "$MEGAFORK_JOB/heartbeat" 2>/dev/null || true)
+        if [[ $beat != "$last" ]]; then last=$beat since=$SECONDS; fi
+        if ((SECONDS - since > hang)); then failed "no step has ended for $hang s: a rank hangs"; fi
+        if ((SECONDS > ${time_over:-SECONDS})); then queue_again "the step did not end in time, and is run again from the last checkpoint"; fi
+    done
+    wait "$step" || code=$?
+    if [[ -f $MEGAFORK_JOB/stopped ]]; then
+        rm -f "$MEGAFORK_JOB/failures"
+        queue_again "stopped on request after $(cat "$MEGAFORK_JOB/stopped")"
+    fi
+    if ((code != 0)); then failed "a rank failed (srun's exit code is $code): $(first_error)"; fi
+    say "done"
+    exit 0
+}
+
+# Slurm's warning before the time limit, or before another job takes the nodes. The run saves a checkpoint after the step it is in.
+ask_to_stop() {
+    touch "$MEGAFORK_JOB/stop"
+    local end
+    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | head -n 1)
+    if [[ $end == *T* ]]; then time_over=$((SECONDS + $(date --date="$end" +%s) - $(date +%s) - 60)); fi
+    say "asked to stop; the job's time is over at $end"
+}
+
+# A run that ended no step in this start will not end one in the next.
+failed() {
+    if [[ -f $MEGAFORK_JOB/heartbeat ]]; then try_again "$1"; fi
+    give_up 1 "before the end of a step, $1"
+}
+
+try_again() {
+    echo "$(date '+%F %T') $1" >>"$MEGAFORK_JOB/failures"
+    local failures
+    failures=$(wc -l <"$MEGAFORK_JOB/failures")
+    if ((failures > ${MEGAFORK_RETRIES:-3})); then give_up 1 "$1; this was failure $failures in a row"; fi
+    queue_again "$1"
+}
+
+queue_again() {
+    say "$1; queued again, to continue from the last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+
+give_up() {
+    say "$2; not queued again"
+    exit "$1"
+}
+
+# Why the first rank failed that did. One rank's failure makes the others lose their connection: their errors come later.
+first_error() {
+    local file
+    file=$(grep --only-matching '"time_ns": [0-9]*' "$MEGAFORK_JOB"/rank_*.error 2>/dev/null | sort --field-separator=: --key=3 -n | head -n 1)
+    if [[ -z $file ]]; then echo "no rank could say why"; return; fi
+    file=${file%%:*}
+    printf '%s\n%b' "$(basename "$file" .error)" "$(sed 's/^{"message": "//; s/", "timestamp": .*//' "$file")"
+}
+
+say() { echo "[$(date '+%F %T')] slurm: $*"; }

@@ -1,0 +1,256 @@
+"""The real batch scripts on a real Slurm of two nodes: a job goes on from where it was before, with an unbroken run's numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from slurm_cluster import NODES, Cluster, missing, running_cluster, wait_for
+from task import make_task, write_recipe
+
+WHY_NOT = missing()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(480),
+    pytest.mark.xdist_group("slurm"),  # one cluster for all of them
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm cluster can be started: {WHY_NOT}"),
+]
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "slurm/qwen3_8b_fork.sh"
+STEPS = 200
+
+
+class Job:
+    """The batch script, submitted from the repository's root, and what became of it."""
+
+    def __init__(self, cluster: Cluster, task: Path, *overrides: str, command: str = "sft", servers: bool = False, **settings: str) -> None:
+        self.cluster = cluster
+        self.name = uuid.uuid4().hex
+        self.run_folder = task / "runs" / self.name
+        self._output = task / f"{self.name}.log"
+        settings |= {
+            "RECIPE": str(task / f"{command}.yaml"),
+            "MEGAFORK_COMMAND": command,
+            "MEGAFORK_CPU": "1",
+            "MEGAFORK_VENV": sys.prefix,
+            "MEGAFORK_LOGS": str(task / "logs"),
+            "MEGAFORK_TEST": self.name,
+        }
+        a_node = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1000")
+        parts = (f"--nodes={1 if servers else 2}", *a_node, *((":", "--nodes=1", *a_node) if servers else ()))
+        words = ("sbatch", "--parsable", f"--output={self._output}", *parts, str(SCRIPT), f"run.name={self.name}", *overrides)
+        self.id = cluster.run(*words, cwd=ROOT, **settings).strip()
+        self.folder = task / "logs" / self.id
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text() if self._output.exists() else ""
+
+    def field(self, name: str) -> str:
+        """Of what Slurm knows about the job."""
+        words = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id).split()
+        return next(value for key, _, value in (word.partition("=") for word in words) if key == name)
+
+    def wait_until(self, ready: Callable[[], bool], limit_s: float = 120) -> None:
+        wait_for(ready, limit_s, lambda: f"{self.field('JobState')}\n{self.output}\n{self.rank_logs()}\n{self.cluster.logs()}")
+
+    def has_done(self, step: int) -> bool:
+        file = self.run_folder / "metrics.jsonl"
+        return file.exists() and f'"step": {step},' in file.read_text()
+
+    def wait_for_step(self, step: int) -> None:
+        def ready() -> bool:
+            assert self.field("JobState") in ("PENDING", "RUNNING"), self.output + self.rank_logs()
+            return self.has_done(step)
+
+        self.wait_until(ready)
+
+    def end(self) -> str:
+        """How the job ended, which it must do without being queued again; nothing is left of it on the nodes."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait_until(lambda: self.field("JobState") in over)
+        self.wait_until(lambda: not self.processes(), 20)
+        return self.field("JobState")
+
+    def start_again(self) -> None:
+        """Wait for the job to be queued again, and spare it Slurm's two minutes."""
+        self.wait_until(lambda: self.field("JobState") == "PENDING")
+        self.wait_until(lambda: not self.processes(), 20)
+        self.cluster.run("scontrol", "update", f"jobid={self.id}", "StartTime=now+2")  # a start in the same second is refused
+        self.wait_until(lambda: self.field("JobState") == "RUNNING")
+
+    def warn(self) -> None:
+        """What Slurm sends before the time limit: USR1 to the batch shell."""
+        self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
+
+    def processes(self) -> list[psutil.Process]:
+        return self.cluster.processes(self.name)
+
+    def find(self, word: str, **environment: str) -> psutil.Process | None:
+        """The process of the job with the word in its command line and these variables in its environment."""
+        for process in self.processes():
+            try:
+                if word in " ".join(process.cmdline()) and environment.items() <= process.environ().items():
+                    return process
+            except psutil.Error:  # gone
+                continue
+        return None
+
+    def wait_to_find(self, word: str, **environment: str) -> psutil.Process:
+        self.wait_until(lambda: self.find(word, **environment) is not None)
+        process = self.find(word, **environment)
+        assert process is not None
+        return process
+
+    def rank(self, rank: int) -> psutil.Process:
+        return self.wait_to_find("bin/megafork", SLURM_PROCID=str(rank))
+
+    def rank_logs(self) -> str:
+        return "".join(f"\n--- {file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.folder.glob("rank_*")))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or a scale measured."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With train.yaml and sft.yaml, whose one checkpoint is the last one, unless it is asked for."""
+    folder = make_task(tmp_path_factory.mktemp("task"))
+    reinforcement = write_recipe(folder, parallel={"tp": 2}, train={"steps": 8, "minibatches": 2, "micro_batch_tokens": 64})
+    reinforcement.rename(folder / "train.yaml")
+    rows = {"prompts": 8, "samples": 2, "max_response_length": 4}
+    supervised = write_recipe(folder, rollout=rows, train={"steps": STEPS, "micro_batch_tokens": 64})
+    supervised.rename(folder / "sft.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster, task: Path) -> Job:
+    job = Job(cluster, task)
+    job.wait_for_step(1)
+    assert [job.rank(n).environ()["SLURMD_NODENAME"] for n in range(2)] == list(NODES), "ranks follow the order of the nodes"
+    assert job.end() == "COMPLETED", job.output
+    return job
+
+
+def assert_goes_on(job: Job, unbroken: Path) -> None:
+    """The job, queued again, ends with the numbers of the unbroken run."""
+    job.start_again()
+    assert job.end() == "COMPLETED", job.output
+    assert job.field("Restarts") == "1"
+    assert metrics(job.run_folder) == metrics(unbroken)
+    weights = [(run / "hf/model.safetensors").read_bytes() for run in (job.run_folder, unbroken)]
+    assert weights[0] == weights[1]
+
+
+def test_trains_on_two_nodes(unbroken: Job) -> None:
+    assert [row["step"] for row in metrics(unbroken.run_folder)] == list(range(1, STEPS + 1))
+    assert f"{STEPS}/{STEPS}" in unbroken.output, "rank 0 speaks in the job's log"
+    assert "with 2 ranks on 2 nodes" in unbroken.output
+    assert (unbroken.folder / "rank_1.log").read_text() == ""
+    assert unbroken.output.splitlines()[-1].endswith("slurm: done")
+
+
+def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path, unbroken: Job) -> None:
+    job = Job(cluster, task)
+    job.wait_for_step(5)
+    job.warn()
+    job.wait_until(lambda: "queued again" in job.output)
+    saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
+    assert len(saved) == 1 and 5 <= saved[0] < STEPS
+    assert f"stopped on request after step {saved[0]}; queued again" in job.output
+    assert_goes_on(job, unbroken.run_folder)
+
+
+def test_a_warned_reinforcement_run_goes_on(cluster: Cluster, task: Path) -> None:
+    """Order of the prompts and seeds of the roll-outs: the numbers are those of one machine that was not asked to stop."""
+    command = [sys.executable, "-m", "megafork.cli", "train", str(task / "train.yaml"), "run.name=whole"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200)
+    job = Job(cluster, task, command="train")
+    job.wait_for_step(2)
+    job.warn()
+    assert_goes_on(job, task / "runs/whole")
+
+
+def test_a_failed_rank_is_tried_again(cluster: Cluster, task: Path, unbroken: Job) -> None:
+    job = Job(cluster, task, "checkpoint.every=20")
+    job.wait_for_step(21)
+    job.rank(1).kill()
+    job.wait_until(lambda: "queued again" in job.output)
+    assert "a rank failed" in job.output
+    assert_goes_on(job, unbroken.run_folder)
+
+
+def test_a_lost_node_is_no_end(cluster: Cluster, task: Path, unbroken: Job) -> None:
+    job = Job(cluster, task, "checkpoint.every=20")
+    job.wait_for_step(21)
+    cluster.power_off("node2")
+    job.wait_until(lambda: job.field("JobState") == "PENDING")
+    cluster.power_on("node2")
+    assert_goes_on(job, unbroken.run_folder)
+
+
+def test_a_hang_is_noticed_and_tries_are_counted(cluster: Cluster, task: Path) -> None:
+    job = Job(cluster, task, "train.steps=100000", MEGAFORK_HANG_S="40", MEGAFORK_RETRIES="0")
+    job.wait_for_step(1)
+    job.rank(1).suspend()
+    assert job.end() == "FAILED"
+    assert "no step has ended for 40 s: a rank hangs; this was failure 1 in a row; not queued again" in job.output
+
+
+def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Path) -> None:
+    job = Job(cluster, task)
+    job.rank(1).kill()
+    assert job.end() == "FAILED"
+    assert "slurm: before the end of a step, a rank failed" in job.output
+    assert "not queued again" in job.output and job.field("Restarts") == "0"
+
+
+WRONG = {
+    "train.stpes=5": ["node1: unknown key train.stpes = 5: did you mean 'steps'?"],
+    "parallel.tp=3": ["node1: parallel.tp"],
+    "model.path=/nowhere": [f"{node}: model.path: nothing: model.path is '/nowhere': give" for node in NODES],
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_input_ends_the_job_in_the_preflight(override: str, cluster: Cluster, task: Path) -> None:
+    job = Job(cluster, task, override)
+    assert job.end() == "FAILED"
+    assert job.field("ExitCode") == "2:0" and job.field("Restarts") == "0"
+    said = [line for line in job.output.splitlines() if not line.startswith(("srun: ", "["))]
+    assert [line[: len(start)] for line, start in zip(sorted(said), WRONG[override], strict=True)] == WRONG[override]
+    assert "Traceback" not in job.output
+
+
+def test_servers_on_nodes_of_their_own(cluster: Cluster, task: Path) -> None:
+    """A job of two parts: trained on the first's node, served on the second's; servers come back, the whole job is queued again."""
+    job = Job(cluster, task, "train.steps=100000", servers=True)
+    job.wait_for_step(1)
+    assert "rollout.servers=[http://node2:8000]" in job.output
+
+    server = job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="0")
+    server.kill()
+    server.wait()
+    job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="0")
+    job.warn()
+    job.wait_until(lambda: "queued again" in job.output)
+    job.start_again()
+    cluster.run("scancel", job.id)
+    assert job.end() == "CANCELLED", "and not queued again"
