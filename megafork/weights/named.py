@@ -18,8 +18,10 @@ from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import RecipeError
 from megafork.shape import Shape, read_shape
 from megafork.weights.checkpoint import complete, read_state
+from megafork.weights.checksums import SUMS, sum_of
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import huggingface_shapes
+from megafork.weights.sources import open_source
 
 _READS_AT_ONCE = 4
 _ALSO = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
@@ -37,10 +39,12 @@ class NamedModel:
     """A run's checkpoint, in Megatron's format, that holds the weights."""
 
     def check(self) -> Shape:
-        """Its shape. Raises RecipeError where the weights in `folder` are not of it."""
+        """Its shape. Raises RecipeError where the weights are not of it, or damaged."""
         shape = read_shape(self.folder)
         if self.checkpoint is None:
             HuggingFaceWeights(self.folder).check(shape)
+        else:
+            open_source(self.checkpoint, keep=True)
         return shape
 
     def tokenizer(self) -> Tokenizer:
@@ -66,14 +70,17 @@ class NamedModel:
 
         Nothing is skipped: a few steps of bf16 training leave most weights as they were, so that a sample of the bytes would miss them.
         """
-        weights = [self.checkpoint / "checksums.json"] if self.checkpoint else [*self.folder.glob("*.safetensors")]
+        weights = [self.checkpoint / SUMS] if self.checkpoint else [*self.folder.glob("*.safetensors")]
         files = sorted([*weights, *(self.folder / name for name in _ALSO if (self.folder / name).exists())])
         with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
-            sums = dict(zip([file.name for file in files], threads.map(_sum, files), strict=True))
+            sums = dict(zip([file.name for file in files], threads.map(sum_of, files), strict=True))
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights in `folder` by their Hugging Face names, one tensor at a time."""
+        """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep."""
+        if self.checkpoint is not None:
+            yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
+            return
         source = HuggingFaceWeights(self.folder)
         for name, shape in huggingface_shapes(read_shape(self.folder)).items():
             yield name, source.read(name, (0, shape[0]))
@@ -86,7 +93,7 @@ def find_model(said: str) -> NamedModel:
         raise RecipeError(f"MODEL is {said!r}: no such folder; give a Hugging Face folder, `owner/model`, a run or one of its checkpoints")
     if (folder / "config.json").exists():
         return NamedModel(said, folder)
-    if (folder / "checksums.json").exists():
+    if (folder / "metadata.json").exists():  # Megatron's
         return NamedModel(said, _config_folder(folder), folder)
     if (folder / "hf/config.json").exists():
         return NamedModel(said, folder / "hf")
@@ -105,7 +112,7 @@ def as_options() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        said = str(error).replace("model.path is", "MODEL is").replace("reward.verifier is", "--verifier is")
+        said = str(error).replace("model.path is", "MODEL is").replace("SRC is", "MODEL is").replace("reward.verifier is", "--verifier is")
         raise RecipeError(said.replace("data.max_prompt_length=", "the limit of ")) from None
 
 
@@ -118,8 +125,3 @@ def _config_folder(checkpoint: Path) -> Path:
     if not (folder / "config.json").exists():
         raise RecipeError(f"MODEL is {str(checkpoint)!r}: its run's model.path {path!r} has no config.json; run this where the run was")
     return folder
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
