@@ -116,6 +116,66 @@ def evaluate(
 
 
 @app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Whose responses are analysed.", show_default=False)],
+    prompts: Annotated[str, typer.Option(help="A .jsonl or .parquet file, or another form of a recipe's data.train.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder of responses, entropies and results.", show_default=False)],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[LABEL=]MODEL compared on the same responses, the base first; may be repeated.", show_default="a run's checkpoints"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
+    template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
+    temperature: Annotated[float, typer.Option(help="Of the sampling and of the entropies.")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a response. None: 20480, or what the model's positions leave.")] = None,
+    rho: Annotated[float, typer.Option(help="Share of the positions that count as forks in the overlap.")] = 0.2,
+    min_count: Annotated[int, typer.Option(help="Tokens seen less often are not ranked.")] = 100,
+    seed: int = 1,
+    tp: Annotated[int, typer.Option(help="Tensor parallel size, of vLLM and Megatron.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size of Megatron.")] = 1,
+    cp: Annotated[int, typer.Option(help="Context parallel size of Megatron.")] = 1,
+    ranks: Annotated[int | None, typer.Option(help="Processes. None: one a GPU, or tp x pp x cp.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. None: as config.json says.")] = None,
+    kv_cache_mb: Annotated[int | None, typer.Option(help="KV cache of an engine. None: what the GPU has, or 256.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Entropy patterns of a model's responses: which tokens fork, and how that changes over checkpoints."""
+    from megafork.study.settings import Settings
+
+    settings = Settings(
+        model=model,
+        prompts=prompts,
+        out=out,
+        against=tuple(against or ()),
+        samples=samples,
+        limit=limit,
+        template=template,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        rho=rho,
+        min_count=min_count,
+        seed=seed,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ranks=ranks,
+        dtype=dtype,
+        kv_cache_mb=kv_cache_mb,
+    )
+    from megafork import launch
+    from megafork.study.summary import summary
+
+    code, results = launch.analyze(settings)
+    if results is not None:
+        console.print(summary(results))
+        _finish(as_json, **results)
+    raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to check this machine for.")] = None, as_json: Json = False
 ) -> None:

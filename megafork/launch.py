@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from megafork.evaluation.run import Results
     from megafork.evaluation.settings import Settings
     from megafork.rollout.sample import SampleJob
+    from megafork.study.settings import Settings as StudySettings
+    from megafork.study.statistics import Results as StudyResults
+    from megafork.study.work import Work
     from megafork.train.inputs import Inputs
     from megafork.weights.named import NamedModel
 
@@ -54,10 +57,40 @@ def evaluate(settings: Settings) -> tuple[int, Results | None]:
     job = work.job()
     if any(job.missing()):
         job.describe()
-        code = ranks.do(partial(_sample, job, work.model), settings.ranks or _engine_ranks(settings.tp), work.folder)
+        code = ranks.do(partial(_sample, job, work.model), settings.ranks or _gpus(settings.tp), work.folder)
         if code != DONE:
             return code, None
     return DONE, score(work) if ranks.is_main() else None
+
+
+def analyze(settings: StudySettings) -> tuple[int, StudyResults | None]:
+    """Run an analysis, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+
+    Raises RecipeError. What was sampled or scored before is not done again.
+    """
+    noise.silence()
+    from megafork.study.score import unscored
+    from megafork.study.work import prepare
+
+    work = prepare(settings)
+    world = settings.ranks or _gpus(settings.model_size)
+    if any(work.job.missing()):
+        work.job.describe()
+        code = ranks.do(partial(_sample, work.job, work.author), world, work.folder)
+        if code != DONE:
+            return code, None
+    if unscored(work):
+        code = ranks.do(partial(_score, work), world, work.folder)
+        if code != DONE:
+            return code, None
+    if not ranks.is_main():
+        return DONE, None
+    from megafork.study.page import write_page
+    from megafork.study.statistics import analyse
+
+    results = analyse(work)
+    write_page(work, results)
+    return DONE, results
 
 
 def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:
@@ -101,11 +134,11 @@ def _ranks_here(recipe: Recipe) -> int:
     return torch.cuda.device_count() or recipe.parallel.model_size
 
 
-def _engine_ranks(tp: int) -> int:
-    """As many engines as there are GPUs for, or one."""
+def _gpus(multiple: int) -> int:
+    """As many ranks as there are GPUs, of what `multiple` divides; without GPUs `multiple`."""
     import torch
 
-    return torch.cuda.device_count() // tp * tp or tp
+    return torch.cuda.device_count() // multiple * multiple or multiple
 
 
 def _train(command: Command, recipe: Recipe, inputs: Inputs | None) -> int:
@@ -131,4 +164,12 @@ def _sample(job: SampleJob, model: NamedModel) -> int:
     from megafork.rollout.sample import sample
 
     sample(job, model.tensors(), join_world())
+    return DONE
+
+
+def _score(work: Work) -> int:
+    from megafork.parallel.mesh import join_world
+    from megafork.study.score import score
+
+    score(work, join_world())
     return DONE

@@ -28,8 +28,9 @@ from tiny import save_model
 
 from megafork.data.prompts import Prompt
 from megafork.data.reward import Verifiers
+from megafork.data.templates import template_text
 from megafork.data.tokenizer import load_tokenizer
-from megafork.evaluation.benchmarks import KNOWN, load_benchmarks, template_text
+from megafork.evaluation.benchmarks import KNOWN, load_benchmarks
 from megafork.evaluation.judge import Answered, judge
 from megafork.evaluation.metrics import estimate, majority_at, pass_at
 from megafork.evaluation.run import score

@@ -1,4 +1,4 @@
-"""Benchmarks by name, on the hub or in a file of the same form, and the texts that a problem is put into."""
+"""Benchmarks by name, on the hub or in a file of the same form."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megafork.data.prompts import Prompt, load_prompts
+from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.recipe import Data, RecipeError
 
@@ -21,14 +22,6 @@ KNOWN = {
     "olympiad": "hub:math-ai/olympiadbench:test",
 }
 """Where each benchmark of the paper lies. Their problems are called `problem` or `question`, their answers `answer` or `final_answer`."""
-
-_ASK = "Please reason step by step, and put your final answer within \\boxed{}."
-_TEMPLATES = {
-    "paper": f"User:\n{{prompt}}\n{_ASK}\n\nAssistant:\n",
-    "qwen": f"<|im_start|>user\n{{prompt}}\n{_ASK}<|im_end|>\n<|im_start|>assistant\n",
-    "plain": "{prompt}",
-}
-_QWEN_MARK = "<|im_start|>"
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,6 @@ def load_benchmarks(
     if twice is not None:
         raise RecipeError(f"--benchmarks names {twice!r} twice: give one of them another name, as in NAME=SOURCE")
     return [_load(name, source, text, limit, needs, longest, tokenizer) for name, source in named]
-
-
-def template_text(template: str, tokenizer: Tokenizer) -> str:
-    """What `data.template` is for a `--template`. Raises RecipeError for an unknown name, or one that the tokenizer is not made for."""
-    if template == "chat" or "{prompt}" in template:
-        return template
-    if template not in _TEMPLATES:
-        raise RecipeError(f"--template is {template!r}: must be one of {', '.join(_TEMPLATES)}, chat, or a text with {{prompt}}")
-    if template == "qwen" and _QWEN_MARK not in tokenizer.backend.get_vocab():
-        raise RecipeError(f"--template is 'qwen' but {_QWEN_MARK} is not a token of {tokenizer.path!r}: choose paper, or chat")
-    return _TEMPLATES[template]
 
 
 def _named(word: str) -> tuple[str, str]:

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from megafork.recipe import RecipeError
 from megafork.rollout.temperature import ForkTemperature, sweep
 
-LONGEST_RESPONSE = 20480
-"""Tokens, the paper's."""
-
 
 @dataclass(frozen=True)
 class Decoding:

@@ -9,12 +9,11 @@ from pathlib import Path
 from megafork.data import reward as verifiers
 from megafork.data.tokenizer import Tokenizer
 from megafork.evaluation.benchmarks import Benchmark, load_benchmarks
-from megafork.evaluation.settings import LONGEST_RESPONSE, Decoding, Settings
+from megafork.evaluation.settings import Decoding, Settings
 from megafork.recipe import Recipe, RecipeError, Reward
 from megafork.rollout.engine import Sampling
-from megafork.rollout.sample import SampleJob
+from megafork.rollout.sample import SampleJob, response_limit
 from megafork.rollout.store import prompt_key
-from megafork.shape import Shape
 from megafork.weights.named import NamedModel, as_options, find_model
 
 LONGEST_PROMPT = 4096
@@ -88,18 +87,6 @@ def prepare(settings: Settings) -> Work:
         tokenizer=tokenizer,
         benchmarks=benchmarks,
         reward=reward,
-        max_tokens=_max_tokens(settings, shape, longest),
+        max_tokens=response_limit(settings.max_tokens, shape, longest),
         dtype=settings.dtype or model.dtype,
     )
-
-
-def _max_tokens(settings: Settings, shape: Shape, longest_prompt: int) -> int:
-    """Tokens that a response may have: as asked, else `LONGEST_RESPONSE` or what the model's positions leave."""
-    wanted = settings.max_tokens or LONGEST_RESPONSE
-    left = shape.max_positions - longest_prompt if shape.max_positions else wanted
-    if left < 1 or (settings.max_tokens or 0) > left:
-        raise RecipeError(
-            f"--max-tokens is {wanted} and the longest prompt has {longest_prompt} tokens, but the model knows {shape.max_positions} "
-            "positions (max_position_embeddings): lower it"
-        )
-    return min(wanted, left)

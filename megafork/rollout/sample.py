@@ -16,9 +16,13 @@ from rich.progress import track
 from torch import Tensor
 
 from megafork.data.tokenizer import load_tokenizer
-from megafork.recipe import Recipe
+from megafork.recipe import Recipe, RecipeError
 from megafork.rollout.engine import Request, Sampling, request_seed
 from megafork.rollout.store import Key, Store
+from megafork.shape import Shape
+
+LONGEST_RESPONSE = 20480
+"""Tokens, the paper's."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class SampleJob:
             folder = self.store(sampling).folder
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "sampling.json").write_text(self._identity(sampling) + "\n")
+
+
+def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int:
+    """Tokens that a response may have: as `--max-tokens` asks, else `LONGEST_RESPONSE` or what the model's positions leave.
+
+    Raises RecipeError where the longest prompt leaves less.
+    """
+    left = shape.max_positions - longest_prompt if shape.max_positions else LONGEST_RESPONSE
+    if left < 1 or (wanted is not None and shape.max_positions and wanted > left):
+        raise RecipeError(
+            f"--max-tokens is {wanted} and the longest prompt has {longest_prompt} tokens, but the model knows {shape.max_positions} "
+            "positions (max_position_embeddings): lower it"
+        )
+    return wanted or min(LONGEST_RESPONSE, left)
 
 
 def sample(job: SampleJob, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:

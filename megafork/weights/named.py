@@ -94,12 +94,12 @@ def find_model(said: str) -> NamedModel:
     if (folder / "config.json").exists():
         return NamedModel(said, folder)
     if (folder / "metadata.json").exists():  # Megatron's
-        return NamedModel(said, _config_folder(folder), folder)
+        return NamedModel(said, config_folder(folder), folder)
     if (folder / "hf/config.json").exists():
         return NamedModel(said, folder / "hf")
     checkpoints = complete(folder / "checkpoints")
     if checkpoints:
-        return NamedModel(said, _config_folder(checkpoints[-1][1]), checkpoints[-1][1])
+        return NamedModel(said, config_folder(checkpoints[-1][1]), checkpoints[-1][1])
     raise RecipeError(
         f"MODEL is {said!r}: it has neither a config.json nor checkpoints; give a Hugging Face folder, `owner/model`, a run or one of its "
         "checkpoints"
@@ -116,7 +116,7 @@ def as_options() -> Iterator[None]:
         raise RecipeError(said.replace("data.max_prompt_length=", "the limit of ")) from None
 
 
-def _config_folder(checkpoint: Path) -> Path:
+def config_folder(checkpoint: Path) -> Path:
     """Where a converted checkpoint has its config, else the folder that the checkpoint's run took its model from."""
     if (checkpoint / "hf/config.json").exists():
         return checkpoint / "hf"
