@@ -109,11 +109,20 @@ def find_model(said: str) -> NamedModel:
 @contextmanager
 def as_options() -> Iterator[None]:
     """The checks of a run speak of its recipe; here the same values are arguments and options of a command."""
+    names = {
+        "model.path is": "MODEL is",
+        "SRC is": "MODEL is",
+        "reward.verifier": "--verifier",
+        "parallel.": "--",
+        "data.template": "--template",
+    }
     try:
         yield
     except RecipeError as error:
-        said = str(error).replace("model.path is", "MODEL is").replace("SRC is", "MODEL is").replace("reward.verifier is", "--verifier is")
-        raise RecipeError(said.replace("data.max_prompt_length=", "the limit of ")) from None
+        said = str(error)
+        for key, option in names.items():
+            said = said.replace(key, option)
+        raise RecipeError(said) from None
 
 
 def config_folder(checkpoint: Path) -> Path:
