@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
+from smollm import save_smollm
 from task import make_task, write_recipe
 from test_rollout import free_port
 from tiny import save_model
@@ -272,6 +273,26 @@ def test_a_run_is_compared_with_its_checkpoints(tmp_path: Path) -> None:
     third = _megafork(*command, cwd=task)
     assert json.loads(third.stdout.splitlines()[-1]) == results
     assert not (task / "analysis/logs").exists(), "the same call starts no rank"
+
+
+@pytest.mark.slow
+def test_real_weights(tmp_path: Path) -> None:
+    """SmolLM2-135M in its chat template."""
+    model = save_smollm(tmp_path / "smollm")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is 12 + 30?"}\n{"prompt": "Name a prime number."}\n')
+    settings = Settings(
+        model=str(model),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        template="chat",
+        samples=2,
+        max_tokens=16,
+        min_count=2,
+        dtype="fp32",
+        kv_cache_mb=64,
+        out=str(tmp_path / "out"),
+    )
+    on_ranks(1, _sample_and_score, [settings], free_port())
+    _check(tmp_path / "out", {"smollm": model}, analyse(prepare(settings)), 0.2)
 
 
 def test_wrong_settings(task: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
+from smollm import save_smollm
 from task import make_task
 from test_rollout import free_port
 from tiny import save_model
@@ -346,32 +347,60 @@ def _numbers(results: Any) -> Any:
     return results["results"]
 
 
-@pytest.mark.slow
-def test_greedy_evaluation_is_that_of_transformers(task: Path, tmp_path: Path) -> None:
-    """And so is one whose forking temperatures are both 0."""
+def _check_greedy(settings: Settings) -> None:
+    """Each decoding of the settings must be greedy; against transformers' own generation in fp32, one problem at a time."""
     import transformers
 
-    forks = Decoding(forks=ForkTemperature(0.0, 0.0))
-    settings = _settings(
-        task, samples=1, max_tokens=9, decodings=(Decoding(temperature=0.0), forks), verifier=_own(tmp_path), out=str(tmp_path)
-    )
+    work = prepare(settings)
     ((results,),) = on_ranks(1, _evaluate, [settings], free_port())
-    model = transformers.AutoModelForCausalLM.from_pretrained(task / "model", dtype=torch.float32)
-    tokenizer = load_tokenizer(str(task / "model"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     right, lengths, cut = [], [], []
-    for row in map(json.loads, (task / "held_out.jsonl").read_text().splitlines()):
-        prompt = torch.tensor([tokenizer.encode(row["prompt"])])
-        greedy = model.generate(prompt, do_sample=False, max_new_tokens=9, eos_token_id=tokenizer.eos_ids[0], pad_token_id=0)
+    for problem in work.benchmarks[0].problems:
+        prompt, eos = torch.tensor([problem.tokens]), list(work.tokenizer.eos_ids)
+        greedy = model.generate(prompt, do_sample=False, max_new_tokens=settings.max_tokens, eos_token_id=eos, pad_token_id=0)
         answer = greedy[0, prompt.shape[1] :].tolist()
-        right.append(float(row["answer"] in tokenizer.decode(answer).split()))
+        right.append(float(problem.row["answer"] in work.tokenizer.decode(answer).split()))
         lengths.append(len(answer))
-        cut.append(float(answer[-1] != tokenizer.eos_ids[0]))
-    assert 0 < sum(right) < 20 and 0 < sum(cut) < 20, "choose another seed: the test would show little"
+        cut.append(float(answer[-1] not in eos))
+    count = len(right)
+    assert 0 < sum(right) < count and sum(cut) > 0, "choose another seed: the test would show little"
     for row in _numbers(results):
-        assert row["by_problem"] == right and row["avg@1"]["mean"] == row["pass@1"]["mean"] == row["maj@1"]["mean"] == sum(right) / 20
-        assert row["length"]["mean"] == pytest.approx(sum(lengths) / 20)
-        assert row["truncated"]["mean"] == pytest.approx(sum(cut) / 20)
+        assert row["by_problem"] == right and row["avg@1"]["mean"] == row["pass@1"]["mean"] == row["maj@1"]["mean"] == sum(right) / count
+        assert row["length"]["mean"] == pytest.approx(sum(lengths) / count)
+        assert row["truncated"]["mean"] == pytest.approx(sum(cut) / count)
     assert json.loads(Path(results["file"]).read_text()) == json.loads(json.dumps(results))
+
+
+GREEDY = (Decoding(temperature=0.0), Decoding(forks=ForkTemperature(0.0, 0.0)))
+"""A greedy decoding, and one whose forking temperatures are both 0."""
+
+
+@pytest.mark.slow
+def test_greedy_evaluation_is_that_of_transformers(task: Path, tmp_path: Path) -> None:
+    _check_greedy(_settings(task, samples=1, max_tokens=9, decodings=GREEDY, verifier=_own(tmp_path), out=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_real_weights(task: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M in its chat template."""
+    model = save_smollm(tmp_path / "smollm")
+    rows = [{"question": f"What is {a} + {b}? Answer with the number only.", "answer": str(a + b)} for a, b in ((1, 1), (2, 3), (48, 17))]
+    source, own = _rows(tmp_path / "sums.jsonl", rows), _own(tmp_path)
+    _check_greedy(
+        _settings(
+            task,
+            model=str(model),
+            benchmarks=(source,),
+            template="chat",
+            samples=1,
+            max_tokens=12,
+            decodings=GREEDY,
+            dtype="fp32",
+            verifier=own,
+            kv_cache_mb=64,
+            out=str(tmp_path),
+        )
+    )
 
 
 def _command(settings: Settings, *more: str) -> subprocess.Popen[str]:
