@@ -133,7 +133,7 @@ def test_other_verifiers_compare_texts() -> None:
 def _written(folder: Path, *samples: int) -> Path:
     with Store(folder).append(0) as write:
         for sample in samples:
-            write(("p", sample), Completion([sample, 5], [0.0, 0.0], sample == 2, 0), f"text {sample}")
+            write(("p", sample), Completion([sample, 5], [0.0, 0.0], sample == 2, [0, 0]), f"text {sample}")
     return folder / "part-0.jsonl"
 
 
