@@ -109,7 +109,7 @@ def prepare(settings: Settings) -> Work:
 def _models(settings: Settings) -> dict[str, NamedModel]:
     author = find_model(settings.model)
     found = [_labelled(word) for word in settings.against] or _of_run(Path(settings.model))
-    label = "final" if not settings.against and found else Path(settings.model).name
+    label = "final" if not settings.against and found else Path(settings.model).resolve().name
     models: dict[str, NamedModel] = {}
     for name, model in [*found, (label, author)]:
         if name in models:
@@ -122,7 +122,7 @@ def _models(settings: Settings) -> dict[str, NamedModel]:
 
 def _labelled(word: str) -> tuple[str, NamedModel]:
     label, equals, said = word.partition("=")
-    return (label, find_model(said)) if equals else (Path(word).name, find_model(word))
+    return (label, find_model(said)) if equals else (Path(word).resolve().name, find_model(word))
 
 
 def _of_run(folder: Path) -> list[tuple[str, NamedModel]]:
