@@ -59,6 +59,122 @@ def report(
     _finish(as_json, report=str(page))
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, owner/model, a run, or one of its checkpoints.", show_default=False)],
+    benchmarks: Annotated[str, typer.Option(help="Comma-separated: NAME, NAME=SOURCE or SOURCE.", show_default=False)],
+    samples: Annotated[int, typer.Option(help="Responses to each problem.")] = 16,
+    k: Annotated[list[int] | None, typer.Option(help="k of pass@k and maj@k; may be repeated. None: as many as samples.")] = None,
+    template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
+    verifier: Annotated[str, typer.Option(help="exact, math, reasoning_gym, or FILE.py:FUNCTION.")] = "math",
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="1")] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    fork_temperature: Annotated[
+        tuple[float, float] | None, typer.Option(help="LOW HIGH: HIGH where the entropy is over the threshold.", show_default=False)
+    ] = None,
+    fork_threshold: Annotated[float, typer.Option(help="In nats; the paper's 80th percentile.")] = 0.672,
+    sweep: Annotated[bool, typer.Option("--sweep", help="The paper's grid of fork temperatures.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a response. None: 20480, or what the model's positions leave.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first problems of each benchmark.")] = None,
+    seed: int = 1,
+    tp: Annotated[int, typer.Option(help="Ranks that share a vLLM engine.")] = 1,
+    ranks: Annotated[int | None, typer.Option(help="Processes. None: one a GPU, or tp.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. None: as config.json says.")] = None,
+    kv_cache_mb: Annotated[int | None, typer.Option(help="KV cache of an engine. None: what the GPU has, or 256.")] = None,
+    out: Annotated[str, typer.Option(help="Folder of completions and results.")] = "evaluations",
+    as_json: Json = False,
+) -> None:
+    """avg@k, pass@k and maj@k on benchmarks, with their intervals. The same call again goes on where it was killed."""
+    from megafork.evaluation.settings import Settings, decodings
+
+    settings = Settings(
+        model=model,
+        benchmarks=tuple(name.strip() for name in benchmarks.split(",")),
+        decodings=decodings(temperature, top_p, fork_temperature, fork_threshold, sweep),
+        samples=samples,
+        ks=tuple(k or ()),
+        max_tokens=max_tokens,
+        template=template,
+        verifier=verifier,
+        limit=limit,
+        seed=seed,
+        tp=tp,
+        ranks=ranks,
+        dtype=dtype,
+        kv_cache_mb=kv_cache_mb,
+        out=out,
+    )
+    from megafork import launch
+    from megafork.evaluation.table import results_table
+
+    code, results = launch.evaluate(settings)
+    if results is not None:
+        console.print(results_table(results))
+        console.print(f"results: {results['file']}")
+        _finish(as_json, **results)
+    raise typer.Exit(code)
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Whose responses are analysed.", show_default=False)],
+    prompts: Annotated[str, typer.Option(help="A .jsonl or .parquet file, or another form of a recipe's data.train.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder of responses, entropies and results.", show_default=False)],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[LABEL=]MODEL compared on the same responses, the base first; may be repeated.", show_default="a run's checkpoints"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
+    template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
+    temperature: Annotated[float, typer.Option(help="Of the sampling and of the entropies.")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a response. None: 20480, or what the model's positions leave.")] = None,
+    rho: Annotated[float, typer.Option(help="Share of the positions that count as forks in the overlap.")] = 0.2,
+    min_count: Annotated[int, typer.Option(help="Tokens seen less often are not ranked.")] = 100,
+    seed: int = 1,
+    tp: Annotated[int, typer.Option(help="Tensor parallel size, of vLLM and Megatron.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size of Megatron.")] = 1,
+    cp: Annotated[int, typer.Option(help="Context parallel size of Megatron.")] = 1,
+    ranks: Annotated[int | None, typer.Option(help="Processes. None: one a GPU, or tp x pp x cp.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. None: as config.json says.")] = None,
+    kv_cache_mb: Annotated[int | None, typer.Option(help="KV cache of an engine. None: what the GPU has, or 256.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Entropy patterns of a model's responses: which tokens fork, and how that changes over checkpoints."""
+    from megafork.study.settings import Settings
+
+    settings = Settings(
+        model=model,
+        prompts=prompts,
+        out=out,
+        against=tuple(against or ()),
+        samples=samples,
+        limit=limit,
+        template=template,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        rho=rho,
+        min_count=min_count,
+        seed=seed,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ranks=ranks,
+        dtype=dtype,
+        kv_cache_mb=kv_cache_mb,
+    )
+    from megafork import launch
+    from megafork.study.summary import summary
+
+    code, results = launch.analyze(settings)
+    if results is not None:
+        console.print(summary(results))
+        _finish(as_json, **results)
+    raise typer.Exit(code)
+
+
 @app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to check this machine for.")] = None, as_json: Json = False
@@ -159,9 +275,10 @@ def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | No
     from megafork import launch
     from megafork.analysis.report import write_report
     from megafork.analysis.run_folder import read_metrics
+    from megafork.ranks import DONE, is_main
 
     code = launch.run(command, recipe)
-    if code == launch.DONE and launch.is_main():
+    if code == DONE and is_main():
         folder = recipe.run_folder
         page = write_report(folder) if command == "train" else None
         last = read_metrics(folder / "metrics.jsonl")[-1]

@@ -1,38 +1,29 @@
-"""Start the ranks of a run on this machine, or join those that torchrun or Slurm has started.
-
-A rank that fails ends the run at once: the launcher prints that rank's traceback first, and no process is left.
-"""
+"""What the commands do: inputs checked first, then ranks that work, then what comes of it."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import signal
-import sys
-import time
-import traceback
-import uuid
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from megafork import ranks
 from megafork.compat import noise
-from megafork.process import die_with_parent
-from megafork.recipe import Recipe, RecipeError
-from megafork.recipe_file import load_recipe
+from megafork.ranks import DONE, FAILED
+from megafork.recipe import Recipe
 from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.api import LogsSpecs
-
+    from megafork.evaluation.run import Results
+    from megafork.evaluation.settings import Settings
+    from megafork.rollout.sample import SampleJob
+    from megafork.study.settings import Settings as StudySettings
+    from megafork.study.statistics import Results as StudyResults
+    from megafork.study.work import Work
     from megafork.train.inputs import Inputs
+    from megafork.weights.named import NamedModel
 
 Command = Literal["train", "sft"]
-DONE, FAILED, WRONG_INPUT = 0, 1, 2
-_LAUNCHER = "MEGAFORK_LAUNCHER"
-_STOP_LIMIT_S = 5
-"""How long a rank may take to end after SIGTERM before it is killed."""
 
 
 def run(command: Command, recipe: Recipe) -> int:
@@ -44,23 +35,62 @@ def run(command: Command, recipe: Recipe) -> int:
     noise.silence()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps collectives with matmuls in the order it launched them
     recipe = _with_local_model(recipe)
-    joined = "RANK" in os.environ or _join_slurm()
+    joined = ranks.joined()
     world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
     inputs, done = preflight(command, recipe, world)
     if done >= recipe.train.steps and not _unfinished(recipe):
-        _say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
+        ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
         return DONE
-    if not joined:
-        return _start(command, recipe, world)
-    code = _rank(command, recipe, inputs)
-    if code != DONE:
-        _leave(code)
-    return DONE
+    return ranks.do(partial(_train, command, recipe, inputs if joined else None), world, recipe.run_folder)
 
 
-def is_main() -> bool:
-    """Whether this process speaks for the run: the launcher, or rank 0 under torchrun or Slurm."""
-    return os.environ.get("RANK", "0") == "0"
+def evaluate(settings: Settings) -> tuple[int, Results | None]:
+    """Run an evaluation, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+
+    Raises RecipeError. Without completions to generate, no rank is started.
+    """
+    noise.silence()
+    from megafork.evaluation.run import score
+    from megafork.evaluation.work import prepare
+
+    work = prepare(settings)
+    job = work.job()
+    if any(job.missing()):
+        job.describe()
+        code = ranks.do(partial(_sample, job, work.model), settings.ranks or _gpus(settings.tp), work.folder)
+        if code != DONE:
+            return code, None
+    return DONE, score(work) if ranks.is_main() else None
+
+
+def analyze(settings: StudySettings) -> tuple[int, StudyResults | None]:
+    """Run an analysis, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+
+    Raises RecipeError. What was sampled or scored before is not done again.
+    """
+    noise.silence()
+    from megafork.study.score import unscored
+    from megafork.study.work import prepare
+
+    work = prepare(settings)
+    world = settings.ranks or _gpus(settings.model_size)
+    if any(work.job.missing()):
+        work.job.describe()
+        code = ranks.do(partial(_sample, work.job, work.author), world, work.folder)
+        if code != DONE:
+            return code, None
+    if unscored(work):
+        code = ranks.do(partial(_score, work), world, work.folder)
+        if code != DONE:
+            return code, None
+    if not ranks.is_main():
+        return DONE, None
+    from megafork.study.page import write_page
+    from megafork.study.statistics import analyse
+
+    results = analyse(work)
+    write_page(work, results)
+    return DONE, results
 
 
 def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:
@@ -104,177 +134,42 @@ def _ranks_here(recipe: Recipe) -> int:
     return torch.cuda.device_count() or recipe.parallel.model_size
 
 
-def _join_slurm() -> bool:
-    """Under srun without torchrun: take rank, world and address from Slurm's environment. False outside of a step of several tasks.
+def _gpus(multiple: int) -> int:
+    """As many ranks as there are GPUs, of what `multiple` divides; without GPUs `multiple`."""
+    import torch
 
-    A batch script's own shell has no step, so that `megafork` in it starts ranks itself. Give srun --kill-on-bad-exit.
-    """
-    step = {name: os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID", "STEP_ID")}
-    if not (step["PROCID"] and step["STEP_NODELIST"] and int(step["STEP_NUM_TASKS"] or 1) > 1):
-        return False
-    os.environ.update(RANK=step["PROCID"], WORLD_SIZE=step["STEP_NUM_TASKS"], LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))
-    os.environ.setdefault("MASTER_ADDR", first_host(step["STEP_NODELIST"]))
-    os.environ.setdefault("MASTER_PORT", str(20000 + (int(step["JOB_ID"] or 0) * 8 + int(step["STEP_ID"] or 0)) % 20000))
-    return True
+    return torch.cuda.device_count() // multiple * multiple or multiple
 
 
-def first_host(nodes: str) -> str:
-    """First name of a Slurm node list: `gpu[003-010,12],login` is gpu003. Slurm puts rank 0 there."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise RecipeError(f"SLURM_STEP_NODELIST is {nodes!r}: it names no node; set MASTER_ADDR to the host of rank 0")
-    return "".join(part or "" for part in match.groups())
+def _train(command: Command, recipe: Recipe, inputs: Inputs | None) -> int:
+    from megafork.parallel.mesh import build_mesh, join_world
+    from megafork.train.inputs import read_inputs
+    from megafork.train.loop import train
+    from megafork.train.run import Stopped
+    from megafork.train.sft import sft
 
-
-def _start(command: Command, recipe: Recipe, world: int) -> int:
-    """Start `world` ranks with torch's elastic launcher; rank 0 has the terminal, the others write to `logs/rank_N.log`."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logs = recipe.run_folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("rank_*"):
-        old.unlink()
-    checked = logs / "recipe.yaml"  # what was checked is what the ranks read, whatever becomes of the files it came from
-    checked.write_text(recipe.to_yaml())
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ[_LAUNCHER] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",  # no look-up of a host name that a laptop may not resolve
-        max_restarts=0,
-        monitor_interval=0.1,
-        shutdown_timeout=_STOP_LIMIT_S,
-        logs_specs=_logs_specs(logs),
-    )
+    device = join_world()
+    mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
+    inputs = inputs or read_inputs(recipe, supervised=command == "sft")
     try:
-        elastic_launch(config, sys.executable)("-m", "megafork.launch", command, str(checked))
-    except ChildFailedError as error:
-        return _explain(error.failures.values(), logs)
-    except SignalException as stopped:
-        _say(f"stopped by {stopped.sigval.name}; the same command continues from the last checkpoint")
+        {"train": train, "sft": sft}[command](recipe, mesh, inputs)
+    except Stopped as reason:
+        ranks.record(str(reason))
         return FAILED
     return DONE
 
 
-def _logs_specs(folder: Path) -> LogsSpecs:
-    """Where ranks write: `rank_N.log`, and `rank_N.error` for `_record`. torch's own specs nest four folders with random names."""
-    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+def _sample(job: SampleJob, model: NamedModel) -> int:
+    from megafork.parallel.mesh import join_world
+    from megafork.rollout.sample import sample
 
-    class RankLogs(LogsSpecs):
-        @property
-        def root_log_dir(self) -> str:
-            return str(folder)
-
-        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-            files = {rank: "" if rank == 0 else str(folder / f"rank_{rank}.log") for rank in envs}  # "": the terminal
-            errors = {rank: str(folder / f"rank_{rank}.error") for rank in envs}
-            for rank, env in envs.items():
-                env["TORCHELASTIC_ERROR_FILE"] = errors[rank]
-            return LogsDest(stdouts=files, stderrs=files, error_files=errors)
-
-    return RankLogs()
-
-
-def _explain(failures: Iterable[Any], logs: Path) -> int:
-    """Say why the run failed: the first rank's traceback, and where the rest is. Raises RecipeError when its input was wrong."""
-    failures = sorted(failures, key=_when)
-    for failure in failures:
-        if _recorded(failure):
-            with (logs / f"rank_{failure.local_rank}.log").open("a") as file:
-                file.write(failure.message + "\n")
-            Path(failure.error_file).unlink()
-    first = failures[0]
-    if first.exitcode == WRONG_INPUT and _recorded(first):
-        raise RecipeError(first.message)
-    if first.exitcode < 0:
-        _say(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}")
-    elif _recorded(first):
-        _say(first.message)
-        _say(f"rank {first.local_rank} failed")
-    else:
-        _say(f"rank {first.local_rank} ended with exit code {first.exitcode} and no word of its own")
-    _say(f"all ranks were stopped; what they wrote is in {logs}")
-    return FAILED
-
-
-def _recorded(failure: Any) -> bool:
-    """Whether the rank told its exception (`_record`), which a killed one can't."""
-    return "time_ns" in failure.error_file_data
-
-
-def _when(failure: Any) -> tuple[bool, float]:
-    """Order of failures. One rank's failure makes the others lose their connection, and the launcher stop them: these come later.
-
-    A rank that told its exception also told the nanosecond; of others torch notes the second in which it noticed.
-    """
-    stopped = failure.exitcode == -signal.SIGTERM
-    noticing_s = 2.0
-    assert noticing_s < _STOP_LIMIT_S, "a rank that the launcher had to kill would come first"
-    return stopped, failure.error_file_data["time_ns"] / 1e9 if _recorded(failure) else failure.timestamp - noticing_s
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text.rstrip() + "\n")
-
-
-def _rank(command: Command, recipe: Recipe, inputs: Inputs | None = None) -> int:
-    """This process is a rank: join the others and run. Whatever goes wrong is told to whoever started it."""
-    try:
-        from megafork.parallel.mesh import build_mesh, join_world
-        from megafork.train.inputs import read_inputs
-        from megafork.train.loop import train
-        from megafork.train.run import Stopped
-        from megafork.train.sft import sft
-
-        device = join_world()
-        mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
-        inputs = inputs or read_inputs(recipe, supervised=command == "sft")
-        try:
-            {"train": train, "sft": sft}[command](recipe, mesh, inputs)
-        except Stopped as reason:
-            _record(str(reason))
-            return FAILED
-    except RecipeError as error:
-        _record(str(error))
-        return WRONG_INPUT
-    except BaseException:  # noqa: BLE001 - whatever it is, the launcher must hear of it
-        _record(traceback.format_exc())
-        return FAILED
+    sample(job, model.tensors(), join_world())
     return DONE
 
 
-def _record(message: str) -> None:
-    """For the launcher, or torchrun, in the file that it reads; without one on standard error."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}))
-    if _LAUNCHER not in os.environ:
-        _say(f"rank {os.environ['RANK']}: {message}")
+def _score(work: Work) -> int:
+    from megafork.parallel.mesh import join_world
+    from megafork.study.score import score
 
-
-def _leave(code: int) -> None:
-    """End at once: exit handlers of libraries wait for peers that may be gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _main(command: str, recipe_file: str) -> None:
-    """A rank that `_start` started."""
-    die_with_parent(int(os.environ[_LAUNCHER]))  # a launcher that is killed by SIGKILL can't stop its ranks
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end at once, also inside of a collective
-    if os.environ["RANK"] != "0":
-        os.dup2(2, 1)  # both streams were opened on the same file: one position for both
-    noise.silence()
-    _leave(_rank("sft" if command == "sft" else "train", load_recipe(recipe_file)))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    score(work, join_world())
+    return DONE

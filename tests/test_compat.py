@@ -231,6 +231,9 @@ def _warnings_of_a_step(spec: Recipe) -> tuple[set[str], set[str]]:
                 noise.silence()
             learner, mesh = _learner(spec)
             learner.train(place(make_responses([(3, 4)] * 4), spec, mesh), cross_entropy)
+            checkpoints = Checkpoints(Path(spec.model.path) / "checkpoints", mesh, keep_last=1)
+            checkpoints.save(1, learner.chunks, learner.optimizer, {})
+            checkpoints.load(1, learner.chunks, learner.optimizer)
         seen.append({str(warning.message) for warning in caught})
     return seen[0], seen[1]
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from task import make_task, write_recipe
 
-from megafork.launch import first_host
+from megafork.ranks import first_host
 
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
 FAULTS = Path(__file__).with_name("faults")
@@ -125,7 +125,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(number: signal.Signals, early
         assert code == -signal.SIGKILL
     else:
         assert code == 1
-        assert output.splitlines()[-1] == f"stopped by {number.name}; the same command continues from the last checkpoint"
+        assert output.splitlines()[-1] == f"stopped by {number.name}; the same command continues"
     assert "Traceback" not in output
 
 

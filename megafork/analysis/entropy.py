@@ -35,12 +35,8 @@ class Histogram:
     selected: list[int]
 
 
-def entropy_histogram(entropies: np.ndarray, mask: np.ndarray, *, tau: float | None = None, bins: int = 40) -> Histogram:
-    """Counts of all tokens and of the selected ones in about `bins` equal bins from 0 to the largest entropy or just above it.
-
-    `mask` is bool, same shape. With `tau` the bins are made to end at it, so that none holds tokens of both its sides.
-    """
-    top = float(entropies.max()) if entropies.size else 0.0
+def histogram_edges(top: float, *, tau: float | None = None, bins: int = 40) -> np.ndarray:
+    """Edges of about `bins` equal bins from 0 to `top`, the largest entropy, or just above it; with `tau` one of them is `tau`."""
     top = top if top > 0 else 1.0
     width, below = top / bins, 0
     if tau is not None and width < tau <= top:
@@ -50,6 +46,15 @@ def entropy_histogram(entropies: np.ndarray, mask: np.ndarray, *, tau: float | N
     edges[-1] = max(edges[-1], top)
     if tau is not None and below and below < len(edges) - 1:
         edges[below] = tau  # to the bit: tau is the entropy of a token, which belongs above
+    return edges
+
+
+def entropy_histogram(entropies: np.ndarray, mask: np.ndarray, *, tau: float | None = None, bins: int = 40) -> Histogram:
+    """Counts of all tokens and of the selected ones in about `bins` equal bins from 0 to the largest entropy or just above it.
+
+    `mask` is bool, same shape. With `tau` the bins are made to end at it, so that none holds tokens of both its sides.
+    """
+    edges = histogram_edges(float(entropies.max()) if entropies.size else 0.0, tau=tau, bins=bins)
     counts, _ = np.histogram(entropies, edges)
     selected, _ = np.histogram(entropies[mask], edges)
     return Histogram(edges.tolist(), counts.tolist(), selected.tolist())

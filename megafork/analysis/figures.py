@@ -80,8 +80,10 @@ def line_chart(
     form: Format = numbers.plain,
     axis: Format = numbers.short,
     log: bool = False,
+    unit: str = "step",
 ) -> str:
-    """Curves over the steps (ascending), each named at its right end. `form` writes values in tooltips, `axis` those on the y axis.
+    """Curves over the steps (ascending), each named at its right end. `form` writes values in tooltips, `axis` those on the y axis;
+    `unit` is what the x axis counts where it is not steps.
 
     The y axis starts at 0 unless values are negative or `log` is set, which drops values that are not positive.
     """
@@ -94,7 +96,8 @@ def line_chart(
     right = max(48.0, 14 + LETTER * max(len(s.name) for s in series))
     x = Scale(steps[0], steps[-1], LEFT, WIDTH - right)
     y = Scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP, log)
-    parts = [_frame(x, y, marks, axis), *(_curve(steps, s, x, y) for s in series), _names(series, x, y), _bands(steps, series, x, y, form)]
+    curves = [_curve(steps, s, x, y) for s in series]
+    parts = [_frame(x, y, marks, axis, unit), *curves, _names(series, x, y), _bands(steps, series, x, y, form, unit)]
     return _svg(label, parts)
 
 
@@ -159,11 +162,11 @@ def _svg(label: str, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
-def _frame(x: Scale, y: Scale, marks: Sequence[float], form: Format) -> str:
+def _frame(x: Scale, y: Scale, marks: Sequence[float], form: Format, unit: str = "step") -> str:
     parts = [_grid(y, marks, form, x.end)]
     for tick in nice_ticks(x.low, x.high, 6, whole=True):
         parts.append(f'<text class="x" x="{x(tick):.1f}" y="{HEIGHT - 12}">{numbers.short(tick)}</text>')
-    parts.append(f'<text class="unit" x="{x.end + 16:.1f}" y="{HEIGHT - 12}">step</text>')
+    parts.append(f'<text class="unit" x="{x.end + 16:.1f}" y="{HEIGHT - 12}">{escape(unit)}</text>')
     return "".join(parts)
 
 
@@ -222,7 +225,7 @@ def _names(series: Sequence[Series], x: Scale, y: Scale) -> str:
     return "".join(parts)
 
 
-def _bands(steps: Sequence[int], series: Sequence[Series], x: Scale, y: Scale, form: Format) -> str:
+def _bands(steps: Sequence[int], series: Sequence[Series], x: Scale, y: Scale, form: Format, unit: str) -> str:
     """Invisible bands, one a step shown, that answer the pointer with a cursor, dots and a tooltip."""
     stride = math.ceil(len(steps) / MOST_BANDS)
     shown = sorted({*range(0, len(steps), stride), len(steps) - 1})
@@ -234,7 +237,7 @@ def _bands(steps: Sequence[int], series: Sequence[Series], x: Scale, y: Scale, f
             continue
         at = x(steps[i])
         dots = "".join(f'<circle class="{s.style}" cx="{at:.2f}" cy="{y(v):.2f}" r="3.5"/>' for s, v in here)
-        title = _title([f"step {steps[i]}", *(f"{s.name} {form(v)}" for s, v in here)])
+        title = _title([f"{unit} {steps[i]}", *(f"{s.name} {form(v)}" for s, v in here)])
         line = f'<line x1="{at:.2f}" x2="{at:.2f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         parts.append(f'<g class="at">{title}<rect {_box(at - half, TOP, 2 * half, HEIGHT - TOP - BOTTOM)}/>{line}{dots}</g>')
     return "".join(parts)

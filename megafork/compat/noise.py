@@ -21,6 +21,9 @@ WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     ),
     # megatron-core 0.16.1: the distributed optimizer clears .grad of views, which have none
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core\.optimizer\.optimizer"),
+    # megatron-core 0.16.1 on torch 2.13: how it loads a checkpoint
+    (FutureWarning, r"`load_state_dict` is deprecated", r"megatron\.core\.dist_checkpointing\.strategies\.torch"),
+    (FutureWarning, r"Please use DTensor instead", r"torch\.distributed\.checkpoint\.(planner_helpers|default_planner)"),
     # vLLM 0.32: looks at every attribute of every module once
     (FutureWarning, r"`torch\.distributed\.reduce_op` is deprecated", r"vllm\.triton_utils\.dispatcher"),
 )

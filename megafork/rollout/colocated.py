@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from megafork.shape import check_engines
 class ColocatedEngine:
     """A real vLLM engine that shares its process with the trainer.
 
-    Its weights are undefined until the first `refit`. Every rank of the world constructs one together.
+    Its weights are undefined until the first `refit`. Every rank of the world constructs one together. `fork_decoding`: whether requests
+    may ask for `Sampling.forks`, which costs an engine some of its overlap even where none does.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, *, fork_decoding: bool = False) -> None:
         check_engines(recipe.rollout.tp, mesh.world)
         vllm_fixes.prepare()
         import vllm
@@ -35,6 +36,7 @@ class ColocatedEngine:
         self.number = mesh.rank // self.tp
         """Which of the engines this is."""
         self.engines = mesh.world // self.tp
+        self.fork_decoding = fork_decoding
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             self._llm = vllm.LLM(**self._arguments(recipe, mesh))
 
@@ -58,30 +60,58 @@ class ColocatedEngine:
             "generation_config": "vllm",  # no sampling defaults from the model's folder
             "seed": recipe.run.seed,
             "disable_log_stats": True,
+            "logits_processors": self._processors(),
         }
 
+    def _processors(self) -> list[type] | None:
+        if not self.fork_decoding:
+            return None
+        from megafork.rollout.logits_processor import ForkProcessor
+
+        return [ForkProcessor]
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        answers = dict(self.stream(requests, sampling))
+        return [answers[place] for place in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[tuple[int, Completion], None, None]:
+        """Each completion as soon as it ends, with its request's place. Closing the iterator early drops what is left."""
+        if not requests:
+            return
+        prompts: list[Any] = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+        names = self._llm.enqueue(prompts, [self._parameters(request, sampling) for request in requests], use_tqdm=False)
+        places = {name.partition("-")[0]: place for place, name in enumerate(names)}  # what comes back lacks the random end of the name
+        engine = self._llm.llm_engine
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        yield places.pop(output.request_id), _completion(output.outputs[0])
+        finally:
+            if places:
+                engine.abort_request(list(places))
+
+    def _parameters(self, request: Request, sampling: Sampling) -> Any:
         import vllm
 
-        if not requests:
-            return []
-        prompts: list[Any] = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-        parameters = [
-            vllm.SamplingParams(
-                seed=request.seed,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop),
-                ignore_eos=True,  # the stop tokens say it all
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for request in requests
-        ]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [_completion(output.outputs[0]) for output in outputs]
+        forks = {}
+        if sampling.forks is not None:
+            from megafork.rollout.logits_processor import request_arguments
+
+            assert self.fork_decoding, "construct the engine with fork_decoding=True"
+            forks = {"extra_args": request_arguments(sampling.forks)}
+        return vllm.SamplingParams(
+            seed=request.seed,
+            temperature=1.0 if forks else sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop),
+            ignore_eos=True,  # the stop tokens say it all
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            **forks,
+        )
 
     def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         from vllm.config import set_current_vllm_config

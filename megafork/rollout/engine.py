@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megafork.rollout.temperature import ForkTemperature
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,6 +21,8 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[int, ...] = ()
     """Token ids that end a response (and belong to it)."""
+    forks: ForkTemperature | None = None
+    """Temperatures by entropy, in the place of `temperature`; the log-probs of a completion are then at its tokens' temperatures."""
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megafork.compat import megatron as megatron_fixes
-from megafork.model.attention import PackedSequences
-from megafork.model.policy import HeadRequest, Policy
+from megafork.model.policy import Policy
+from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_tokens
 from megafork.recipe import Optimizer, Recipe
@@ -102,30 +100,15 @@ class Learner:
                 chunk.start_param_sync(force_sync=True)
 
     def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], *, forward_only: bool, everywhere: bool) -> None:
-        """Megatron's pipeline schedule over the micro-batches. `everywhere`: the head answers at all positions, else at the mask."""
-        get_forward_backward_func()(
-            forward_step_func=partial(_forward, loss=loss, temperature=self.temperature, everywhere=everywhere),
-            data_iterator=[iter(micros) for _ in self.model] if len(self.model) > 1 else iter(micros),
-            model=self.model if len(self.model) > 1 else self.model[0],
-            num_microbatches=len(micros),
-            seq_length=max(micro.tokens.size(1) for micro in micros) * self.mesh.layout.cp,
-            micro_batch_size=1,
+        run_micro_batches(
+            self.model,
+            micros,
+            loss,
+            temperature=self.temperature,
+            cp=self.mesh.layout.cp,
             forward_only=forward_only,
-            collect_non_loss_data=forward_only,
+            everywhere=everywhere,
         )
-
-
-def _forward(
-    micros: Iterator[MicroBatch], model: DistributedDataParallel, *, loss: Callable[..., Any], temperature: float, everywhere: bool
-) -> tuple[Any, Callable[..., Any]]:
-    micro = next(micros)
-    request = None
-    if model.module.post_process:
-        chosen = slice(None) if everywhere else micro.mask
-        request = HeadRequest(micro.positions[chosen], micro.targets[chosen], temperature)
-    packing = PackedSequences.of(list(micro.lengths), micro.tokens.device)
-    output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
-    return output, partial(loss, micro)
 
 
 def _data_parallel(chunks: list[Policy], *, overlap: bool) -> list[DistributedDataParallel]:

@@ -109,6 +109,16 @@ class Checkpoints:
         dist.barrier()
 
 
+def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
+    """Load the weights of a checkpoint, saved under whatever layout, and nothing else of it. Every rank calls."""
+    content = {
+        name: chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group}) for name, chunk in _named(chunks)
+    }
+    loaded = dist_checkpointing.load(content, str(folder))
+    for name, chunk in _named(chunks):
+        chunk.load_state_dict(loaded[name])
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` of a checkpoint whose files all have their length. Needs no process group. Raises RecipeError for a damaged one."""
     for name, (size, _) in _sums(folder).items():

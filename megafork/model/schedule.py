@@ -1,0 +1,63 @@
+"""Packed micro-batches through the policy: Megatron's pipeline schedule, for training and for scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megafork.model.attention import PackedSequences
+from megafork.model.policy import HeadRequest
+
+
+class Packed(Protocol):
+    """What the schedule needs of a micro-batch (`rl.batch.MicroBatch`)."""
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+def run_micro_batches(
+    model: Sequence[Any],
+    micros: Sequence[Packed],
+    loss: Callable[..., Any],
+    *,
+    temperature: float,
+    cp: int,
+    forward_only: bool,
+    everywhere: bool,
+) -> None:
+    """Run this rank's model chunks over the micro-batches; every rank of the layout calls, with equally many.
+
+    `everywhere`: the head answers at all positions, else at the mask. On the last stage `loss(micro, (log_prob, entropy))` gives what
+    Megatron's schedule expects of a loss; when `forward_only` it is called with `non_loss_data=True` and may return anything.
+    """
+    get_forward_backward_func()(
+        forward_step_func=partial(_forward, loss=loss, temperature=temperature, everywhere=everywhere),
+        data_iterator=[iter(micros) for _ in model] if len(model) > 1 else iter(micros),
+        model=list(model) if len(model) > 1 else model[0],
+        num_microbatches=len(micros),
+        seq_length=max(micro.tokens.size(1) for micro in micros) * cp,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _forward(
+    micros: Iterator[Packed], model: Any, *, loss: Callable[..., Any], temperature: float, everywhere: bool
+) -> tuple[Any, Callable[..., Any]]:
+    micro = next(micros)
+    request = None
+    if getattr(model, "module", model).post_process:
+        chosen = slice(None) if everywhere else micro.mask
+        request = HeadRequest(micro.positions[chosen], micro.targets[chosen], temperature)
+    packing = PackedSequences.of(list(micro.lengths), micro.tokens.device)
+    output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
+    return output, partial(loss, micro)

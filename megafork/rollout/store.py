@@ -1,0 +1,85 @@
+"""Completions on disk: one JSON line each, written as it ends, so that sampling that is killed goes on where it stood."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megafork.recipe import RecipeError
+from megafork.rollout.engine import Completion
+
+Key = tuple[str, int]
+"""(`prompt_key`, number of the sample)."""
+_FIELDS = {"prompt", "sample", "text", "tokens", "truncated"}
+
+
+def prompt_key(tokens: Sequence[int]) -> str:
+    """16 hex digits of a prompt, the same in whatever data it stands."""
+    return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:16]
+
+
+class Store:
+    """The completions of one model under one decoding: `part-N.jsonl` of each engine that wrote some, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each completion once, file by file: {"prompt", "sample" (its `Key`), "text", "tokens" (ids), "truncated"}.
+
+        A last line that was not written to its end is left out. Raises RecipeError, naming file and line, for any other line that is not
+        a completion.
+        """
+        seen: set[Key] = set()
+        for file in sorted(self.folder.glob("part-*.jsonl")):
+            for row, _ in _lines(file):
+                key = (row["prompt"], row["sample"])
+                if key not in seen:
+                    seen.add(key)
+                    yield row
+
+    @contextmanager
+    def append(self, part: int) -> Iterator[Callable[[Key, Completion, str], None]]:
+        """A function that writes one completion with its text; a half-written line is cut off first.
+
+        Raises RecipeError when another process is writing the same part.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"part-{part}.jsonl"
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecipeError(f"--out: another process is writing {str(path)!r}: wait for it, or choose another folder") from None
+            file.truncate(max((end for _, end in _lines(path)), default=0))
+
+            def write(key: Key, completion: Completion, text: str) -> None:
+                row = {"prompt": key[0], "sample": key[1], "text": text, "tokens": completion.tokens, "truncated": completion.truncated}
+                file.write(json.dumps(row) + "\n")
+                file.flush()  # what is in the kernel's hands outlives this process
+
+            yield write
+
+
+def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line's object and where in the file the line ends."""
+    end, broken = 0, ""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if broken:
+                raise RecipeError(f"{broken}: delete that line, its completion is then generated again")
+            end += len(line)
+            try:
+                row = json.loads(line)
+                complete = row.keys() >= _FIELDS and line.endswith(b"\n")
+            except (ValueError, AttributeError):
+                complete = False
+            if complete:
+                yield row, end
+            else:
+                broken = f"{str(file)!r} line {number} is not a completion"

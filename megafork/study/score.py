@@ -1,0 +1,97 @@
+"""Entropies of the same responses under each model: Megatron under its layout, one model in memory at a time. On ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.model.policy import Policy
+from megafork.model.qwen3 import build_policy
+from megafork.model.schedule import run_micro_batches
+from megafork.parallel.mesh import Mesh, build_mesh
+from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.packing import pack, plan
+from megafork.shape import read_shape
+from megafork.study.responses import is_current, read_responses, write_entropies, write_responses
+from megafork.study.work import Work
+from megafork.weights.checkpoint import load_weights
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.named import NamedModel
+from megafork.weights.policy_weights import load_policy
+
+Rows = list[dict[str, Any]]
+
+
+def unscored(work: Work) -> list[str]:
+    """Labels of the models whose entropies are not there yet."""
+    return [label for label in work.models if not is_current(work.entropies(label), work.identity_of(label))]
+
+
+def score(work: Work, device: torch.device) -> None:
+    """Write the responses' file and each model's entropies, where they are not there yet. Every rank of the world calls."""
+    recipe = work.job.recipe
+    mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
+    if mesh.is_rank_zero and not is_current(work.responses, work.identity):
+        write_responses(work)
+    left: list[Any] = [unscored(work) if mesh.is_rank_zero else None]
+    dist.broadcast_object_list(left, src=0)  # also: the responses are there
+    chunks = build_policy(read_shape(work.author.folder), recipe, mesh)
+    for label in left[0]:
+        _load(work.models[label], chunks, mesh)
+        groups = (_score_group(rows, chunks, work, mesh) for rows in read_responses(work, ("prompt_tokens", "tokens")))
+        if mesh.is_rank_zero:
+            write_entropies(work, label, groups)
+        else:
+            for _ in groups:
+                pass
+
+
+def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
+    if model.checkpoint is not None:
+        load_weights(model.checkpoint, chunks, mesh)
+    else:
+        load_policy(chunks, HuggingFaceWeights(model.folder), read_shape(model.folder), mesh)
+
+
+def _score_group(rows: Rows, chunks: list[Policy], work: Work, mesh: Mesh) -> Rows:
+    """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
+    recipe, layout = work.job.recipe, mesh.layout
+    lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
+    placed = plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)[mesh.dp_rank]
+    micros = [
+        pack(
+            [_response(n, rows[n]) for n in members],
+            cp=layout.cp,
+            cp_rank=mesh.cp_rank,
+            multiple=layout.sequence_multiple,
+            device=mesh.device,
+        )
+        for members in placed
+    ]
+
+    def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
+        micro.old_log_prob, micro.entropy = output
+
+    with torch.no_grad():
+        run_micro_batches(chunks, micros, keep, temperature=recipe.rollout.temperature, cp=layout.cp, forward_only=True, everywhere=True)
+    mine = dict(_by_row(micros, mesh)) if mesh.is_last_stage else {}
+    every: list[dict[int, dict[str, Any]]] = [{} for _ in range(mesh.world)]
+    dist.all_gather_object(every, mine if mesh.tp_rank == 0 and mesh.cp_rank == 0 else {})
+    found = {n: row for part in every for n, row in part.items()}
+    return [found[n] for n in range(len(rows))]
+
+
+def _response(number: int, row: dict[str, Any]) -> Response:
+    prompt, tokens = (torch.tensor(row[name], dtype=torch.int32) for name in ("prompt_tokens", "tokens"))
+    return Response(number, 0, 0, prompt, tokens, torch.zeros(len(tokens)), truncated=False)
+
+
+def _by_row(micros: list[MicroBatch], mesh: Mesh) -> Iterator[tuple[int, dict[str, Any]]]:
+    for micro in micros:
+        columns = [micro.by_response(values, mesh.cp_group) for values in (micro.entropy, micro.old_log_prob)]
+        for response, entropy, log_prob in zip(micro.responses, *columns, strict=True):
+            yield response.group, {"entropies": entropy.clamp(min=0).numpy(), "log_probs": log_prob.numpy()}

@@ -1,0 +1,145 @@
+"""What an analysis works on: models, tokenizer and prompts, checked against each other; and where its files lie. No ranks needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafork.data.prompts import load_prompts
+from megafork.data.templates import template_text
+from megafork.data.tokenizer import Tokenizer
+from megafork.recipe import Data, Recipe, RecipeError
+from megafork.rollout.engine import Sampling
+from megafork.rollout.sample import SampleJob, response_limit
+from megafork.rollout.store import prompt_key
+from megafork.shape import check_layout
+from megafork.study.settings import Settings
+from megafork.weights.checkpoint import complete
+from megafork.weights.named import NamedModel, as_options, config_folder, find_model
+
+LONGEST_PROMPT = 4096
+"""Tokens. A longer prompt is refused."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An analysis' inputs, checked against each other."""
+
+    settings: Settings
+    models: dict[str, NamedModel]
+    """By label, oldest first; the last one wrote the responses."""
+    digests: dict[str, str]
+    tokenizer: Tokenizer
+    vocab: int
+    job: SampleJob
+    """The responses."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def author(self) -> NamedModel:
+        return next(reversed(self.models.values()))
+
+    @property
+    def responses(self) -> Path:
+        return self.folder / "responses.parquet"
+
+    def entropies(self, label: str) -> Path:
+        return self.folder / "entropies" / f"{label}.parquet"
+
+    @property
+    def identity(self) -> str:
+        """What decides the responses, as 16 hex digits; their file carries it."""
+        store = self.job.store(self.job.samplings[0]).folder
+        said = [store.name, next(reversed(self.digests.values())), self.job.samples, list(self.job.prompts)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+    def identity_of(self, label: str) -> str:
+        """What decides a model's entropies; their file carries it."""
+        return f"{self.identity} {self.digests[label]} {self.job.recipe.precision.dtype}"
+
+
+@as_options()
+def prepare(settings: Settings) -> Work:
+    """Read and check models, tokenizer and prompts; starts nothing. Raises RecipeError."""
+    models = _models(settings)
+    label, author = next(reversed(models.items()))
+    shape = author.check()
+    tokenizer = author.tokenizer()
+    for other in list(models)[:-1]:
+        if models[other].check() != shape:
+            raise RecipeError(
+                f"--against {other} ({models[other].said!r}) is of another shape than {label}: compare checkpoints of one model"
+            )
+        _same_vocabulary(other, models[other].tokenizer(), tokenizer)
+    data = Data(train=settings.prompts, template=template_text(settings.template, tokenizer), max_prompt_length=LONGEST_PROMPT)
+    prompts = load_prompts(settings.prompts, data, tokenizer, needs=(), field="--prompts")[: settings.limit]
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    max_tokens = response_limit(settings.max_tokens, shape, longest)
+    recipe = Recipe.model_validate(
+        {
+            "run": {"seed": settings.seed},
+            "model": {"path": str(author.folder)},
+            "parallel": {"tp": settings.tp, "pp": settings.pp, "cp": settings.cp},
+            "data": {"train": settings.prompts, "max_prompt_length": longest},
+            "rollout": {
+                "max_response_length": max_tokens,
+                "temperature": settings.temperature,
+                "tp": settings.tp,
+                "kv_cache_mb": settings.kv_cache_mb,
+                "gpu_memory_fraction": 0.9,
+            },
+            "reward": {"overlong": "none"},
+            "precision": {"dtype": settings.dtype or author.dtype},
+        }
+    )
+    check_layout(shape, recipe.parallel)
+    digests = {name: model.digest() for name, model in models.items()}
+    sampling = Sampling(max_tokens, settings.temperature, stop=tokenizer.eos_ids)
+    by_key = {prompt_key(prompt.tokens): prompt.tokens for prompt in prompts}
+    job = SampleJob(recipe, by_key, settings.samples, (sampling,), Path(settings.out) / "completions" / digests[label])
+    return Work(settings, models, digests, tokenizer, shape.vocab, job)
+
+
+def _models(settings: Settings) -> dict[str, NamedModel]:
+    author = find_model(settings.model)
+    found = [_labelled(word) for word in settings.against] or _of_run(Path(settings.model))
+    label = "final" if not settings.against and found else Path(settings.model).resolve().name
+    models: dict[str, NamedModel] = {}
+    for name, model in [*found, (label, author)]:
+        if name in models:
+            raise RecipeError(f"--against: two models are called {name!r}: name one of them, as in LABEL=MODEL")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise RecipeError(f"--against: {name!r} names a file, use letters, digits, `_`, `-` and `.`: name it, as in LABEL=MODEL")
+        models[name] = model
+    return models
+
+
+def _labelled(word: str) -> tuple[str, NamedModel]:
+    label, equals, said = word.partition("=")
+    return (label, find_model(said)) if equals else (Path(word).resolve().name, find_model(word))
+
+
+def _of_run(folder: Path) -> list[tuple[str, NamedModel]]:
+    """What a run started from, and its checkpoints but for a last one that was exported as well; nothing of what is no run."""
+    checkpoints = [path for _, path in complete(folder / "checkpoints")]
+    if not checkpoints:
+        return []
+    base = find_model(str(config_folder(checkpoints[0])))
+    between = checkpoints[:-1]  # the last one is what the run's model is
+    return [("base", base), *((path.name, find_model(str(path))) for path in between)]
+
+
+def _same_vocabulary(label: str, other: Tokenizer, tokenizer: Tokenizer) -> None:
+    mine, theirs = tokenizer.backend.get_vocab(), other.backend.get_vocab()
+    if mine != theirs:
+        odd = next(iter(sorted(mine.items() ^ theirs.items())))
+        raise RecipeError(
+            f"--against {label} is of another vocabulary ({len(theirs)} tokens, not {len(mine)}; {odd[0]!r} differs): compare checkpoints "
+            "of one model"
+        )

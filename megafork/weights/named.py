@@ -1,0 +1,136 @@
+"""A model by what people call it: a Hugging Face folder, `owner/model` on the hub, a run, or one of a run's checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from megafork.data.hub import local_model
+from megafork.data.tokenizer import Tokenizer, load_tokenizer
+from megafork.recipe import RecipeError
+from megafork.shape import Shape, read_shape
+from megafork.weights.checkpoint import complete, read_state
+from megafork.weights.checksums import SUMS, sum_of
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.mapping import huggingface_shapes
+from megafork.weights.sources import open_source
+
+_READS_AT_ONCE = 4
+_ALSO = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """Where a model's parts lie."""
+
+    said: str
+    """What it was called."""
+    folder: Path
+    """config.json and the tokenizer, and the weights unless they are in a checkpoint."""
+    checkpoint: Path | None = None
+    """A run's checkpoint, in Megatron's format, that holds the weights."""
+
+    def check(self) -> Shape:
+        """Its shape. Raises RecipeError where the weights are not of it, or damaged."""
+        shape = read_shape(self.folder)
+        if self.checkpoint is None:
+            HuggingFaceWeights(self.folder).check(shape)
+        else:
+            open_source(self.checkpoint, keep=True)
+        return shape
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises RecipeError for one that has more tokens than the model, or names no end."""
+        tokenizer, vocab = load_tokenizer(str(self.folder)), read_shape(self.folder).vocab
+        if tokenizer.vocab_size > vocab:
+            raise RecipeError(
+                f"MODEL is {self.said!r}: its tokenizer has {tokenizer.vocab_size} tokens but the model only {vocab}: they are of "
+                "different vocabularies, give a folder whose tokenizer belongs to the model"
+            )
+        if not tokenizer.eos_ids:
+            raise RecipeError(f"MODEL is {self.said!r}: neither its tokenizer nor generation_config.json names an end-of-sequence token")
+        return tokenizer
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """To compute in: fp32 where config.json says so, else bf16."""
+        config = json.loads((self.folder / "config.json").read_text())
+        return "fp32" if (config.get("dtype") or config.get("torch_dtype")) == "float32" else "bf16"
+
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over every byte of the weights, config.json and the tokenizer.
+
+        Nothing is skipped: a few steps of bf16 training leave most weights as they were, so that a sample of the bytes would miss them.
+        """
+        weights = [self.checkpoint / SUMS] if self.checkpoint else [*self.folder.glob("*.safetensors")]
+        files = sorted([*weights, *(self.folder / name for name in _ALSO if (self.folder / name).exists())])
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            sums = dict(zip([file.name for file in files], threads.map(sum_of, files), strict=True))
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep."""
+        if self.checkpoint is not None:
+            yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
+            return
+        source = HuggingFaceWeights(self.folder)
+        for name, shape in huggingface_shapes(read_shape(self.folder)).items():
+            yield name, source.read(name, (0, shape[0]))
+
+
+def find_model(said: str) -> NamedModel:
+    """The model called `said`; of a run its exported model, or its newest checkpoint where there is none. Raises RecipeError."""
+    folder = Path(local_model(said))
+    if not folder.is_dir():
+        raise RecipeError(f"MODEL is {said!r}: no such folder; give a Hugging Face folder, `owner/model`, a run or one of its checkpoints")
+    if (folder / "config.json").exists():
+        return NamedModel(said, folder)
+    if (folder / "metadata.json").exists():  # Megatron's
+        return NamedModel(said, config_folder(folder), folder)
+    if (folder / "hf/config.json").exists():
+        return NamedModel(said, folder / "hf")
+    checkpoints = complete(folder / "checkpoints")
+    if checkpoints:
+        return NamedModel(said, config_folder(checkpoints[-1][1]), checkpoints[-1][1])
+    raise RecipeError(
+        f"MODEL is {said!r}: it has neither a config.json nor checkpoints; give a Hugging Face folder, `owner/model`, a run or one of its "
+        "checkpoints"
+    )
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """The checks of a run speak of its recipe; here the same values are arguments and options of a command."""
+    names = {
+        "model.path is": "MODEL is",
+        "SRC is": "MODEL is",
+        "reward.verifier": "--verifier",
+        "parallel.": "--",
+        "data.template": "--template",
+    }
+    try:
+        yield
+    except RecipeError as error:
+        said = str(error)
+        for key, option in names.items():
+            said = said.replace(key, option)
+        raise RecipeError(said) from None
+
+
+def config_folder(checkpoint: Path) -> Path:
+    """Where a converted checkpoint has its config, else the folder that the checkpoint's run took its model from."""
+    if (checkpoint / "hf/config.json").exists():
+        return checkpoint / "hf"
+    path = read_state(checkpoint)["recipe"]["model"]["path"]
+    folder = Path(local_model(path))
+    if not (folder / "config.json").exists():
+        raise RecipeError(f"MODEL is {str(checkpoint)!r}: its run's model.path {path!r} has no config.json; run this where the run was")
+    return folder
