@@ -101,7 +101,12 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     check_world(recipe.parallel, world)
     if command == "train" and not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, world)
-    check_layout(read_shape(Path(recipe.model.path)), recipe.parallel)
+    shape = read_shape(Path(recipe.model.path))
+    check_layout(shape, recipe.parallel)
+    if command == "train" and recipe.precision.rollout_fp8:
+        from megafork.model.fp8 import check_blocks
+
+        check_blocks(shape, recipe.rollout.tp, "precision.rollout_fp8 is true")
     from megafork.data.reward import Verifiers
     from megafork.train.inputs import check_resume, read_inputs
     from megafork.train.sft import examples

@@ -286,6 +286,15 @@ class Optimizer(Section):
 class Precision(Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of weights and activations; with bf16 the optimizer keeps fp32 main weights."""
+    rollout_fp8: bool = False
+    """vLLM's projections in e4m3, in blocks of 128 x 128 with a scale each, quantised at every refit; embedding, head and norms stay bf16.
+    It needs `dtype: bf16` and `loss.importance_cap`."""
+
+    @model_validator(mode="after")
+    def _fp8_beside_bf16(self) -> Precision:
+        if self.rollout_fp8 and self.dtype != "bf16":
+            raise ValueError(f"precision.rollout_fp8 is true with precision.dtype={self.dtype}: vLLM wants bf16 beside FP8; set dtype=bf16")
+        return self
 
 
 class Train(Section):
@@ -353,6 +362,11 @@ class Recipe(Section):
             )
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
+        if self.precision.rollout_fp8 and self.loss.importance_cap is None:
+            raise ValueError(
+                "precision.rollout_fp8 is true without loss.importance_cap: tokens would count as if the bf16 weights had drawn them; set "
+                "loss.importance_cap=2"
+            )
         if self.rollout.staleness and self.loss.importance_cap is None:
             raise ValueError(
                 f"rollout.staleness is {self.rollout.staleness} without loss.importance_cap: tokens of older weights would count as if "

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
+from megafork.model.fp8 import BLOCK, dequantize, is_quantized, quantize
 from megafork.recipe import RecipeError
 from megafork.weights.convert import hf_to_megatron, megatron_to_hf
-from megafork.weights.fp8 import BLOCK, dequantize, is_quantized, quantize
 from megafork.weights.sources import open_source
 from megafork.weights.verify import VerifyError, compare_blocks
 
@@ -104,8 +104,8 @@ def test_verify_sees_another_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "dtype", "message"),
     [
-        ({"num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}, torch.bfloat16, r"self_attn.k_proj has 192 rows"),
-        ({"intermediate_size": 320}, torch.bfloat16, r"mlp.gate_proj has 320 rows"),
+        ({"num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}, torch.bfloat16, r"k_proj has 192 rows"),
+        ({"intermediate_size": 320}, torch.bfloat16, r"gate_proj has 320 rows"),
         ({}, torch.float32, r"add --dtype bf16"),
     ],
 )

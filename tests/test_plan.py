@@ -20,6 +20,7 @@ import torch.distributed as dist
 from measure import peak_bytes
 from ranks import on_ranks
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny import recipe, save_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -42,6 +43,7 @@ from megafork.shape import Shape, read_shape
 from megafork.train.loop import policy_loss
 from megafork.train.run import packer
 from megafork.train.update import Learner
+from megafork.weights.convert import megatron_to_hf
 from megafork.weights.mapping import huggingface_shapes
 from megafork.weights.reshard import Reshard, needed
 
@@ -122,6 +124,15 @@ def test_an_engine_holds_the_parts_that_it_loads(tp: int, tiny: Path) -> None:
     assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, span)) for span in spans)
     assert engine.token == 2 * 4 * max(2 // tp, 1) * 32 * 4  # k and v, layers, groups, head_dim, fp32
     assert engine.concurrent == (8 << 20) // (engine.token * 64)
+
+
+def test_an_engine_in_fp8_holds_what_vllm_would(tmp_path: Path) -> None:
+    """The bytes of an FP8 folder, less the padding of its vocabulary."""
+    folder = save_model(tmp_path / "in", dtype=torch.bfloat16, hidden_size=256, intermediate_size=384, num_key_value_heads=1, head_dim=128)
+    megatron_to_hf(folder, tmp_path / "fp8", fp8=True)
+    spec = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "fp8/model.safetensors").values())
+    assert engine_memory(read_shape(folder), spec, H100).weights == stored
 
 
 def test_servers_take_vllm_off_the_trainers_gpus() -> None:

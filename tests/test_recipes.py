@@ -22,7 +22,7 @@ from megafork.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
-CLUSTER = [f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "all_tokens")]
+CLUSTER = [f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "fork_fp8", "all_tokens")]
 PRESETS = [f"presets/{name}.yaml" for name in ("default", "paper", "official_code")]
 QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml"]
 
@@ -39,7 +39,9 @@ def test_these_are_all_recipes_and_no_two_share_a_run_folder() -> None:
 
 @pytest.mark.parametrize("name", CLUSTER)
 def test_it_fits_the_gpus_that_it_names_with_room_to_spare(name: str) -> None:
-    said = re.search(r"H100: (\d+) GPUs or more, in multiples of (\d+)\.", (RECIPES / name.replace("all_tokens", "fork")).read_text())
+    said = re.search(
+        r"H100: (\d+) GPUs or more, in multiples of (\d+)\.", (RECIPES / name.replace("all_tokens", "fork").replace("_fp8", "")).read_text()
+    )
     assert said is not None
     least, multiple = map(int, said.groups())
     for gpus in (least, least + multiple, 128):

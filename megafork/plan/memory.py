@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from megafork.model.fp8 import BLOCK, is_quantized
 from megafork.plan.activations import Activations, stage_activations
 from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
 from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
@@ -86,7 +87,7 @@ def engines(recipe: Recipe, gpus: int) -> int:
 def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
     """vLLM's weights (exact: the parts that it loads) and what is left for its KV cache."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
-    weights = _engine_elements(shape, tp) * width
+    weights = _engine_bytes(shape, tp, width, fp8=recipe.precision.rollout_fp8)
     if recipe.rollout.kv_cache_mb is not None:
         cache = recipe.rollout.kv_cache_mb * 2**20
         pool = weights + cache + VLLM_OVERHEAD
@@ -107,9 +108,13 @@ def refit_buffer(shape: Shape, recipe: Recipe) -> int:
     return int(width * (whole + (1 + recipe.parallel.pp) * whole / tp))
 
 
-def _engine_elements(shape: Shape, tp: int) -> int:
+def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool) -> int:
     def size(parameter: Parameter) -> int:
-        spans = (needed(name, shape, tp, 0) for name in parameter.huggingface())
-        return sum((rows[1] - rows[0]) * (columns[1] - columns[0] if columns else 1) for rows, columns in spans)
+        return sum(part(name) for name in parameter.huggingface())
+
+    def part(name: str) -> int:
+        rows, columns = needed(name, shape, tp, 0)
+        high, wide = rows[1] - rows[0], columns[1] - columns[0] if columns else 1
+        return high * wide + 4 * -(-high // BLOCK) * -(-wide // BLOCK) if fp8 and is_quantized(name) else high * wide * width
 
     return over_model(shape, size)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.compat import vllm_fp8
+from megafork.model.fp8 import CONFIG
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
 from megafork.rollout.engine import Completion, Request, Sampling
@@ -30,6 +32,8 @@ class ColocatedEngine:
         import vllm
 
         vllm_fixes.keep_process_groups()
+        if recipe.precision.rollout_fp8 and mesh.device.type != "cuda":
+            vllm_fp8.install()
         self.tp = recipe.rollout.tp
         self.rank = mesh.rank % self.tp
         """This rank's place in its engine; rank 0 answers for the engine."""
@@ -61,6 +65,7 @@ class ColocatedEngine:
             "seed": recipe.run.seed,
             "disable_log_stats": True,
             "logits_processors": self._processors(),
+            "hf_overrides": CONFIG if recipe.precision.rollout_fp8 else None,
         }
 
     def _processors(self) -> list[type] | None:

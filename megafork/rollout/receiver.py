@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.compat import vllm_fp8
 from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
 
@@ -131,3 +132,5 @@ class Receiver:
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+if not torch.cuda.is_available():
+    vllm_fp8.install()  # before the model is loaded, which may be in FP8

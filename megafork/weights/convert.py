@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from megafork.model.fp8 import CONFIG, Quantized
 from megafork.recipe import Parallel, RecipeError
 from megafork.shape import Shape, check_layout
-from megafork.weights import fp8 as fp8_blocks
+from megafork.weights import fp8 as fp8_folder
 from megafork.weights.checksums import write_sums
 from megafork.weights.dist_layout import Stored, chunks, extra_states, stage_of, stored_parameters
 from megafork.weights.huggingface import HuggingFaceWeights, copy_companions, replaced
@@ -105,10 +106,10 @@ def megatron_to_hf(
     specs = _converted(model.specs, dtype)
     tensors = model.read()
     if fp8:
-        fp8_blocks.check(model.shape, specs)
-        specs, tensors = fp8_blocks.quantized_specs(specs), fp8_blocks.quantized(tensors)
+        fp8_folder.check(model.shape, specs)
+        specs, tensors = fp8_folder.quantized_specs(specs), iter(Quantized(tensors))
     tick = _counter(progress, specs, passes=1 + verify)
-    changes = _dtype_change(specs, dtype) | (fp8_blocks.CONFIG if fp8 else {})
+    changes = _dtype_change(specs, dtype) | (CONFIG if fp8 else {})
     difference = None
     with replaced(target) as folder:
         plain = folder if quantize is None else folder / "plain"

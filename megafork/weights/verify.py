@@ -15,13 +15,13 @@ from megatron.core import parallel_state as mpu
 from safetensors import safe_open
 from torch import Tensor
 
+from megafork.model import fp8
 from megafork.model.attention import PackedSequences
 from megafork.model.policy import HeadRequest, Policy
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Parallel, Recipe
 from megafork.shape import Shape
-from megafork.weights import fp8
 from megafork.weights.sources import Source
 
 TOLERANCE = 1e-4

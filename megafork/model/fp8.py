@@ -1,0 +1,89 @@
+"""FP8 weights in blocks of 128 x 128 with a scale each: the form of DeepSeek's and Qwen's FP8 folders, which vLLM loads.
+
+Projections alone are quantised; embedding, head, norms and biases stay. A block's scale maps its largest magnitude to e4m3's largest
+number, 448, and is stored as its inverse in fp32 (arXiv 2412.19437, section 3.3): weight = fp8 * weight_scale_inv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megafork.recipe import RecipeError
+from megafork.shape import Shape
+
+BLOCK = 128
+SCALE = "_scale_inv"
+"""What the name of a weight's scales has at its end."""
+CONFIG = {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": ["lm_head"],
+    }
+}
+"""What config.json gains."""
+_BAND = 8 * BLOCK
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a Hugging Face tensor becomes FP8."""
+    return name.endswith("_proj.weight")
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [rows, columns] to (e4m3 [rows, columns], fp32 inverse scales [rows / 128, columns / 128], rounded up)."""
+    done = [_quantize_band(band) for band in weight.split(_BAND)]  # in fp32 a whole weight would be several times its size
+    return torch.cat([small for small, _ in done]), torch.cat([scale for _, scale in done])
+
+
+def _quantize_band(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [row block, row, column block, column]
+    largest = blocks.abs().amax((1, 3))
+    scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
+    scaled = (blocks / scale[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
+    return scaled.to(torch.float8_e4m3fn).flatten(2, 3).flatten(0, 1)[:rows, :columns], scale
+
+
+def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
+    """The weight in fp32."""
+    rows, columns = quantized.shape
+    wide = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return quantized.float() * wide
+
+
+def check_blocks(shape: Shape, tp: int, field: str) -> None:
+    """Refuse a model that vLLM could not load over `tp` ranks: a block must lie within one rank's part of one projection.
+
+    `field`: what asked for FP8.
+    """
+    heads, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for part, rows in (("q_proj", heads // tp), ("k_proj", max(groups // tp, shape.head_dim)), ("gate_proj", shape.ffn // tp)):
+        if rows % BLOCK:
+            raise RecipeError(
+                f"{field}: {part} has {rows} rows a rank, no multiple of the {BLOCK} of a block: vLLM cannot load that; do without"
+            )
+
+
+class Quantized:
+    """(Hugging Face name, tensor) pairs, with every projection as two: FP8, then scales. As often iterable as `tensors`."""
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.tensors:
+            if is_quantized(name):
+                small, scale = quantize(tensor)
+                yield name, small
+                yield name + SCALE, scale
+            else:
+                yield name, tensor

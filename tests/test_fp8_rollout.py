@@ -1,0 +1,101 @@
+"""FP8 roll-outs: what the refit quantises is what the converter writes, and a whole run bears it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import on_ranks
+from task import make_task, write_recipe
+from test_convert_fp8 import WIDE
+from test_rollout import PROMPTS, free_port
+from tiny import recipe, save_model
+from training import Rig
+
+from megafork.launch import preflight
+from megafork.model.fp8 import Quantized
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe_file import load_recipe
+from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.weights.bridge import Bridge
+from megafork.weights.convert import megatron_to_hf
+from megafork.weights.huggingface import write_folder
+
+HEADS_FOR_TWO: dict[str, Any] = {**WIDE, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Sizes whose halves blocks fit."""
+
+
+def refitted_and_fresh(spec: Recipe, port: int) -> list[list[Completion]]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from megafork.rollout.colocated import ColocatedEngine
+
+    rig = Rig(spec)
+    engine = ColocatedEngine(spec, rig.mesh)
+    bridge = Bridge(rig.learner.chunks, rig.shape, rig.mesh, spec.rollout.tp)
+    for update in (1, 2):
+        rig.step(update)
+        rig.learner.settle()
+        engine.refit(Quantized(bridge), update)
+    weights = rig.weights()
+    folder = Path(spec.model.path).parent / "exported"
+    if rig.mesh.is_rank_zero:
+        write_folder(folder, weights.items(), like=Path(spec.model.path))
+        megatron_to_hf(folder, folder.with_name("fp8"), fp8=True)
+    dist.barrier()
+
+    class FromFolder(ColocatedEngine):
+        def _arguments(self, *arguments: Any) -> dict[str, Any]:
+            own = {"load_format": "auto", "model": str(folder.with_name("fp8")), "hf_overrides": None}
+            return {**super()._arguments(*arguments), **own}
+
+    fresh = FromFolder(spec, rig.mesh)
+    fresh._llm.llm_engine.set_weight_version("2")
+    requests = [Request(prompt, 1) for prompt in PROMPTS]
+    return [one.generate(requests, Sampling(max_tokens=8, temperature=0.0)) for one in (engine, fresh)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "tp"), [({"tp": 2}, 1), ({"pp": 2}, 2)], ids=["TP2 to TP1", "PP2 to TP2"])
+def test_a_refitted_engine_is_one_that_loaded_the_fp8_folder(parallel: dict[str, int], tp: int, tmp_path: Path) -> None:
+    spec = recipe(
+        save_model(tmp_path / "model", **HEADS_FOR_TWO),
+        parallel=parallel,
+        precision={"dtype": "bf16", "rollout_fp8": True},
+        loss={"importance_cap": 2.0},
+        rollout={"tp": tp, "max_response_length": 32, "kv_cache_mb": 16},
+        train={"micro_batch_tokens": 64},
+        optimizer={"lr": 1e-2, "eps": 1e-2},
+    )
+    for refitted, fresh in on_ranks(2, refitted_and_fresh, spec, free_port()):
+        assert [(c.tokens, c.log_probs) for c in refitted] == [(c.tokens, c.log_probs) for c in fresh]
+
+
+@pytest.mark.slow
+def test_a_run_with_fp8_roll_outs(tmp_path: Path) -> None:
+    """vLLM's log-probs are off by what FP8 rounds away, and the loss makes up for it."""
+    task = make_task(tmp_path, **WIDE)
+    (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
+    fp8: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16", "rollout_fp8": True}, "loss": {"importance_cap": 2.0}}
+    file = write_recipe(task, reward={"verifier": f"{task}/verifier.py:score"}, **fp8)
+    done = subprocess.run([sys.executable, "-m", "megafork.cli", "train", str(file)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (task / "runs/run/metrics.jsonl").read_text().splitlines()][1:]
+    assert all(1e-3 < step["rollout_mismatch/max"] < 2 and step["loss/importance"] != 1 for step in steps if "loss/policy" in step)
+    assert any("loss/policy" in step for step in steps)
+
+
+def test_what_fp8_needs(tmp_path: Path) -> None:
+    file = write_recipe(make_task(tmp_path))
+    on = ["precision.rollout_fp8=true", "precision.dtype=bf16", "loss.importance_cap=2"]
+    with pytest.raises(RecipeError, match=r"^precision\.rollout_fp8 is true with precision\.dtype=fp32"):
+        load_recipe(file, on[:1])
+    with pytest.raises(RecipeError, match=r"^precision\.rollout_fp8 is true without loss\.importance_cap"):
+        load_recipe(file, on[:2])
+    with pytest.raises(RecipeError, match=r"^precision\.rollout_fp8 is true: k_proj has 64 rows a rank, no multiple of the 128"):
+        preflight("train", load_recipe(file, on), 1)
