@@ -7,11 +7,13 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -97,6 +99,7 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         _model(recipe.model.path),
         *(_data(f"data.{name}", source) for name, source in (("train", recipe.data.train), ("eval", recipe.data.eval)) if source),
         *_verifier(recipe.reward.verifier),
+        *map(_server, recipe.rollout.servers),
     ]
 
 
@@ -106,7 +109,7 @@ def _ranks(recipe: Recipe) -> Finding:
     found = f"{ranks} for tp x pp x cp = {one_model}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
     if ranks % one_model:
         return Finding("ranks", found, False, f"run.ranks is {ranks}: set it to a multiple of {one_model}", needed=True)
-    if ranks % recipe.rollout.tp:
+    if ranks % recipe.rollout.tp and not recipe.rollout.servers:
         return Finding("ranks", found, False, f"rollout.tp is {recipe.rollout.tp}: set it to a divisor of {ranks}", needed=True)
     if gpus and ranks > gpus:
         cost = f"start it on {-(-ranks // gpus)} such machines through Slurm or torchrun"
@@ -157,6 +160,16 @@ def _verifier(verifier: str) -> list[Finding]:
         return []
     there = Path(path).expanduser().is_file()
     return [Finding("reward.verifier", path if there else None, there, f"reward.verifier is {verifier!r}: no such file", needed=True)]
+
+
+def _server(url: str) -> Finding:
+    """Whether anything listens there; servers may also be started after the run."""
+    address = urlsplit(url)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 80), timeout=2).close()
+    except OSError:
+        return Finding("rollout.servers", None, False, f"{url} does not answer: a run waits rollout.server_limit_s for it")
+    return Finding("rollout.servers", url, True, "")
 
 
 def _hub(field: str, name: str, kind: str) -> Finding:

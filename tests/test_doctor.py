@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_a_mistyped_path_is_not_taken_for_a_hub_name(model: Path, monkeypatch: p
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     finding = by_name(examine(recipe(model.parent, model={"path": "runs/modle"})))["model.path"]
     assert not finding.ok and finding.needed
+
+
+def test_servers_are_looked_for_and_not_needed_yet(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        urls = [f"http://127.0.0.1:{listening.getsockname()[1]}", "http://127.0.0.1:1"]
+        findings = examine(recipe(model.parent, run={"ranks": 3}, rollout={"tp": 2, "servers": urls}))
+    servers = [finding for finding in findings if finding.name == "rollout.servers"]
+    assert [finding.ok for finding in servers] == [True, False] and "http://127.0.0.1:1 does not answer" in servers[1].cost
+    assert can_run(without_vllm(findings)), "rollout.tp is the servers' alone"
 
 
 def test_table_shows_each_finding_with_its_cost_as_it_is_written() -> None:
