@@ -29,7 +29,7 @@ WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
 )
 LOGGERS = (
     "vllm.triton_utils.importing",  # says that Triton has no CPU backend, before vLLM has set its own log level
-    "torch.distributed.elastic.multiprocessing.api",  # says which ranks it stops: megafork.launch does
+    "torch.distributed.elastic.multiprocessing.api",  # says which ranks it stops: megafork.ranks does
 )
 
 

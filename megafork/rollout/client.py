@@ -97,6 +97,7 @@ class Server:
 
     async def complete(self, request: Request, sampling: Sampling, oldest: int) -> Completion:
         """The response to one request. Raises ServerLost also when weights before version `oldest` wrote of it."""
+        assert sampling.forks is None, "fork-aware decoding needs an engine in this process"
         choice = await self._generate(
             request.prompt,
             seed=request.seed,

@@ -114,8 +114,8 @@ def _models(results: Results) -> str:
 
 
 def _matrix(labels: list[str], values: list[list[float]], heading: str, note: str) -> str:
-    rows = [[label, *(numbers.percent(value) for value in row)] for label, row in zip(labels, values, strict=True)]
-    return page.figure(heading, note, page.table(["", *labels], rows))
+    rows = [[f"{n} {label}", *map(numbers.percent, row)] for n, (label, row) in enumerate(zip(labels, values, strict=True))]
+    return page.figure(heading, note, page.table(["", *map(str, range(len(labels)))], rows))
 
 
 def _responses(work: Work, threshold: float, count: int = 3) -> str:
