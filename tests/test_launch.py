@@ -99,7 +99,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path
     assert code == expected_code
     lines = [line for line in output.splitlines() if line in expected or "Traceback" in line]
     assert lines == expected, output  # and no other rank's traceback
-    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log", "recipe.yaml"}
+    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log", "job.pickle"}
     if fault == "error":
         assert "ArithmeticError: deliberate" in (run.folder / "logs/rank_1.log").read_text()
 
