@@ -251,7 +251,7 @@ def _megafork(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_a_run_is_compared_with_its_checkpoints(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     write_recipe(task, train={"steps": 2}, checkpoint={"every": 1, "keep_last": 3}, optimizer={"lr": 3e-3})
-    done = _megafork("train", "recipe.yaml", cwd=task)
+    done = _megafork("sft", "recipe.yaml", cwd=task)
     assert done.returncode == 0, done.stderr
     options = ["--prompts=held_out.jsonl", "--template=plain", "--samples=3", "--max-tokens=12", "--kv-cache-mb=32", "--min-count=5"]
     command = ["analyze", "runs/run", *options, "--out=analysis", "--json"]

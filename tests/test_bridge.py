@@ -24,13 +24,14 @@ UPDATES = 5
 
 
 def _refit_after_updates(specs: list[Recipe], checked: tuple[int, ...], port: int) -> list[Any]:
-    """For each recipe and each update in `checked`: what the engine that was refitted says, and what a fresh one says."""
+    """After each update in `checked`, for other recipes than the first after the last of them: what the engine that was refitted says, and
+    what a fresh one says."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from megafork.rollout.colocated import ColocatedEngine
 
     requests = [Request(prompt, 1) for prompt in PROMPTS]
     answers = []
-    for spec in specs:
+    for number, spec in enumerate(specs):
         rig = Rig(spec)
         engine = ColocatedEngine(spec, rig.mesh)
         bridge = Bridge(rig.learner.chunks, rig.shape, rig.mesh, spec.rollout.tp)
@@ -39,7 +40,7 @@ def _refit_after_updates(specs: list[Recipe], checked: tuple[int, ...], port: in
             rig.learner.settle()
             engine.refit(bridge, update)
             said = engine.generate(requests, GREEDY)
-            if update in checked:
+            if update in (checked if number == 0 else checked[-1:]):
                 answers.append((said, _fresh(spec, rig, update).generate(requests, GREEDY)))
         engine.close()
     return answers
@@ -95,7 +96,7 @@ def test_a_refitted_engine_is_a_fresh_engine(layout: str, engine_tp: int, tmp_pa
         )
     checked = tuple(range(1, UPDATES + 1)) if layout == "TP2" and engine_tp == 1 else (UPDATES,)
     for answers in on_ranks(world, _refit_after_updates, specs, checked, free_port(), timeout_s=500):
-        assert len(answers) == len(specs) * len(checked)
+        assert len(answers) == len(checked) + len(specs) - 1
         said: list[list[Completion]] = [refitted for refitted, _ in answers]
         for refitted, fresh in answers:
             assert [c.tokens for c in refitted] == [c.tokens for c in fresh]

@@ -47,11 +47,12 @@ def test_what_cannot_be_done_is_refused(options: dict[str, object], message: str
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HERE, reason="nvidia-modelopt is not installed (megafork[quantize])")
-@pytest.mark.parametrize("name", ["fp8_per_channel", "fp8_blocks"])
-def test_vllm_loads_what_modelopt_writes(name: str, tmp_path: Path) -> None:
+def test_vllm_loads_what_modelopt_writes(tmp_path: Path) -> None:
     source = save_model(tmp_path / "in", dtype=torch.bfloat16, num_hidden_layers=1, **WIDE)
     (source / "tokenizer.json").write_text("{}")
-    done = subprocess.run([sys.executable, "-c", _CONVERT, str(tmp_path), name], capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", _CONVERT, str(tmp_path), "fp8_per_channel"], capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out" / "plain").exists()

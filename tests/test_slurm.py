@@ -223,7 +223,6 @@ def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Pa
 
 
 WRONG = {
-    "train.stpes=5": ["node1: unknown key train.stpes = 5: did you mean 'steps'?"],
     "parallel.tp=3": ["node1: parallel.tp"],
     "model.path=/nowhere": [f"{node}: model.path: nothing: model.path is '/nowhere': give" for node in NODES],
 }
