@@ -100,6 +100,7 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         *(_data(f"data.{name}", source) for name, source in (("train", recipe.data.train), ("eval", recipe.data.eval)) if source),
         *_verifier(recipe.reward.verifier),
         *map(_server, recipe.rollout.servers),
+        *_wandb(recipe.log.wandb),
     ]
 
 
@@ -170,6 +171,14 @@ def _server(url: str) -> Finding:
     except OSError:
         return Finding("rollout.servers", None, False, f"{url} does not answer: a run waits rollout.server_limit_s for it")
     return Finding("rollout.servers", url, True, "")
+
+
+def _wandb(project: str | None) -> list[Finding]:
+    """Only a run that asks for it needs the package."""
+    if project is None:
+        return []
+    version = _version("wandb")
+    return [Finding("log.wandb", version and f"wandb {version}", version is not None, "pip install 'megafork[wandb]'", needed=True)]
 
 
 def _hub(field: str, name: str, kind: str) -> Finding:

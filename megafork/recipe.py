@@ -331,8 +331,20 @@ class Eval(Section):
 class Log(Section):
     tensorboard: bool = True
     """Write tensorboard/ in the run folder."""
+    wandb: str | None = None
+    """Project on Weights & Biases that the metrics go to as well (extra `wandb`; WANDB_MODE=offline keeps them in the run folder).
+    Empty: none."""
+    text: bool = False
+    """Write log.txt in the run folder: the lines of the terminal, as plain text."""
     rollouts_every: CountOrZero = 1
     """Write rollouts/step_*.parquet every N steps; 0 never."""
+
+    @field_validator("wandb")
+    @classmethod
+    def _is_a_project(cls, wandb: str | None) -> str | None:
+        if wandb is not None and not re.fullmatch(r"[^/\\#?%:]{1,128}", wandb):
+            raise ValueError(f"log.wandb is {wandb!r}: it names a project, use up to 128 characters, and none of / \\ # ? % :")
+        return wandb
 
 
 class Recipe(Section):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from rich.text import Text
 
 from megafork.recipe import RecipeError
 from megafork.train.metrics import RunLog, read_metrics
@@ -43,7 +43,7 @@ def console(width: int, *, terminal: bool = False) -> Console:
 
 
 def log(folder: Path, **more: Any) -> RunLog:
-    return RunLog(folder, **{"steps": 100, "tensorboard": False, "console": console(100), **more})
+    return RunLog(folder, **{"steps": 100, "console": console(100), **more})
 
 
 def text_of(screen: Console) -> str:
@@ -66,7 +66,7 @@ def test_a_killed_process_leaves_every_written_step(tmp_path: Path) -> None:
     program = (
         "import os, sys, pathlib\n"
         "from megafork.train.metrics import RunLog\n"
-        "log = RunLog(pathlib.Path(sys.argv[1]), steps=9, tensorboard=False)\n"
+        "log = RunLog(pathlib.Path(sys.argv[1]), steps=9)\n"
         "for step in range(1, 6): log.write({'step': step, 'accuracy/mean': step / 8})\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -129,17 +129,23 @@ def test_wrong_metrics_are_refused_and_leave_no_line(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    with log(tmp_path, tensorboard=True) as run:
-        for number in (1, 2, 3):
-            run.write({"step": number, "entropy/mean": 0.1 * number, "gone": None})
-    with log(tmp_path, tensorboard=True, resume_step=1) as run:
-        run.write({"step": 2, "entropy/mean": 0.7})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["entropy/mean"]
-    found = {event.step: event.value for event in events.Scalars("entropy/mean")}
-    assert found == {1: pytest.approx(0.1), 2: pytest.approx(0.7)}
+def test_the_text_log_is_what_the_terminal_shows_without_its_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = console(120, terminal=True)
+    with log(tmp_path, console=screen, text=True) as run:
+        run.write({"step": 0, "eval/accuracy": 0.25})
+        run.write(step(1))
+        run.note("a remark")
+    shown, written = text_of(screen), (tmp_path / "log.txt").read_text()
+    assert "\x1b" in shown and "\x1b" not in written
+    assert Text.from_ansi(shown).plain.splitlines() == written.splitlines()
+    with log(tmp_path, text=True, resume_step=1) as run:
+        run.write(step(2))
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[: len(written.splitlines())] == written.splitlines() and lines[-1].split()[0] == "2/100", "a resumed run goes on below"
+    with log(tmp_path, text=True):
+        pass
+    assert (tmp_path / "log.txt").read_text() == "", "a run from the start begins a new one"
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

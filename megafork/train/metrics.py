@@ -1,4 +1,4 @@
-"""What a run writes down each step: a line of metrics.jsonl, TensorBoard scalars, and a line to read. Rank 0 only."""
+"""What a run writes down each step: a line of metrics.jsonl, a line to read, and what boards draw. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 from megafork.analysis import numbers
 from megafork.analysis.run_folder import read_metrics
+from megafork.train.boards import Board
 
 __all__ = ["RunLog", "read_metrics"]
 
@@ -56,7 +57,8 @@ class RunLog:
 
     `steps`: how many the run has. `resume_step`: the last step that the checkpoint holds; metrics of later steps, and a half-written
     last line, are dropped from metrics.jsonl, because those steps are run again. 0 starts the file anew. Every line is flushed to the
-    disk when `write` returns. `show_every`: steps a live line stands for. `console`: where the live lines go, standard output by default.
+    disk when `write` returns. `boards`: are given each step as well, and closed with the log. `text`: write the live lines to log.txt, too.
+    `show_every`: steps a live line stands for. `console`: where the live lines go, standard output by default.
 
     Raises RecipeError when an existing metrics.jsonl is damaged in another place than its end.
     """
@@ -67,7 +69,8 @@ class RunLog:
         *,
         steps: int,
         resume_step: int = 0,
-        tensorboard: bool = True,
+        boards: Iterable[Board] = (),
+        text: bool = False,
         show_every: int = 1,
         console: Console | None = None,
     ) -> None:
@@ -76,9 +79,11 @@ class RunLog:
         kept = _truncate(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self._last_step = kept[-1]["step"] if kept else -1
-        self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+        self._boards = list(boards)
+        self._text = (folder / "log.txt").open("a" if resume_step else "w", encoding="utf-8", buffering=1) if text else None
+        screens = [console or Console(highlight=False), *([_plain(self._text)] if self._text else [])]
         first = next((row["eval/accuracy"] for row in kept if row.get("eval/accuracy") is not None), None)
-        self._lines = LiveLines(steps, console or Console(highlight=False), every=show_every, first_accuracy=first)
+        self._lines = [LiveLines(steps, screen, every=show_every, first_accuracy=first) for screen in screens]
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log one step. `metrics` maps names to numbers (Python, or one-element tensors and arrays) or None; "step" is required.
@@ -93,22 +98,23 @@ class RunLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            for key, value in row.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(key, value, row["step"])
-            self._board.flush()
-        self._lines.show(row)
+        for board in self._boards:
+            board.write(row)
+        for lines in self._lines:
+            lines.show(row)
 
     def note(self, text: str) -> None:
         """Print a line between the steps'."""
-        self._lines.note(text)
+        for lines in self._lines:
+            lines.note(text)
 
     def close(self) -> None:
         """May be called again."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._text is not None:
+            self._text.close()
+        for board in self._boards:
+            board.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -186,10 +192,9 @@ def _truncate(path: Path, resume_step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # a second to import, and not every run writes it
-
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+def _plain(file: TextIO) -> Console:
+    """Whatever the environment says of colours and widths."""
+    return Console(file=file, width=120, force_terminal=False, color_system=None, highlight=False)
 
 
 def _clean(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import pack, plan
+from megafork.train.boards import open_boards
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.metrics import RunLog
 from megafork.train.stop import BatchJob
@@ -118,7 +119,8 @@ class Run:
             folder,
             steps=self.recipe.train.steps,
             resume_step=self.start,
-            tensorboard=self.recipe.log.tensorboard,
+            boards=open_boards(self.recipe, self.start),
+            text=self.recipe.log.text,
             show_every=show_every,
         )
 

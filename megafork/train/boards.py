@@ -1,0 +1,103 @@
+"""Where a run's metrics are drawn while it goes on: TensorBoard, and Weights & Biases for those who ask for it. Rank 0 only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megafork.recipe import Log, Recipe, RecipeError
+
+Row = Mapping[str, int | float | None]
+"""A line of metrics.jsonl: "step", and metric name -> number or None."""
+
+
+class Board(Protocol):
+    """Draws what `write` is given, step by step, until `close`. None is left out."""
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check(log: Log) -> None:
+    """Raises RecipeError where Weights & Biases is asked for and cannot be had. At a terminal wandb asks for the key that it lacks."""
+    if log.wandb is None:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise RecipeError(
+            f"log.wandb is {log.wandb!r} but the package wandb is not installed: pip install 'megafork[wandb]', or leave log.wandb empty"
+        )
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"log.wandb is {log.wandb!r} but wandb can't log in ({reason}): run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from None
+    finally:
+        wandb.teardown()
+
+
+def open_boards(recipe: Recipe, resume_step: int) -> list[Board]:
+    """Those that the recipe asks for. `resume_step`: the last step that the checkpoint holds, 0 for a run from the start."""
+    boards: list[Board] = [TensorBoard(recipe.run_folder / "tensorboard", resume_step)] if recipe.log.tensorboard else []
+    return [*boards, *([WeightsAndBiases(recipe, resume_step)] if recipe.log.wandb is not None else [])]
+
+
+class TensorBoard:
+    """Event files in `folder`; steps after `resume_step` that an earlier process wrote are hidden."""
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, and not every run writes it
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+
+    def write(self, row: Row) -> None:
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `log.wandb`, with the recipe as its config; its files lie in the run folder's wandb/.
+
+    A run that goes on after a kill is the same run there, by the id in wandb/id. Steps cannot be taken back: those that are run again
+    keep the numbers of the first time, which are the same but for times. WANDB_MODE=offline keeps all in wandb/ for `wandb sync`.
+    """
+
+    def __init__(self, recipe: Recipe, resume_step: int = 0) -> None:
+        import wandb
+
+        identity = recipe.run_folder / "wandb" / "id"
+        if not (resume_step and identity.exists()):
+            identity.parent.mkdir(parents=True, exist_ok=True)
+            identity.write_text(uuid.uuid4().hex[:12])
+        self._run: Any = wandb.init(
+            project=recipe.log.wandb,
+            name=recipe.run.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=recipe.run_folder,
+            config=recipe.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def write(self, row: Row) -> None:
+        step = row["step"]
+        if step is not None and step >= self._run.step:
+            self._run.log({key: value for key, value in row.items() if key != "step" and value is not None}, step=int(step))
+
+    def close(self) -> None:
+        self._run.finish()
