@@ -45,16 +45,21 @@ def sft(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The page. Empty: RUN/report.html, or comparison.html beside the first run.")] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--watch", metavar="SECONDS", min=0.1, help="Write it again and again, until the last step or Ctrl-C.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's report again, or one page that compares several runs."""
-    from megafork.analysis.comparison import write_comparison
-    from megafork.analysis.report import write_report
+    from megafork.analysis.watch import watch, write_page
 
     for run in runs:
         if not (run / "metrics.jsonl").exists():
             raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")
-    page = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out)
+    page = write_page(runs, out) if seconds is None else watch(runs, out, seconds=seconds)
     console.print(f"report: {page}")
     _finish(as_json, report=str(page))
 

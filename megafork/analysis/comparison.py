@@ -32,10 +32,11 @@ class Run:
     recipe: dict[str, Any]
 
 
-def write_comparison(folders: Sequence[Path], path: Path | None = None) -> Path:
+def write_comparison(folders: Sequence[Path], path: Path | None = None, *, refresh: float | None = None) -> Path:
     """Write the page of these runs to `path`, by default `comparison.html` beside the first, and return the path.
 
-    Raises RecipeError, in one line, for more runs than there are colours, a run given twice, or one that cannot be read.
+    `refresh`: seconds after which an open page loads itself again. Raises RecipeError, in one line, for more runs than there are colours,
+    a run given twice, or one that cannot be read.
     """
     runs = read_runs(folders)
     names = ", ".join(run.name for run in runs)
@@ -50,6 +51,7 @@ def write_comparison(folders: Sequence[Path], path: Path | None = None) -> Path:
             ("Time and machine", page.charts(_draw(runs, MACHINE)) + _phases(runs)),
         ],
         footer=f"Written by megafork {escape(__version__)} from metrics.jsonl and recipe.yaml in the folders of the runs.",
+        refresh=refresh,
     )
     return page.write(path or folders[0].resolve().parent / "comparison.html", text)
 

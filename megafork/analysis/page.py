@@ -18,20 +18,22 @@ CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\
 """Control characters by their pictures; text direction overrides and halves of surrogate pairs by the replacement character."""
 
 
-def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
+def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer: str, refresh: float | None = None) -> str:
     """The whole document. `sections` are (heading, HTML) in order; those without HTML are left out.
 
     Titles and headings are escaped here; `header`, `footer` and the sections' HTML must be safe already. Control characters, which
-    could hide or reorder the text around them, are made visible wherever they stand.
+    could hide or reorder the text around them, are made visible wherever they stand. `refresh`: seconds after which a browser loads the
+    page again, whole ones and at least 1; None never.
     """
     shown = [(f"s{number}", heading, body) for number, (heading, body) in enumerate(sections) if body]
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in shown)
     bodies = "\n".join(f'<section id="{anchor}"><h2>{escape(heading)}</h2>\n{body}</section>' for anchor, heading, body in shown)
+    again = "" if refresh is None else f'\n<meta http-equiv="refresh" content="{max(1, round(refresh))}">'
     document = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">{again}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
@@ -51,7 +53,7 @@ def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer
 def write(path: Path, document: str) -> Path:
     """Replace the file in one piece, so that a reader never sees half a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".html.tmp")
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # a run that ends and a command that watches it may both write
     unfinished.write_text(document, encoding="utf-8")
     os.replace(unfinished, path)
     return path

@@ -35,15 +35,16 @@ MOST_ENTROPIES = 2_000_000
 PERCENTILES = ("mean", "p50", "p80", "p95")
 
 
-def write_report(run_folder: Path, path: Path | None = None) -> Path:
+def write_report(run_folder: Path, path: Path | None = None, *, refresh: float | None = None) -> Path:
     """Write a run's page to `path`, by default `report.html` in its folder, and return the path. What the run has not written is left out.
 
-    Raises RecipeError, in one line, for a folder without metrics or with a damaged file. The page is replaced in one piece.
+    `refresh`: seconds after which an open page loads itself again. Raises RecipeError, in one line, for a folder without metrics or with
+    a damaged file. The page is replaced in one piece.
     """
-    return page.write(path or run_folder / "report.html", report_html(run_folder))
+    return page.write(path or run_folder / "report.html", report_html(run_folder, refresh))
 
 
-def report_html(run_folder: Path) -> str:
+def report_html(run_folder: Path, refresh: float | None = None) -> str:
     metrics, recipe = read_steps(run_folder), read_recipe(run_folder)
     distribution, responses = _rollouts(run_folder, metrics)
     return page.page(
@@ -60,6 +61,7 @@ def report_html(run_folder: Path) -> str:
             ("Recipe", _recipe(recipe)),
         ],
         footer=f"Written by megafork {escape(__version__)} from metrics.jsonl, recipe.yaml and rollouts/ in the run's folder.",
+        refresh=refresh,
     )
 
 
