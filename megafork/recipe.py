@@ -339,13 +339,6 @@ class Log(Section):
     rollouts_every: CountOrZero = 1
     """Write rollouts/step_*.parquet every N steps; 0 never."""
 
-    @field_validator("wandb")
-    @classmethod
-    def _is_a_project(cls, wandb: str | None) -> str | None:
-        if wandb is not None and not re.fullmatch(r"[^/\\#?%:]{1,128}", wandb):
-            raise ValueError(f"log.wandb is {wandb!r}: it names a project, use up to 128 characters, and none of / \\ # ? % :")
-        return wandb
-
 
 class Recipe(Section):
     """One run. See the sections for every key."""

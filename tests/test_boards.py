@@ -95,7 +95,7 @@ def test_a_resumed_run_is_the_same_run_and_a_new_one_another(recipe: Recipe) -> 
     assert identities[0] == identities[1] != identities[2]
 
 
-def test_what_is_missing_is_said_before_the_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_said_before_the_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     check(Log())
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "wandb", None)
@@ -105,7 +105,7 @@ def test_what_is_missing_is_said_before_the_run(recipe: Recipe, tmp_path: Path, 
             check(recipe.log)
         check(Log())
     with pytest.raises(RecipeError, match=r"log\.wandb is 'a/b': it names a project"):
-        load_recipe(write_recipe(tmp_path), ["log.wandb=a/b"])
+        check(Log(wandb="a/b"))
 
 
 def test_doctor_looks_for_the_package(recipe: Recipe) -> None:

@@ -79,6 +79,7 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
     weights = [(task / "runs" / f"{name}-{run}" / "hf" / "model.safetensors").read_bytes() for run in ("unbroken", "killed")]
     assert weights[0] == weights[1]
     check_rollouts(task / "runs" / f"{name}-unbroken", whole)
+    check_evaluations(task / "runs" / f"{name}-unbroken", whole)
 
 
 def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> None:
@@ -97,6 +98,14 @@ def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> N
     assert "rank 1 was killed by SIGKILL" in stderr
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+def check_evaluations(run: Path, rows: list[dict[str, Any]]) -> None:
+    """A number for each held-out prompt, whatever engine answered it."""
+    for row in (row for row in rows if "eval/accuracy" in row):
+        found = json.loads((run / "evaluations" / f"step_{row['step']:06d}.json").read_text())
+        assert found["step"] == row["step"] and len(found["accuracies"]) == 20
+        assert sum(found["accuracies"]) / 20 == pytest.approx(row["eval/accuracy"])
 
 
 def check_rollouts(run: Path, rows: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from megafork.data.prompts import Prompt
 from megafork.rollout.background import Background
 from megafork.rollout.server import ServerEngine
-from megafork.train.sampler import Collected, Sampler
+from megafork.train.sampler import Collected, Evaluation, Sampler
 
 
 class Ahead:
@@ -37,7 +37,7 @@ class Ahead:
                 self._begun[later] = self._background.begin(partial(self.sampler.collect, later))
         return engine.attend(self._begun.pop(step))
 
-    def evaluate(self, prompts: list[Prompt]) -> dict[str, float]:
+    def evaluate(self, prompts: list[Prompt]) -> Evaluation:
         """The sampler's `evaluate`, with the weights of now, after the steps that are being drawn."""
         engine = self.sampler.engine
         if not isinstance(engine, ServerEngine):

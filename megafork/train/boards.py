@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ def check(log: Log) -> None:
     """Raises RecipeError where Weights & Biases is asked for and cannot be had. At a terminal wandb asks for the key that it lacks."""
     if log.wandb is None:
         return
+    if not re.fullmatch(r"[^/\\#?%:]{1,128}", log.wandb):
+        raise RecipeError(f"log.wandb is {log.wandb!r}: it names a project, use up to 128 characters, and none of / \\ # ? % :")
     if importlib.util.find_spec("wandb") is None:
         raise RecipeError(
             f"log.wandb is {log.wandb!r} but the package wandb is not installed: pip install 'megafork[wandb]', or leave log.wandb empty"

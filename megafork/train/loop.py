@@ -25,7 +25,7 @@ from megafork.train.ahead import Ahead
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
-from megafork.train.record import write_rollouts
+from megafork.train.record import write_evaluation, write_rollouts
 from megafork.train.run import Metrics, Run, build_learner, packer, placement
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import entropy_metrics, staleness, update_metrics
@@ -156,11 +156,14 @@ class Trainer:
             "packing/padding": padding / max(tokens, 1),
         }
 
-    def evaluate(self) -> Metrics:
-        """Accuracy on the held-out prompts, or nothing without any."""
+    def evaluate(self, step: int) -> Metrics:
+        """Accuracy on the held-out prompts, or nothing without any. Rank 0 writes down each prompt's, after `step`."""
         if not self.inputs.held_out:
             return {}
-        return dict(self.ahead.evaluate(self.inputs.held_out))
+        found = self.ahead.evaluate(self.inputs.held_out)
+        if self.mesh.is_rank_zero:
+            write_evaluation(self.recipe.run_folder, step, found.accuracies)
+        return dict(found.metrics)
 
     def close(self) -> None:
         if self.verifiers is not None:
@@ -190,13 +193,13 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
         torch.set_rng_state(run.state["rng"])
     trainer.refit(run.start)
     if run.start == 0:
-        run.log({"step": 0, **trainer.evaluate()})
+        run.log({"step": 0, **trainer.evaluate(0)})
     last: Metrics = {}
     for step in run.steps:
         told = trainer.reward_error
         last = {"step": step, **trainer.step(step)}
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            last |= trainer.evaluate()
+            last |= trainer.evaluate(step)
         remarks = _remarks(last, first=step == run.start + 1, error=trainer.reward_error if trainer.reward_error != told else None)
         run.end_step(last, {"order": trainer.order, "rng": torch.get_rng_state()}, remarks)
     run.close()

@@ -1,7 +1,11 @@
-"""The roll-outs of a step as one parquet file: prompt, response, reward, and each token's entropy, log-prob and whether it is a fork."""
+"""What a run keeps of single responses: the roll-outs of a step as one parquet file (prompt, response, reward, and each token's entropy,
+log-prob and whether it is a fork), and how well each held-out prompt was answered."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,15 @@ def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inpu
     if writer is not None:
         writer.close()
         temporary.rename(file)
+
+
+def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float]) -> None:
+    """evaluations/step_000012.json: {"step", "accuracies"}, these in the order of the held-out prompts. Appears when whole. Rank 0 only."""
+    file = run_folder / "evaluations" / f"step_{step:06d}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".writing")
+    temporary.write_text(json.dumps({"step": step, "accuracies": list(accuracies)}) + "\n")
+    os.replace(temporary, file)
 
 
 def _receive(rows: list[dict[str, Any]], source: int, mesh: Mesh) -> list[dict[str, Any]]:

@@ -61,6 +61,15 @@ class Collected:
         return sorted({outcome.group for outcome in self.outcomes})
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out prompts answered and judged, the same on every rank."""
+
+    metrics: dict[str, float]
+    accuracies: list[float]
+    """Each prompt's, in their order: the mean over its `eval.samples` responses."""
+
+
 class Sampler:
     """Draws a step's prompts and responses. Every rank makes one and calls `collect` together; only an engine's first rank judges."""
 
@@ -158,28 +167,32 @@ class Sampler:
         done.outcomes = [o for o in kept if o.group in groups and not (drop_truncated and o.truncated)]
         done.responses = [r for r in mine if r.group in groups and not (drop_truncated and r.truncated)]
 
-    def evaluate(self, prompts: list[Prompt]) -> dict[str, float]:
+    def evaluate(self, prompts: list[Prompt]) -> Evaluation:
         """Accuracy on held-out prompts over `eval.samples` responses each, with the same seeds at every call. Every rank must call."""
         spec, engine = self.recipe.eval, self.engine
-        ours = [prompt for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
-        keys = [(prompt, sample) for prompt in ours for sample in range(spec.samples)]
-        requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for prompt, sample in keys]
+        ours = [(n, prompt) for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
+        keys = [(n, prompt, sample) for n, prompt in ours for sample in range(spec.samples)]
+        requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for _, prompt, sample in keys]
         sampling = Sampling(self.recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=self.tokenizer.eos_ids)
         completions = engine.generate(requests, sampling)
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums, right_of = torch.zeros(5, dtype=torch.float64), torch.zeros(len(prompts), dtype=torch.float64)
         if self.verifiers is not None:
             texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
-            verdicts = self.verifiers.score([(text, prompt.row) for text, (prompt, _) in zip(texts, keys, strict=True)])
+            verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
+            for (n, _, _), verdict in zip(keys, verdicts, strict=True):
+                right_of[n] += verdict.accuracy
             sums[0] = len(completions)
             sums[1] = sum(verdict.accuracy for verdict in verdicts)
             sums[2] = sum(len(completion.tokens) for completion in completions)
             sums[3] = sum(completion.truncated for completion in completions)
             sums[4] = sum(verdict.error is not None for verdict in verdicts)
         dist.all_reduce(sums, group=self.group)
+        dist.all_reduce(right_of, group=self.group)
         count, right, tokens, truncated, errors = sums.tolist()
-        return {
+        metrics = {
             "eval/accuracy": right / count,
             "eval/response_length": tokens / count,
             "eval/truncated": truncated / count,
             "eval/errors": errors,
         }
+        return Evaluation(metrics, (right_of / spec.samples).tolist())
