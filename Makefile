@@ -2,13 +2,22 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 TORCH := 2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast bench lint format clean
+ABLATION := top_20 all bottom_80 random_20
+
+.PHONY: quickstart ablation test test-fast bench lint format clean
 
 quickstart: .venv/ready  ## A tiny Qwen3, warm-started and then trained at its forking tokens: about five minutes on two cores.
 	rm -rf runs/quickstart runs/quickstart-sft
 	$(BIN)/python recipes/quickstart/countdown.py runs/quickstart-sft/task
 	$(BIN)/megafork sft recipes/quickstart/sft.yaml
 	$(BIN)/megafork train recipes/quickstart/train.yaml
+
+runs/quickstart-sft/hf: | .venv/ready
+	$(BIN)/python recipes/quickstart/countdown.py runs/quickstart-sft/task
+	$(BIN)/megafork sft recipes/quickstart/sft.yaml
+
+ablation: .venv/ready runs/quickstart-sft/hf  ## Which tokens to learn from, three seeds each: docs/ablation.md. Called again, it goes on.
+	$(BIN)/megafork ablate $(ABLATION:%=recipes/ablation/%.yaml) --seeds 1,2,3
 
 test: .venv/ready  ## The whole suite.
 	$(BIN)/pytest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from megafork.ranks import Interrupted
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 
@@ -181,6 +182,30 @@ def analyze(
 
 
 @app.command()
+def ablate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="The first is what the others are compared with.", show_default=False),
+    ],
+    seeds: Annotated[str, typer.Option(help="Of the runs of each recipe.")] = "1,2,3",
+    out: Annotated[str, typer.Option(help="Folder of the runs and of ablation.json.")] = "runs/ablation",
+    as_json: Json = False,
+) -> None:
+    """Train recipes over the same seeds, and tabulate what they differ in. The same call again goes on where it was killed."""
+    from megafork.ablation.settings import Settings
+
+    settings = Settings.parse(arguments, seeds, out)
+    from megafork import launch
+    from megafork.ablation.table import tables
+
+    code, results = launch.ablate(settings)
+    console.print(tables(results))
+    console.print(f"results: {results['file']}")
+    _finish(as_json, **results)
+    raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to check this machine for.")] = None, as_json: Json = False
 ) -> None:
@@ -298,12 +323,15 @@ def _finish(as_json: bool, **values: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line. Wrong input is one line on standard error and exit code 2."""
+    """Run the command line. Wrong input is one line on standard error and exit code 2; a signal that stops it is one line and 1."""
     try:
         app()
     except RecipeError as error:
         typer.echo(f"megafork: {' '.join(str(error).splitlines())}", err=True)
         raise SystemExit(2) from None
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from megafork import ranks
 from megafork.compat import noise
 from megafork.ranks import DONE, FAILED
-from megafork.recipe import Recipe
+from megafork.recipe import Recipe, RecipeError
 from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
+    from megafork.ablation.results import Results as AblationResults
+    from megafork.ablation.settings import Settings as AblationSettings
+    from megafork.ablation.settings import Trial
     from megafork.evaluation.run import Results
     from megafork.evaluation.settings import Settings
     from megafork.rollout.sample import SampleJob
@@ -42,6 +45,32 @@ def run(command: Command, recipe: Recipe) -> int:
         ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
         return DONE
     return ranks.do(partial(_train, command, recipe, inputs if joined else None), world, recipe.run_folder)
+
+
+def ablate(settings: AblationSettings) -> tuple[int, AblationResults]:
+    """Run the trials of an ablation one after the other, or what is left of them. Returns the exit code and what the finished ones say.
+
+    A trial that fails is named, and the others go on. Raises RecipeError before any rank starts, and in a job of several ranks.
+    """
+    noise.silence()
+    if ranks.joined():
+        raise RecipeError("megafork ablate starts ranks itself: call it outside of torchrun and srun, or `megafork train` in them")
+    from megafork.ablation.results import summarise
+    from megafork.ablation.settings import check_begun
+
+    trials = settings.trials()
+    for trial in trials:
+        if trial.begun:
+            check_begun(trial)
+        elif trial.seed == settings.seeds[0]:
+            preflight("train", trial.recipe, _ranks_here(trial.recipe))
+    failed: dict[Trial, str] = {}
+    for number, trial in enumerate(trials, 1):
+        left = "done before" if trial.finished else str(trial.recipe.run_folder)
+        ranks.say(f"run {number} of {len(trials)}: {trial}: {left}")
+        if not trial.finished and (why := _attempt(trial.recipe)):
+            failed[trial] = why
+    return FAILED if failed else DONE, summarise(settings, trials, failed)
 
 
 def evaluate(settings: Settings) -> tuple[int, Results | None]:
@@ -126,6 +155,21 @@ def _with_local_model(recipe: Recipe) -> Recipe:
     from megafork.data.hub import local_model
 
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": local_model(recipe.model.path)})})
+
+
+def _attempt(recipe: Recipe) -> str | None:
+    """Train, and write the report. Returns what went wrong, which is also said at once; None when nothing did."""
+    try:
+        code = run("train", recipe)
+    except RecipeError as error:
+        ranks.say(f"megafork: {error}")
+        return str(error)
+    if code != DONE:
+        return f"see above, and {recipe.run_folder / 'logs'}"
+    from megafork.analysis.report import write_report
+
+    write_report(recipe.run_folder)
+    return None
 
 
 def _unfinished(recipe: Recipe) -> bool:

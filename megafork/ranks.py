@@ -26,11 +26,16 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 Job = Callable[[], int]
 """The work of a rank: joins the others, returns an exit code. Of a module's functions and plain values, so that it can be pickled."""
 _LAUNCHER = "MEGAFORK_LAUNCHER"
 _STOP_LIMIT_S = 5
 """How long a rank may take to end after SIGTERM before it is killed."""
+
+
+class Interrupted(RuntimeError):
+    """A signal stopped the ranks, as Ctrl-C does."""
 
 
 def is_main() -> bool:
@@ -46,7 +51,8 @@ def joined() -> bool:
 def do(job: Job, world: int, folder: Path) -> int:
     """Do a job on the ranks that this process is one of, or else on `world` new ones of this machine; returns the exit code.
 
-    `folder`: of logs/. Raises RecipeError when a new rank did. A rank that was started by others does not return from a failure.
+    `folder`: of logs/. Raises RecipeError when a new rank did, Interrupted when a signal stopped the new ranks. A rank that was started
+    by others does not return from a failure.
     """
     if not joined():
         return _start(job, world, folder / "logs")
@@ -104,13 +110,16 @@ def _start(job: Job, world: int, logs: Path) -> int:
         shutdown_timeout=_STOP_LIMIT_S,
         logs_specs=_logs_specs(logs),
     )
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         elastic_launch(config, sys.executable)("-m", "megafork.ranks", str(file))
     except ChildFailedError as error:
         return _explain(error.failures.values(), logs)
     except SignalException as stopped:
-        say(f"stopped by {stopped.sigval.name}; the same command continues")
-        return FAILED
+        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command continues") from None
+    finally:
+        for number, handler in handlers.items():  # the launcher sets its own, and leaves them
+            signal.signal(number, handler)
     return DONE
 
 

@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(("parallel", "data"), 2),
     **dict.fromkeys(("model", "rl"), 3),
     **dict.fromkeys(("weights", "rollout", "analysis"), 4),
-    **dict.fromkeys(("train", "plan", "evaluation", "study", "ranks"), 5),
+    **dict.fromkeys(("train", "plan", "evaluation", "study", "ablation", "ranks"), 5),
     **dict.fromkeys(("launch", "doctor"), 6),
     **dict.fromkeys(("cli",), 7),
 }

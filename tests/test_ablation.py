@@ -1,0 +1,231 @@
+"""Ablations: the statistics against scipy's two-sample forms and tables, the numbers against the runs' own files, and real trials that
+fail, are killed, and go on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from scipy import stats
+from task import make_task, write_recipe
+
+from megafork.ablation.results import summarise
+from megafork.ablation.settings import Settings, Trial, check_begun
+from megafork.ablation.statistics import Paired, Spread, paired, spread
+from megafork.ablation.table import tables
+from megafork.recipe import RecipeError
+
+
+def test_paired_differences_as_in_students_table() -> None:
+    """t of 2 degrees of freedom at 97.5% is 4.303; 1, 2, 3 have mean 2 and standard error 1 / sqrt 3."""
+    found = paired([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.n == 3
+    assert found.high is not None and found.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert found.low is not None and 2 - found.low == pytest.approx(found.high - 2)
+    ours, theirs = np.random.default_rng(1).random((2, 40))
+    two = stats.ttest_rel(ours, theirs)
+    assert paired((ours - theirs).tolist()).p == pytest.approx(two.pvalue)
+    assert spread([1.0, 2.0, 3.0]) == Spread(2.0, 1.0)
+
+
+def test_what_a_single_or_a_constant_difference_does_not_say() -> None:
+    assert paired([0.5]) == Paired(0.5, None, None, None, 1)
+    assert paired([0.5, 0.5, 0.5]) == Paired(0.5, None, None, None, 3)
+    assert spread([2.0]) == Spread(2.0, None)
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """top.yaml of the tiny task, and all.yaml, which extends it."""
+    monkeypatch.chdir(tmp_path)
+    relative = {"run": {"folder": "runs"}, "model": {"path": "model"}, "data": {"train": "train.jsonl", "eval": "held_out.jsonl"}}
+    write_recipe(tmp_path, **relative, eval={"every": 1, "samples": 2}, checkpoint={"every": 1, "export_hf": False})
+    (tmp_path / "recipe.yaml").rename(tmp_path / "top.yaml")
+    (tmp_path / "all.yaml").write_text("extends: top.yaml\nforks: {select: all}\n")
+    return ["top.yaml", "all.yaml"]
+
+
+def test_trials_are_the_recipes_with_each_seed(recipes: list[str]) -> None:
+    settings = Settings.parse([*recipes, "train.steps=5"], "3, 1", "out")
+    trials = settings.trials()
+    assert [str(trial) for trial in trials] == ["top, seed 3", "all, seed 3", "top, seed 1", "all, seed 1"]
+    assert [str(trial.recipe.run_folder) for trial in trials[:2]] == ["out/top/seed_3", "out/all/seed_3"]
+    assert [trial.recipe.run.seed for trial in trials] == [3, 3, 1, 1]
+    assert {trial.recipe.train.steps for trial in trials} == {5}
+    assert [trial.recipe.forks.select for trial in trials[:2]] == ["top", "all"]
+
+
+REFUSED = {
+    ("train.steps=5",): "RECIPE is missing",
+    ("top.yaml", "run.seed=5"): "override 'run.seed=5' is what makes the trials: give --seeds and --out instead",
+    ("top.yaml", "./top.yaml"): "RECIPE 'top' is given twice",
+    ("top.yaml", "nowhere.yaml"): "does not exist",
+    ("top.yaml", "data.eval=null"): "data.eval of 'top' is empty",
+    ("top.yaml", "other.yaml"): "data.eval or the section eval of 'other' is not as in 'top'",
+    ("top.yaml", "forks.select=none"): "forks.select is 'none'",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_compared(arguments: tuple[str, ...], recipes: list[str]) -> None:
+    Path("other.yaml").write_text("extends: top.yaml\neval: {samples: 4}\n")
+    with pytest.raises(RecipeError) as caught:
+        Settings.parse(arguments, "1,2", "out").trials()
+    assert REFUSED[arguments] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seeds", ["", "1,1", "1,,2", "-1", "one", "01,1"])
+def test_wrong_seeds(seeds: str) -> None:
+    with pytest.raises(RecipeError, match=r"--seeds is .*: give different whole numbers such as 1,2,3"):
+        Settings.parse(["top.yaml"], seeds, "out")
+
+
+def test_a_run_of_other_settings_is_not_taken_for_the_trial(recipes: list[str]) -> None:
+    [trial] = Settings.parse(["top.yaml"], "1", "out").trials()
+    trial.recipe.run_folder.mkdir(parents=True)
+    (trial.recipe.run_folder / "recipe.yaml").write_text(trial.recipe.to_yaml())
+    for fine in ((), ("train.steps=4",), ("log.text=true",), ("run.ranks=2",)):
+        check_begun(Settings.parse(["top.yaml", *fine], "1", "out").trials()[0])
+    for key, was, now in (("optimizer.lr", "0.003", "0.001"), ("train.steps", "3", "2"), ("forks.select", "top", "all")):
+        [other] = Settings.parse(["top.yaml", f"{key}={now}"], "1", "out").trials()
+        with pytest.raises(RecipeError, match=f"--out has 'out/top/seed_1', a run with {key}={was}, not {now}: choose another --out"):
+            check_begun(other)
+
+
+def write_run(trial: Trial, accuracies: list[float], prompts: list[float], **last: float) -> None:
+    """What a finished run leaves: an evaluation before the first step and after each."""
+    folder = trial.recipe.run_folder
+    (folder / "evaluations").mkdir(parents=True)
+    rows: list[dict[str, Any]] = [
+        {"step": step, "eval/accuracy": value, "eval/response_length": 1.0, "entropy/mean": 2.0, "time/step": 30.0}
+        for step, value in enumerate(accuracies)
+    ]
+    rows[-1] |= {key.replace("__", "/"): value for key, value in last.items()}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluations" / f"step_{len(rows) - 1:06d}.json").write_text(json.dumps({"step": len(rows) - 1, "accuracies": prompts}))
+
+
+def shown(results: dict[str, Any], width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    console.print(tables(results))
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_the_numbers_are_those_of_the_runs(recipes: list[str]) -> None:
+    settings = Settings.parse([*recipes, "all2.yaml"], "1,2,3", "out")
+    Path("all2.yaml").write_text("extends: all.yaml\n")
+    trials = settings.trials()
+    ends = {"top": [0.5, 0.25, 0.75], "all": [0.25, 0.25, 0.5], "all2": [0.0, 0.0, 0.0]}
+    for trial in trials:
+        end = ends[trial.name][trial.seed - 1]
+        prompts = [end, end + 0.25, end - 0.25, end] if trial.name == "top" else [end] * 4
+        if trial.name != "all2":
+            write_run(trial, [0.0, 0.8, end], prompts, eval__response_length=trial.seed, entropy__mean=0.1 * trial.seed)
+    failed = {trial: "see above" for trial in trials if trial.name == "all2"}
+    results = summarise(settings, trials, failed)
+    assert json.loads(Path("out/ablation.json").read_text()) == json.loads(json.dumps(results))
+    top, every = results["recipes"]
+    assert [run["end"] for run in top["runs"]] == ends["top"] and [run["best"] for run in every["runs"]] == [0.8] * 3
+    assert [run["area"] for run in top["runs"]] == pytest.approx([(0.4 + (0.8 + end) / 2) / 2 for end in ends["top"]])
+    assert top["end"] == {"mean": 0.5, "sd": 0.25}
+    assert every["length"] == {"mean": 2.0, "sd": 1.0} and every["entropy"]["mean"] == pytest.approx(0.2)
+    assert every["seconds"]["mean"] == 90
+    assert (top["runs"][1]["seed"], top["runs"][1]["folder"]) == (2, "out/top/seed_2")
+    [comparison] = results["comparisons"]
+    assert (comparison["recipe"], comparison["against"]) == ("all", "top")
+    by_seed, by_prompt = comparison["end"]["seeds"], comparison["end"]["prompts"]
+    assert by_seed["mean"] == pytest.approx(-1 / 6) and by_seed["n"] == 3
+    assert by_seed["p"] == pytest.approx(stats.ttest_rel(ends["all"], ends["top"]).pvalue)
+    assert by_prompt["n"] == 4 and by_prompt["mean"] == pytest.approx(-1 / 6)
+    assert by_prompt["p"] == pytest.approx(stats.ttest_1samp([-1 / 6, -1 / 6 - 0.25, -1 / 6 + 0.25, -1 / 6], 0).pvalue)
+    assert results["failed"] == [{"recipe": "all2", "seed": seed, "why": "see above"} for seed in (1, 2, 3)]
+    lines = shown(results, width=100)
+    assert lines[1].split()[:4] == ["top", "3", "50.0", "±25.0"]
+    assert next(line for line in lines if line.startswith("all ") and "seeds" in line).split() == (
+        ["all", "end", "3", "seeds", "-16.7", "-52.5", "to", "+19.2", "0.18"]
+    )
+    assert sum("4 prompts" in line for line in lines) == 1
+    assert lines[-1] == "failed: all2, seed 3: see above"
+    assert max(map(len, shown(results, width=80))) <= 80
+
+
+def test_one_seed_and_a_reference_that_failed(recipes: list[str]) -> None:
+    settings = Settings.parse(recipes, "1,2", "out")
+    trials = settings.trials()
+    for trial in trials:
+        write_run(trial, [0.0, 0.5], [0.5, 0.5])
+    one = summarise(replace(settings, seeds=(1,)), trials[:2], {})
+    assert one["recipes"][0]["end"] == {"mean": 0.5, "sd": None}
+    assert one["comparisons"][0]["end"]["seeds"] == {"mean": 0.0, "low": None, "high": None, "p": None, "n": 1}
+    unpaired = summarise(settings, trials, {trials[0]: "x", trials[3]: "y"})
+    assert unpaired["comparisons"] == [], "no seed in common"
+    assert [len(row["runs"]) for row in unpaired["recipes"]] == [1, 1]
+    for results in (one, unpaired):
+        assert "None" not in "".join(shown(results, width=80))
+
+
+ABLATE = [sys.executable, "-m", "megafork.cli", "ablate", "top.yaml", "all.yaml", "--seeds", "1,2", "--out", "out", "--json"]
+
+
+def ablate(*changes: str) -> tuple[int, dict[str, Any], str]:
+    done = subprocess.run([*ABLATE, *changes], capture_output=True, text=True, timeout=280, check=False)
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
+
+
+def metrics(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path("out") / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_real_trials_that_fail_are_killed_and_go_on(recipes: list[str], tmp_path: Path) -> None:
+    make_task(tmp_path)
+    process = subprocess.Popen(ABLATE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    second = Path("out/all/seed_1/checkpoints/step_000001")
+    deadline = time.monotonic() + 200
+    while not second.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "stopped by SIGINT; the same command continues", "and not with the next trial"
+    assert not Path("out/top/seed_2").exists()
+    first = (Path("out/top/seed_1/metrics.jsonl")).stat().st_mtime_ns
+
+    broken = Path("out/top/seed_2")  # a file where the run's folder should be
+    broken.parent.mkdir(exist_ok=True)
+    broken.mkdir()
+    (broken / "metrics.jsonl").mkdir()
+    code, results, errors = ablate()
+    assert code == 1
+    assert [(one["recipe"], one["seed"]) for one in results["failed"]] == [("top", 2)]
+    said = [line for line in errors.splitlines() if line.startswith("run ")]
+    assert said[0] == "run 1 of 4: top, seed 1: done before" and len(said) == 4
+    assert [row["step"] for row in metrics("all/seed_1")] == [0, 1, 2, 3]
+
+    (broken / "metrics.jsonl").rmdir()
+    code, results, errors = ablate()
+    assert (code, results["failed"]) == (0, [])
+    assert (Path("out/top/seed_1/metrics.jsonl")).stat().st_mtime_ns == first, "a finished run is not repeated"
+    for row in results["recipes"]:
+        assert [run["end"] for run in row["runs"]] == [metrics(f"{row['recipe']}/seed_{seed}")[-1]["eval/accuracy"] for seed in (1, 2)]
+    assert Path("out/all/seed_2/report.html").exists()
+    assert yaml.safe_load(Path("out/all/seed_2/recipe.yaml").read_text())["forks"]["select"] == "all"
+
+    code, again, errors = ablate()
+    assert (code, again) == (0, results) and errors.count("done before") == 4
+    code, _, errors = ablate("optimizer.lr=1.0")
+    assert code == 2 and errors.startswith("megafork: --out has 'out/top/seed_1', a run with optimizer.lr=0.003, not 1.0")
