@@ -61,7 +61,7 @@ def test_trials_are_the_recipes_with_each_seed(recipes: list[str]) -> None:
     settings = Settings.parse([*recipes, "train.steps=5"], "3, 1", "out")
     trials = settings.trials()
     assert [str(trial) for trial in trials] == ["top, seed 3", "all, seed 3", "top, seed 1", "all, seed 1"]
-    assert [str(trial.recipe.run_folder) for trial in trials[:2]] == ["out/top/seed_3", "out/all/seed_3"]
+    assert [str(trial.recipe.run_folder) for trial in trials[:2]] == ["out/top-seed_3", "out/all-seed_3"]
     assert [trial.recipe.run.seed for trial in trials] == [3, 3, 1, 1]
     assert {trial.recipe.train.steps for trial in trials} == {5}
     assert [trial.recipe.forks.select for trial in trials[:2]] == ["top", "all"]
@@ -100,7 +100,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_trial(recipes: list[str]) 
         check_begun(Settings.parse(["top.yaml", *fine], "1", "out").trials()[0])
     for key, was, now in (("optimizer.lr", "0.003", "0.001"), ("train.steps", "3", "2"), ("forks.select", "top", "all")):
         [other] = Settings.parse(["top.yaml", f"{key}={now}"], "1", "out").trials()
-        with pytest.raises(RecipeError, match=f"--out has 'out/top/seed_1', a run with {key}={was}, not {now}: choose another --out"):
+        with pytest.raises(RecipeError, match=f"--out has 'out/top-seed_1', a run with {key}={was}, not {now}: choose another --out"):
             check_begun(other)
 
 
@@ -143,7 +143,7 @@ def test_the_numbers_are_those_of_the_runs(recipes: list[str]) -> None:
     assert top["end"] == {"mean": 0.5, "sd": 0.25}
     assert every["length"] == {"mean": 2.0, "sd": 1.0} and every["entropy"]["mean"] == pytest.approx(0.2)
     assert every["seconds"]["mean"] == 90
-    assert (top["runs"][1]["seed"], top["runs"][1]["folder"]) == (2, "out/top/seed_2")
+    assert (top["runs"][1]["seed"], top["runs"][1]["folder"]) == (2, "out/top-seed_2")
     [comparison] = results["comparisons"]
     assert (comparison["recipe"], comparison["against"]) == ("all", "top")
     by_seed, by_prompt = comparison["end"]["seeds"], comparison["end"]["prompts"]
@@ -193,7 +193,7 @@ def metrics(name: str) -> list[dict[str, Any]]:
 def test_real_trials_that_fail_are_killed_and_go_on(recipes: list[str], tmp_path: Path) -> None:
     make_task(tmp_path)
     process = subprocess.Popen(ABLATE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    second = Path("out/all/seed_1/checkpoints/step_000001")
+    second = Path("out/all-seed_1/checkpoints/step_000001")
     deadline = time.monotonic() + 200
     while not second.exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -202,30 +202,28 @@ def test_real_trials_that_fail_are_killed_and_go_on(recipes: list[str], tmp_path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.splitlines()[-1] == "stopped by SIGINT; the same command continues", "and not with the next trial"
-    assert not Path("out/top/seed_2").exists()
-    first = (Path("out/top/seed_1/metrics.jsonl")).stat().st_mtime_ns
+    assert not Path("out/top-seed_2").exists()
+    first = Path("out/top-seed_1/metrics.jsonl").stat().st_mtime_ns
 
-    broken = Path("out/top/seed_2")  # a file where the run's folder should be
-    broken.parent.mkdir(exist_ok=True)
-    broken.mkdir()
-    (broken / "metrics.jsonl").mkdir()
+    broken = Path("out/top-seed_2/metrics.jsonl")
+    broken.mkdir(parents=True)  # which the run can't write to
     code, results, errors = ablate()
     assert code == 1
     assert [(one["recipe"], one["seed"]) for one in results["failed"]] == [("top", 2)]
     said = [line for line in errors.splitlines() if line.startswith("run ")]
     assert said[0] == "run 1 of 4: top, seed 1: done before" and len(said) == 4
-    assert [row["step"] for row in metrics("all/seed_1")] == [0, 1, 2, 3]
+    assert [row["step"] for row in metrics("all-seed_1")] == [0, 1, 2, 3]
 
-    (broken / "metrics.jsonl").rmdir()
+    broken.rmdir()
     code, results, errors = ablate()
     assert (code, results["failed"]) == (0, [])
-    assert (Path("out/top/seed_1/metrics.jsonl")).stat().st_mtime_ns == first, "a finished run is not repeated"
+    assert Path("out/top-seed_1/metrics.jsonl").stat().st_mtime_ns == first, "a finished run is not repeated"
     for row in results["recipes"]:
-        assert [run["end"] for run in row["runs"]] == [metrics(f"{row['recipe']}/seed_{seed}")[-1]["eval/accuracy"] for seed in (1, 2)]
-    assert Path("out/all/seed_2/report.html").exists()
-    assert yaml.safe_load(Path("out/all/seed_2/recipe.yaml").read_text())["forks"]["select"] == "all"
+        assert [run["end"] for run in row["runs"]] == [metrics(f"{row['recipe']}-seed_{seed}")[-1]["eval/accuracy"] for seed in (1, 2)]
+    assert Path("out/all-seed_2/report.html").exists()
+    assert yaml.safe_load(Path("out/all-seed_2/recipe.yaml").read_text())["forks"]["select"] == "all"
 
     code, again, errors = ablate()
     assert (code, again) == (0, results) and errors.count("done before") == 4
     code, _, errors = ablate("optimizer.lr=1.0")
-    assert code == 2 and errors.startswith("megafork: --out has 'out/top/seed_1', a run with optimizer.lr=0.003, not 1.0")
+    assert code == 2 and errors.startswith("megafork: --out has 'out/top-seed_1', a run with optimizer.lr=0.003, not 1.0")

@@ -18,7 +18,7 @@ _OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the ablation: OUT/<name>/seed_<seed>/."""
+    """A run of the ablation: OUT/<name>-seed_<seed>/."""
 
     name: str
     """The recipe's file, without `.yaml`."""
@@ -85,7 +85,7 @@ class Settings:
         return every
 
     def _recipe(self, file: str, name: str, seed: int) -> Recipe:
-        own = [f"run.folder={Path(self.out) / name}", f"run.name=seed_{seed}", f"run.seed={seed}"]
+        own = [f"run.folder={self.out}", f"run.name={name}-seed_{seed}", f"run.seed={seed}"]
         return load_recipe(file, [*self.overrides, *own])
 
 
