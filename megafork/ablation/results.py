@@ -29,7 +29,7 @@ class Measured:
 
     trial: Trial
     values: dict[str, float]
-    """Of ACCURACIES and OTHERS, and "seconds" in steps."""
+    """Of ACCURACIES and OTHERS, and "seconds" in steps. Without entropy where no step had tokens to learn from."""
     prompts: np.ndarray
     """Accuracy of each held-out prompt after the last step, float64."""
 
@@ -44,9 +44,10 @@ def measure(trial: Trial) -> Measured:
         "best": accuracies.max(),
         "area": np.trapezoid(accuracies, steps) / (steps[-1] - steps[0]),
         "length": known_values(metrics, "eval/response_length")[-1],
-        "entropy": known_values(metrics, "entropy/mean")[-1],
         "seconds": sum(known_values(metrics, "time/step")),
     }
+    if entropies := known_values(metrics, "entropy/mean"):
+        values["entropy"] = entropies[-1]
     last = json.loads((folder / "evaluations" / f"step_{curve[-1][0]:06d}.json").read_text())
     return Measured(trial, {name: float(value) for name, value in values.items()}, np.array(last["accuracies"], np.float64))
 
@@ -82,7 +83,10 @@ def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial
 
 def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:
     rows = [{"seed": seed, "folder": str(one.trial.recipe.run_folder), **one.values} for seed, one in measured.items()]
-    spreads = {key: asdict(spread([one.values[key] for one in measured.values()])) for key in (*ACCURACIES, *OTHERS, "seconds")}
+    spreads = {
+        key: asdict(spread([one.values[key] for one in measured.values() if key in one.values]))
+        for key in (*ACCURACIES, *OTHERS, "seconds")
+    }
     return {"recipe": name, "runs": rows, **spreads}
 
 

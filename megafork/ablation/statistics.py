@@ -10,9 +10,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation; None of fewer than two."""
+    """Mean and sample standard deviation: None of no values, and of fewer than two."""
 
-    mean: float
+    mean: float | None
     sd: float | None
 
 
@@ -31,7 +31,7 @@ class Paired:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+    return Spread(float(np.mean(values)) if values else None, float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def paired(differences: Sequence[float]) -> Paired:

@@ -51,5 +51,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _spread(value: dict[str, Any], scale: float, digits: int) -> str:
+    if value["mean"] is None:
+        return "-"
     sd = "" if value["sd"] is None else f" ±{scale * value['sd']:.{digits}f}"
     return f"{scale * value['mean']:.{digits}f}{sd}"
