@@ -55,10 +55,11 @@ def measure(trial: Trial) -> Measured:
 def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> Results:
     """Writes `ablation.json` in the ablation's folder, and returns what it holds.
 
-    {settings..., "file", "recipes": [{"recipe", "runs": [{"seed", "folder", the values of `Measured`}], each value's {"mean", "sd"} over
-    seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`}, "end" also: {"prompts": `Paired`}}], "failed":
-    [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its accuracies averaged over the seeds. A recipe without
-    a finished run is in "failed" alone; one that shares no seed with the first is not compared.
+    {"files" (the recipes'), "overrides", "seeds", "file" (this one), "recipes": [{"recipe", "runs": [{"seed", "folder", the values of
+    `Measured`}], each value's {"mean", "sd"} over seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`},
+    "end" also: {"prompts": `Paired`}}], "failed": [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its
+    accuracies averaged over the seeds. A recipe without a finished run is in "failed" alone; one that shares no seed with the first is not
+    compared.
     """
     runs: dict[str, dict[int, Measured]] = {}
     for trial in trials:
@@ -68,7 +69,9 @@ def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial
     compared = [name for name in runs if name != reference and runs[name].keys() & runs.get(reference, {}).keys()]
     file = Path(settings.out) / "ablation.json"
     results = {
-        **asdict(settings),
+        "files": list(settings.recipes),
+        "overrides": list(settings.overrides),
+        "seeds": list(settings.seeds),
         "file": str(file),
         "recipes": [_recipe(name, measured) for name, measured in runs.items()],
         "comparisons": [{"recipe": name, "against": reference, **_compare(runs[name], runs[reference])} for name in compared],
