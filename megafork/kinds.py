@@ -1,0 +1,26 @@
+"""The kinds of numbers that a recipe's keys hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-6, without a dot, as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_from_text = BeforeValidator(_number)
+Fraction = Annotated[float, Field(gt=0.0, le=1.0), _from_text]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), _from_text]
+AboveOne = Annotated[float, Field(gt=1.0), _from_text]
+Positive = Annotated[float, Field(gt=0.0), _from_text]
+NonNegative = Annotated[float, Field(ge=0.0), _from_text]
+Temperature = Annotated[float, Field(gt=0.0, le=100.0), _from_text]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
