@@ -57,9 +57,9 @@ class Settings:
     def parse(cls, arguments: Sequence[str], seeds: str, out: str) -> Settings:
         """`arguments`: recipes and overrides in any order; `seeds`: such as "1,2,3". Raises RecipeError."""
         overrides = [argument for argument in arguments if "=" in argument]
-        recipes = [argument for argument in arguments if "=" not in argument]
+        recipes = list(dict.fromkeys(argument for argument in arguments if "=" not in argument))  # `top_20.yaml *.yaml` names one twice
         if not recipes:
-            raise RecipeError("RECIPE is missing: give recipes such as recipes/ablation/*.yaml, the one to compare with first")
+            raise RecipeError("RECIPE is missing: give recipes such as recipes/ablation/all.yaml, the one to compare with first")
         for override in overrides:
             if override.startswith(_OF_THE_TRIAL):
                 raise RecipeError(f"override {override!r} is what makes the trials: give --seeds and --out instead")
