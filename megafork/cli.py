@@ -61,7 +61,7 @@ def report(
         if not (run / "metrics.jsonl").exists():
             raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")
     page = write_page(runs, out) if seconds is None else watch(runs, out, seconds=seconds)
-    console.print(f"report: {page}")
+    typer.echo(f"report: {page}")
     _finish(as_json, report=str(page))
 
 
@@ -116,7 +116,7 @@ def evaluate(
     code, results = launch.evaluate(settings)
     if results is not None:
         console.print(results_table(results))
-        console.print(f"results: {results['file']}")
+        typer.echo(f"results: {results['file']}")
         _finish(as_json, **results)
     raise typer.Exit(code)
 
@@ -200,7 +200,7 @@ def ablate(
 
     code, results = launch.ablate(settings)
     console.print(tables(results))
-    console.print(f"results: {results['file']}")
+    typer.echo(f"results: {results['file']}")
     _finish(as_json, **results)
     raise typer.Exit(code)
 
@@ -312,7 +312,7 @@ def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | No
         folder = recipe.run_folder
         page = write_report(folder) if command == "train" else None
         last = read_metrics(folder / "metrics.jsonl")[-1]
-        console.print(f"run: {folder}" + (f"   report: {page}" if page else ""))
+        typer.echo(f"run: {folder}" + (f"   report: {page}" if page else ""))
         _finish(as_json, run=str(folder), report=str(page) if page else None, **last)
     raise typer.Exit(code)
 
