@@ -73,7 +73,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 PP2": (4, {"tp": 2, "pp": 2}),
 }
 MODELS = (((True, "fp32"), (False, "bf16")), ((True, "bf16"), (False, "fp32")))
-"""Tied or not, and the dtype, two at a time: each layout of two ranks meets all four; of four ranks, whose engines take long to start, a tied
+"""Tied or not, and the dtype, two at a time: each layout of two ranks meets all four; of four ranks, whose engines start slowly, a tied
 one of each dtype."""
 
 
