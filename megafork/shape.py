@@ -100,6 +100,12 @@ def check_engines(rollout_tp: int, ranks: int) -> None:
         raise RecipeError(f"rollout.tp is {rollout_tp}, which does not divide the {ranks} ranks: choose one that does")
 
 
+def check_rollout_tp(shape: Shape, tp: int) -> None:
+    """Refuse an engine of more ranks than share the attention heads evenly."""
+    if shape.heads % tp:
+        raise RecipeError(f"rollout.tp is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+
+
 def stage_layers(layers: int, layout: Parallel) -> list[int]:
     """Layers of each pipeline stage: as given for the first and the last, the rest shared equally (rounded down: see `check_layout`)."""
     given = {0: layout.first_stage_layers, layout.pp - 1: layout.last_stage_layers}

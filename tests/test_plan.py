@@ -39,9 +39,9 @@ from megafork.plan.table import render
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.packing import packer
 from megafork.shape import Shape, read_shape
 from megafork.train.loop import policy_loss
-from megafork.train.run import packer
 from megafork.train.update import Learner
 from megafork.weights.convert import megatron_to_hf
 from megafork.weights.mapping import huggingface_shapes

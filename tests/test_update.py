@@ -106,9 +106,7 @@ def test_rho_one_is_plain_dapo_to_the_last_bit(tmp_path: Path) -> None:
 
 def _neighbour_labels() -> None:
     """Labels by shifting each CP rank's own tokens: wrong at the edges of its chunks, where the next token is another rank's."""
-    from megafork.train import run
-
-    packer = run.packer
+    from megafork.rl.packing import packer
 
     def planted(mesh: Any) -> Any:
         pack = packer(mesh)

@@ -17,9 +17,9 @@ from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import set_weights
+from megafork.rl.packing import packer, placement
 from megafork.shape import read_shape
 from megafork.train.loop import policy_loss
-from megafork.train.run import packer, placement
 from megafork.train.summary import entropy_metrics, update_metrics
 from megafork.train.update import Learner
 from megafork.weights import policy_weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megafork.ablation.settings import Settings, Trial
 from megafork.ablation.statistics import paired, spread
 from megafork.analysis.charts import known_values, number
 from megafork.analysis.run_folder import read_steps
+from megafork.files import whole
 
 Results = dict[str, Any]
 ACCURACIES = ("end", "best", "area")
@@ -78,9 +78,8 @@ def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial
         "failed": [{"recipe": trial.name, "seed": trial.seed, "why": why} for trial, why in failed.items()],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".writing")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, file)
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from megafork.data.reward import Verifiers
 from megafork.evaluation.judge import Answered, Judged, judge
 from megafork.evaluation.metrics import estimate, majority_at, pass_at
-from megafork.evaluation.settings import Decoding
 from megafork.evaluation.work import Work
+from megafork.files import whole
+from megafork.rollout.engine import Sampling
+from megafork.rollout.sample import SampleJob
 from megafork.rollout.store import prompt_key
 
 Results = dict[str, Any]
@@ -25,11 +27,11 @@ def score(work: Work) -> Results:
     "avg@N", "pass@k", "maj@k", "length" (tokens), "truncated", "unanswered" each {"mean", "low", "high"}, "errors", "first_error",
     "by_problem" (each problem's avg@N)]}.
     """
-    settings = work.settings
+    settings, job = work.settings, work.job()
     rows = []
     with Verifiers(work.reward) as verifiers:
         for decoding in settings.decodings:
-            responses = _responses(work, decoding)
+            responses = _responses(job, work.sampling(decoding))
             for benchmark in work.benchmarks:
                 given = [responses[prompt_key(problem.tokens)] for problem in benchmark.problems]
                 judged = judge(benchmark.problems, given, verifiers, settings.verifier)
@@ -38,19 +40,17 @@ def score(work: Work) -> Results:
     name = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
     file = work.folder / f"results-{name}.json"
     results = {**said, "file": str(file), "results": rows}
-    temporary = file.with_suffix(".writing")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.rename(file)
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
-def _responses(work: Work, decoding: Decoding) -> dict[str, list[Answered]]:
+def _responses(job: SampleJob, sampling: Sampling) -> dict[str, list[Answered]]:
     """Of each prompt, in the order of the samples; more samples than asked for may be there."""
-    job = work.job()
-    samples = range(work.settings.samples)
+    samples = range(job.samples)
     there = {
         (row["prompt"], row["sample"]): Answered(row["text"], len(row["tokens"]), row["truncated"])
-        for row in job.store(work.sampling(decoding)).rows()
+        for row in job.store(sampling).rows()
         if row["prompt"] in job.prompts and row["sample"] in samples
     }
     return {prompt: [there[prompt, sample] for sample in samples] for prompt in job.prompts}

@@ -10,14 +10,12 @@ from megafork.data import reward as verifiers
 from megafork.data.tokenizer import Tokenizer
 from megafork.evaluation.benchmarks import Benchmark, load_benchmarks
 from megafork.evaluation.settings import Decoding, Settings
-from megafork.recipe import Recipe, RecipeError, Reward
+from megafork.recipe import Recipe, Reward
 from megafork.rollout.engine import Sampling
-from megafork.rollout.sample import SampleJob, response_limit
+from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
+from megafork.shape import check_rollout_tp
 from megafork.weights.named import NamedModel, as_options, find_model
-
-LONGEST_PROMPT = 4096
-"""Tokens. A longer problem is refused."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ def prepare(settings: Settings) -> Work:
     """Read and check model, tokenizer, verifier and benchmarks; starts nothing. Raises RecipeError."""
     model = find_model(settings.model)
     shape = model.check()
-    if shape.heads % settings.tp:
-        raise RecipeError(f"--tp is {settings.tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+    check_rollout_tp(shape, settings.tp)
     tokenizer = model.tokenizer()
     reward = Reward(verifier=settings.verifier, workers=settings.workers or min(os.cpu_count() or 1, 8), overlong="none")
     verifiers.check(reward)

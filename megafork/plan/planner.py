@@ -12,7 +12,7 @@ from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
 from megafork.plan.speed import Step, step_time
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape, check_engines, check_layout, check_world
+from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     check_world(recipe.parallel, gpus)
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
-    if shape.heads % recipe.rollout.tp:
-        raise RecipeError(
-            f"rollout.tp is {recipe.rollout.tp} but the model has {shape.heads} attention heads: choose one that divides them"
-        )
+    check_rollout_tp(shape, recipe.rollout.tp)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)
     return Plan(recipe, shape, gpus, gpu, count_parameters(shape), memory, step, mean_response)

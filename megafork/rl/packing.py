@@ -6,11 +6,14 @@ The plan depends on the responses' lengths alone and is computed alike on every 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from megafork.parallel.context import zigzag_index
+from megafork.parallel.mesh import Mesh
+from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 
 
@@ -119,3 +122,15 @@ def pack(responses: list[Response], *, cp: int = 1, cp_rank: int = 0, multiple: 
 
 def _cat(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
+
+
+def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[list[int]]]:
+    """Which sequences train on which DP rank, in which micro-batch: `plan` under the recipe's layout and budget."""
+    layout = recipe.parallel
+    return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
+
+
+def packer(mesh: Mesh) -> Callable[[list[Response]], MicroBatch]:
+    """Packs responses into a micro-batch as this rank sees it."""
+    layout = mesh.layout
+    return partial(pack, cp=layout.cp, cp_rank=mesh.cp_rank, multiple=layout.sequence_multiple, device=mesh.device)

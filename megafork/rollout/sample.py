@@ -21,6 +21,8 @@ from megafork.rollout.engine import Request, Sampling, request_seed
 from megafork.rollout.store import Key, Store
 from megafork.shape import Shape
 
+LONGEST_PROMPT = 4096
+"""Tokens. A longer one is refused."""
 LONGEST_RESPONSE = 20480
 """Tokens, the paper's."""
 

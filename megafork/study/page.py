@@ -33,9 +33,7 @@ def write_page(work: Work, results: Results) -> None:
         ],
         footer=f"Written by megafork {escape(__version__)} from analysis.json and the parquet files beside it.",
     )
-    temporary = work.folder / "report.html.writing"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(work.folder / "report.html")
+    page.write(work.folder / "report.html", text)
 
 
 def _header(results: Results, own: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megafork.files import whole
 from megafork.recipe import RecipeError
 from megafork.study.work import Work
 
@@ -95,8 +96,7 @@ def _grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _write(file: Path, schema: pa.Schema, identity: str, groups: Iterable[list[dict[str, Any]]]) -> None:
     """The file appears when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".writing")
-    with pq.ParquetWriter(temporary, schema.with_metadata({_IDENTITY: identity}), compression="zstd") as writer:
+    described = schema.with_metadata({_IDENTITY: identity})
+    with whole(file) as unfinished, pq.ParquetWriter(unfinished, described, compression="zstd") as writer:
         for rows in groups:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    temporary.rename(file)

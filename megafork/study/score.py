@@ -14,7 +14,7 @@ from megafork.model.qwen3 import build_policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.packing import pack, plan
+from megafork.rl.packing import packer, placement
 from megafork.shape import read_shape
 from megafork.study.responses import is_current, read_responses, write_entropies, write_responses
 from megafork.study.work import Work
@@ -59,25 +59,16 @@ def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
 
 def _score_group(rows: Rows, chunks: list[Policy], work: Work, mesh: Mesh) -> Rows:
     """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
-    recipe, layout = work.job.recipe, mesh.layout
     lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
-    placed = plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)[mesh.dp_rank]
-    micros = [
-        pack(
-            [_response(n, rows[n]) for n in members],
-            cp=layout.cp,
-            cp_rank=mesh.cp_rank,
-            multiple=layout.sequence_multiple,
-            device=mesh.device,
-        )
-        for members in placed
-    ]
+    placed, packed = placement(lengths, work.job.recipe, mesh)[mesh.dp_rank], packer(mesh)
+    micros = [packed([_response(n, rows[n]) for n in members]) for members in placed]
 
     def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
         micro.old_log_prob, micro.entropy = output
 
     with torch.no_grad():
-        run_micro_batches(chunks, micros, keep, temperature=recipe.rollout.temperature, cp=layout.cp, forward_only=True, everywhere=True)
+        temperature = work.job.recipe.rollout.temperature
+        run_micro_batches(chunks, micros, keep, temperature=temperature, cp=mesh.layout.cp, forward_only=True, everywhere=True)
     mine = dict(_by_row(micros, mesh)) if mesh.is_last_stage else {}
     every: list[dict[int, dict[str, Any]]] = [{} for _ in range(mesh.world)]
     dist.all_gather_object(every, mine if mesh.tp_rank == 0 and mesh.cp_rank == 0 else {})

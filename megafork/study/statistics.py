@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from megafork.analysis.entropy import histogram_edges
 from megafork.analysis.overlap import ChangeByBin, Overlap
 from megafork.analysis.sorted_stream import SortedStream, kept
+from megafork.files import whole
 from megafork.study.responses import read_lists
 from megafork.study.work import Work
 
@@ -60,7 +61,8 @@ def analyse(work: Work) -> Results:
             "means": dict(zip(labels, change.means(), strict=True)),
         },
     }
-    _replace(work.folder / "analysis.json", json.dumps(results, indent=1) + "\n")
+    with whole(work.folder / "analysis.json") as unfinished:
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -113,15 +115,8 @@ def _vocabulary(work: Work, label: str) -> dict[str, Any]:
     means = sums[seen] / counts[seen]
     texts = [work.tokenizer.pieces([int(token)])[0] for token in seen]
     table = pa.table({"id": pa.array(seen, pa.int32()), "token": texts, "count": counts[seen], "mean_entropy": means})
-    temporary = work.folder / "tokens.parquet.writing"
-    pq.write_table(table, temporary)
-    temporary.rename(work.folder / "tokens.parquet")
+    with whole(work.folder / "tokens.parquet") as unfinished:
+        pq.write_table(table, unfinished)
     frequent = [n for n in np.argsort(-means, kind="stable") if counts[seen[n]] >= work.settings.min_count]
     rows = [{"id": int(seen[n]), "token": texts[n], "count": int(counts[seen[n]]), "mean": float(means[n])} for n in frequent]
     return {"seen": len(seen), "frequent": len(frequent), "highest": rows[:_RANKED], "lowest": rows[::-1][:_RANKED]}
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(file)

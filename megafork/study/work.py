@@ -13,15 +13,13 @@ from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.recipe import Data, Recipe, RecipeError
 from megafork.rollout.engine import Sampling
-from megafork.rollout.sample import SampleJob, response_limit
+from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
 from megafork.shape import check_layout
 from megafork.study.settings import Settings
 from megafork.weights.checkpoint import complete
-from megafork.weights.named import NamedModel, as_options, config_folder, find_model
-
-LONGEST_PROMPT = 4096
-"""Tokens. A longer prompt is refused."""
+from megafork.weights.named import NamedModel, as_options, find_model
+from megafork.weights.sources import config_folder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megafork.data import reward
 from megafork.data.prompts import Prompt, fingerprint, load_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape, check_layout, read_shape
+from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape
 from megafork.weights import checkpoint
 from megafork.weights.huggingface import HuggingFaceWeights
 
@@ -60,10 +60,7 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
-    if shape.heads % recipe.rollout.tp:
-        raise RecipeError(
-            f"rollout.tp is {recipe.rollout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them"
-        )
+    check_rollout_tp(shape, recipe.rollout.tp)
     if shape.max_positions and recipe.longest_sequence > shape.max_positions:
         raise RecipeError(
             f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "

@@ -19,6 +19,7 @@ from megafork.recipe import Loss, Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import importance, set_weights, token_loss
+from megafork.rl.packing import packer, placement
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.rollout.server import ServerEngine
 from megafork.train.ahead import Ahead
@@ -26,7 +27,7 @@ from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
 from megafork.train.record import write_evaluation, write_rollouts
-from megafork.train.run import Metrics, Run, build_learner, packer, placement
+from megafork.train.run import Metrics, Run, build_learner
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import entropy_metrics, staleness, update_metrics
 from megafork.weights.bridge import Bridge

@@ -4,7 +4,6 @@ log-prob and whether it is a fork), and how well each held-out prompt was answer
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from megafork.files import whole
 from megafork.parallel.mesh import Mesh
 from megafork.rl.batch import MicroBatch
 from megafork.train.inputs import Inputs
@@ -66,9 +66,8 @@ def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float]) -
     """evaluations/step_000012.json: {"step", "accuracies"}, these in the order of the held-out prompts. Appears when whole. Rank 0 only."""
     file = run_folder / "evaluations" / f"step_{step:06d}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".writing")
-    temporary.write_text(json.dumps({"step": step, "accuracies": list(accuracies)}) + "\n")
-    os.replace(temporary, file)
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps({"step": step, "accuracies": list(accuracies)}) + "\n")
 
 
 def _receive(rows: list[dict[str, Any]], source: int, mesh: Mesh) -> list[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch.distributed as dist
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
-from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.packing import pack, plan
 from megafork.train.boards import open_boards
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.metrics import RunLog
@@ -130,15 +127,3 @@ def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, t
     chunks = build_policy(inputs.shape, recipe, mesh)
     load_policy(chunks, inputs.weights, inputs.shape, mesh)
     return Learner(chunks, recipe, mesh, updates=updates, temperature=temperature)
-
-
-def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[list[int]]]:
-    """Which sequences train on which DP rank, in which micro-batch: `rl.packing.plan` under the recipe's layout and budget."""
-    layout = recipe.parallel
-    return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
-
-
-def packer(mesh: Mesh) -> Callable[[list[Response]], MicroBatch]:
-    """Packs responses into a micro-batch as this rank sees it."""
-    layout = mesh.layout
-    return partial(pack, cp=layout.cp, cp_rank=mesh.cp_rank, multiple=layout.sequence_multiple, device=mesh.device)

@@ -10,9 +10,10 @@ from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.packing import packer, placement
 from megafork.train.clock import Clock
 from megafork.train.inputs import Inputs
-from megafork.train.run import Metrics, Run, build_learner, packer, placement
+from megafork.train.run import Metrics, Run, build_learner
 
 
 def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:

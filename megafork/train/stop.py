@@ -10,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+from megafork.files import whole
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 
@@ -40,8 +41,7 @@ class BatchJob:
         self._write("stopped", f"step {step}")
 
     def _write(self, name: str, text: str) -> None:
-        """Under another name first: the batch script never reads half a file."""
+        """The batch script never reads half a file."""
         if self._folder is not None:
-            unfinished = self._folder / f"{name}.writing"
-            unfinished.write_text(text + "\n")
-            unfinished.replace(self._folder / name)
+            with whole(self._folder / name) as unfinished:
+                unfinished.write_text(text + "\n")

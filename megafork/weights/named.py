@@ -17,11 +17,11 @@ from megafork.data.hub import local_model
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import RecipeError
 from megafork.shape import Shape, read_shape
-from megafork.weights.checkpoint import complete, read_state
+from megafork.weights.checkpoint import complete
 from megafork.weights.checksums import SUMS, sum_of
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import huggingface_shapes
-from megafork.weights.sources import open_source
+from megafork.weights.sources import config_folder, open_source
 
 _READS_AT_ONCE = 4
 _ALSO = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
@@ -114,6 +114,7 @@ def as_options() -> Iterator[None]:
         "SRC is": "MODEL is",
         "reward.verifier": "--verifier",
         "parallel.": "--",
+        "rollout.tp": "--tp",
         "data.template": "--template",
     }
     try:
@@ -123,14 +124,3 @@ def as_options() -> Iterator[None]:
         for key, option in names.items():
             said = said.replace(key, option)
         raise RecipeError(said) from None
-
-
-def config_folder(checkpoint: Path) -> Path:
-    """Where a converted checkpoint has its config, else the folder that the checkpoint's run took its model from."""
-    if (checkpoint / "hf/config.json").exists():
-        return checkpoint / "hf"
-    path = read_state(checkpoint)["recipe"]["model"]["path"]
-    folder = Path(local_model(path))
-    if not (folder / "config.json").exists():
-        raise RecipeError(f"MODEL is {str(checkpoint)!r}: its run's model.path {path!r} has no config.json; run this where the run was")
-    return folder

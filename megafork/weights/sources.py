@@ -81,7 +81,7 @@ def _known(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _open_megatron(folder: Path) -> Source:
-    like = _config_folder(folder)
+    like = config_folder(folder)
     shape = read_shape(like)
     reader = _reader(folder)
     stored = list(stored_parameters(shape))
@@ -90,7 +90,8 @@ def _open_megatron(folder: Path) -> Source:
     return Source(folder, like, shape, specs, lambda: (pair for s in stored for pair in _split(s, reader, shape)))
 
 
-def _config_folder(folder: Path) -> Path:
+def config_folder(folder: Path) -> Path:
+    """Where a Megatron checkpoint has its model's config and tokenizer: in itself, or, of a run, where the run took its model from."""
     if (folder / HF).is_dir():
         return folder / HF
     if (folder / SUMS).exists():  # of a run: its recipe says where the model came from
