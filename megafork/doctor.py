@@ -73,7 +73,7 @@ def _software() -> list[Finding]:
         Finding("NCCL", _nccl(), _nccl() is not None, "ranks talk over gloo, through main memory"),
         _versioned("megatron-core", _version("megatron-core"), MEGATRON, "no training and no conversion"),
         _vllm(cuda),
-        _optional("Transformer Engine", "no FP8, no fused norms and attention", "transformer-engine", "transformer-engine-torch"),
+        _optional("Transformer Engine", "no training in FP8", "transformer-engine", "transformer-engine-torch"),
         _apex(),
         _optional("FlashAttention", "attention by torch's own kernels", "flash-attn", "flash-attn-3"),
         _optional("modelopt", "no post-training quantisation of the exported model", "nvidia-modelopt"),
@@ -101,6 +101,7 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         *_verifier(recipe.reward.verifier),
         *map(_server, recipe.rollout.servers),
         *_wandb(recipe.log.wandb),
+        *_train_fp8(recipe),
     ]
 
 
@@ -179,6 +180,16 @@ def _wandb(project: str | None) -> list[Finding]:
         return []
     version = _version("wandb")
     return [Finding("log.wandb", version and f"wandb {version}", version is not None, "pip install 'megafork[wandb]'", needed=True)]
+
+
+def _train_fp8(recipe: Recipe) -> list[Finding]:
+    """Without it Megatron would train in bf16."""
+    if not recipe.precision.train_fp8:
+        return []
+    from megafork.model.precision import lacking
+
+    reason = lacking()
+    return [Finding("precision.train_fp8", reason or "Transformer Engine and a GPU for it", reason is None, "set it to false", needed=True)]
 
 
 def _hub(field: str, name: str, kind: str) -> Finding:

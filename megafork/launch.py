@@ -136,6 +136,11 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
         from megafork.model.fp8 import check_blocks
 
         check_blocks(shape, recipe.rollout.tp, "precision.rollout_fp8 is true")
+    if recipe.precision.train_fp8:
+        from megafork.model import precision
+
+        precision.check_training(shape, recipe)
+        precision.check_machine(recipe)
     from megafork.data.reward import Verifiers
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs

@@ -260,9 +260,7 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _rate_falls(self) -> Optimizer:
         if self.min_lr > self.lr:
-            raise ValueError(
-                f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller one"
-            )
+            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at it, choose a smaller one")
         return self
 
 
@@ -272,11 +270,16 @@ class Precision(Section):
     rollout_fp8: bool = False
     """vLLM's projections in e4m3, in blocks of 128 x 128 with a scale each, quantised at every refit; embedding, head and norms stay bf16.
     It needs `dtype: bf16` and `loss.importance_cap`."""
+    train_fp8: bool = False
+    """The trainer's projections multiply in e4m3, forward and backward: activations and gradients in blocks of 1 x 128, weights of
+    128 x 128, quantised by Transformer Engine on the way. What is kept stays as it is: weights, gradients, optimizer; and so do embedding,
+    head, norms and attention. It needs `dtype: bf16`, Transformer Engine, and a GPU that multiplies such blocks (H100, H200)."""
 
     @model_validator(mode="after")
     def _fp8_beside_bf16(self) -> Precision:
-        if self.rollout_fp8 and self.dtype != "bf16":
-            raise ValueError(f"precision.rollout_fp8 is true with precision.dtype={self.dtype}: vLLM wants bf16 beside FP8; set dtype=bf16")
+        for name, user in (("rollout_fp8", "vLLM"), ("train_fp8", "Transformer Engine")):
+            if getattr(self, name) and self.dtype != "bf16":
+                raise ValueError(f"precision.{name} is true with precision.dtype={self.dtype}: {user} needs bf16 with it; set dtype=bf16")
         return self
 
 
@@ -350,16 +353,12 @@ class Recipe(Section):
             )
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
-        if self.precision.rollout_fp8 and self.loss.importance_cap is None:
-            raise ValueError(
-                "precision.rollout_fp8 is true without loss.importance_cap: tokens would count as if the bf16 weights had drawn them; set "
-                "loss.importance_cap=2"
-            )
-        if self.rollout.staleness and self.loss.importance_cap is None:
-            raise ValueError(
-                f"rollout.staleness is {self.rollout.staleness} without loss.importance_cap: tokens of older weights would count as if "
-                "they were of the newest; set loss.importance_cap=2, or rollout.staleness=0"
-            )
+        for key, value in {"precision.rollout_fp8": self.precision.rollout_fp8, "rollout.staleness": self.rollout.staleness}.items():
+            if value and self.loss.importance_cap is None:
+                raise ValueError(
+                    f"{key} is {str(value).lower()} without loss.importance_cap: tokens would count as if the newest weights in full "
+                    f"precision had drawn them; set loss.importance_cap=2, or leave {key} out"
+                )
         if self.reward.overlong == "shaping" and self.reward.overlong_buffer > self.rollout.max_response_length:
             raise ValueError(
                 f"reward.overlong_buffer is {self.reward.overlong_buffer} but rollout.max_response_length is "
@@ -386,6 +385,12 @@ class Recipe(Section):
     @property
     def micro_batch_tokens(self) -> int:
         return self.train.micro_batch_tokens or self.longest_padded
+
+    @property
+    def micro_batch_padding(self) -> int:
+        """To what multiple a packed micro-batch is padded: in FP8 each rank's share of its tokens is whole blocks of 128."""
+        layout = self.parallel
+        return 128 * layout.cp * (layout.tp if layout.sp else 1) if self.precision.train_fp8 else 1
 
     @property
     def run_folder(self) -> Path:

@@ -157,7 +157,7 @@ def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
     for number in range(RESPONSES):
         prompt, answer = (torch.randint(0, 500, (n,), generator=generator, dtype=torch.int32) for n in (32, TOKENS // RESPONSES - 31))
         responses.append(Response(0, number, 0, prompt, answer, torch.zeros(len(answer)), False, advantage=1.0))
-    micro = packer(mesh)(responses)
+    micro = packer(spec, mesh)(responses)
     count = len(micro.positions)
     micro.old_log_prob, micro.entropy = torch.zeros(count), torch.zeros(count)
     micro.mask = torch.arange(count) % 5 == 0

@@ -108,8 +108,8 @@ def _neighbour_labels() -> None:
     """Labels by shifting each CP rank's own tokens: wrong at the edges of its chunks, where the next token is another rank's."""
     from megafork.rl.packing import packer
 
-    def planted(mesh: Any) -> Any:
-        pack = packer(mesh)
+    def planted(spec: Any, mesh: Any) -> Any:
+        pack = packer(spec, mesh)
 
         def shifted(responses: list[Any]) -> Any:
             micro = pack(responses)

@@ -58,7 +58,7 @@ class Rig:
         self.every = responses()
 
     def minibatches(self) -> Iterator[list[MicroBatch]]:
-        pack = packer(self.mesh)
+        pack = packer(self.spec, self.mesh)
         for groups in GROUPS:
             members = [r for r in self.every if r.group in groups]
             placed = placement([r.length for r in members], self.spec, self.mesh)[self.mesh.dp_rank]

@@ -1,4 +1,5 @@
-"""Upstream bugs of megatron-core 0.16.1 to 0.19 in the distributed optimizer when Adam is torch's own (no Transformer Engine, no apex)."""
+"""Upstream bugs of megatron-core 0.16.1 to 0.19 in the distributed optimizer, most of them when Adam is torch's own (no Transformer
+Engine, no apex)."""
 
 from __future__ import annotations
 
@@ -35,14 +36,16 @@ class FixedDistributedOptimizer(DistributedOptimizer):
 
 
 def fix_optimizer_state(optimizer: Any) -> None:
-    """Mend the optimizer that `get_megatron_optimizer` returned. Without effect where Transformer Engine or apex brings its own Adam.
+    """Mend the optimizer that `get_megatron_optimizer` returned.
 
-    Adam's state is made at once, because upstream's `state_dict()` asserts that at least one step was done.
+    Adam's state is made at once, because a checkpoint before the first step fails upstream, whoever's Adam it is. Where Transformer
+    Engine or apex brings its own, that is all.
     """
-    if HAVE_APEX_OR_TE:
-        return
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         assert type(inner) is DistributedOptimizer
+        if HAVE_APEX_OR_TE:
+            inner.init_state_fn(inner.optimizer, inner.config)
+            continue
         inner.__class__ = FixedDistributedOptimizer
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:

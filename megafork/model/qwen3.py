@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megafork.model import precision
 from megafork.model.attention import PackedCoreAttention
 from megafork.model.policy import Policy, RMSNorm
 from megafork.parallel.mesh import Mesh
@@ -62,6 +63,7 @@ def transformer_config(shape: Shape, recipe: Recipe) -> TransformerConfig:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        **precision.settings(recipe),
         **_recompute(recipe),
     )
 
@@ -81,7 +83,8 @@ def _recompute(recipe: Recipe) -> dict[str, Any]:
 
 
 def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with our norm (sequence parallel) and our core attention (packing, context parallel)."""
+    """Megatron's local layer spec with our norm (sequence parallel) and our core attention (packing, context parallel); in FP8 with
+    Transformer Engine's projections."""
     spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -89,6 +92,8 @@ def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = N
     attention.core_attention = PackedCoreAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.fp8:
+        precision.use_transformer_engine(layer)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
 
@@ -96,9 +101,11 @@ def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = N
 def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
     """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call.
 
-    Load weights before building the optimizer.
+    Load weights before building the optimizer. Raises RecipeError for what the layout or this machine cannot do.
     """
     check_layout(shape, recipe.parallel)
+    precision.check_training(shape, recipe)
+    precision.check_machine(recipe)
     config = transformer_config(shape, recipe)
     layout = recipe.parallel
     chunks = []

@@ -11,7 +11,7 @@ from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHE
 from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
 from megafork.shape import Shape, stage_layers
-from megafork.weights.mapping import Parameter
+from megafork.weights.mapping import Parameter, parameters, shard_shape
 from megafork.weights.reshard import needed
 
 
@@ -44,6 +44,8 @@ class StageMemory:
     weights: Weights
     activations: Activations
     engine: Engine
+    fp8_copies: int
+    """Of the projections, made by Transformer Engine and kept: one for the forward and one, transposed, for the backward."""
     refit_buffer: int
     colocated: bool
     """vLLM shares the GPU; else it is at servers with GPUs of their own."""
@@ -56,7 +58,7 @@ class StageMemory:
     @property
     def phases(self) -> dict[str, int]:
         """All bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
-        always = self.state + RESERVED
+        always = self.state + self.fp8_copies + RESERVED
         awake, asleep = (self.engine.pool, VLLM_ASLEEP) if self.colocated else (0, 0)
         training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
         return {
@@ -71,12 +73,27 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
     engine = engine_memory(shape, recipe, gpu)
     buffer = refit_buffer(shape, recipe)
     micro_batches = 10**9  # enough to fill the pipeline
-    tokens, colocated = recipe.micro_batch_tokens, not recipe.rollout.servers
+    whole, colocated = recipe.micro_batch_padding, not recipe.rollout.servers
+    tokens = -(-recipe.micro_batch_tokens // whole) * whole
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
         activations = stage_activations(shape, recipe, stage, tokens=tokens, micro_batches=micro_batches, head_rows=tokens)
-        result.append(StageMemory(stage, layers, stage_weights(shape, recipe, stage, gpus), activations, engine, buffer, colocated))
+        copies = layers * _fp8_copies(shape, recipe)
+        weights = stage_weights(shape, recipe, stage, gpus)
+        result.append(StageMemory(stage, layers, weights, activations, engine, copies, buffer, colocated))
     return result
+
+
+def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
+    """Bytes that a layer's projections take twice in FP8, an fp32 scale for each block included."""
+    if not recipe.precision.train_fp8:
+        return 0
+    sizes = [math.prod(shard_shape(p, shape, recipe.parallel.tp)) for p in parameters(replace(shape, layers=1)) if _is_projection(p)]
+    return sum(2 * (size + 4 * size // BLOCK**2) for size in sizes)
+
+
+def _is_projection(parameter: Parameter) -> bool:
+    return all(is_quantized(name) for name in parameter.huggingface())
 
 
 def engines(recipe: Recipe, gpus: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megafork.model import precision
 from megafork.plan.hardware import Gpu
 from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
@@ -86,6 +87,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
     check_rollout_tp(shape, recipe.rollout.tp)
+    precision.check_training(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)
     return Plan(recipe, shape, gpus, gpu, count_parameters(shape), memory, step, mean_response)
@@ -119,6 +121,7 @@ def _stage_numbers(stage: StageMemory) -> dict[str, Any]:
         "kept": stage.activations.kept,
         "working": stage.activations.working,
         "head": stage.activations.head,
+        "fp8_copies": stage.fp8_copies,
         "refit_buffer": stage.refit_buffer,
         "phases": stage.phases,
     }

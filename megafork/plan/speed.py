@@ -10,6 +10,7 @@ from megafork.plan.hardware import (
     ATTENTION_SHARE,
     DECODE_SHARE,
     DECODE_STEP,
+    FP8_GAIN,
     GPUS_A_NODE,
     GROUPS_SAMPLED,
     LINK_SHARE,
@@ -139,7 +140,8 @@ def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int
     matmul = 2 * (shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.hidden * shape.ffn)
     again = linear > 1 and recipe.model.recompute == "selective"  # the core alone
     attention = 2 * load.length * shape.heads * shape.head_dim
-    compute = local / layout.tp / gpu.flops * (linear * matmul / MATMUL_SHARE + (linear + again) * attention / ATTENTION_SHARE)
+    share = MATMUL_SHARE * (FP8_GAIN if recipe.precision.train_fp8 else 1.0)
+    compute = local / layout.tp / gpu.flops * (linear * matmul / share + (linear + again) * attention / ATTENTION_SHARE)
     ring = 2 * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width  # two all-reduces a layer
     gather = (layout.cp - 1) * 2 * max(shape.kv_heads / layout.tp, 1) * shape.head_dim * width
     talk = moves * local * (ring / _link(layout.tp > GPUS_A_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_A_NODE, gpu))

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megafork.plan.hardware import (
     DECODE_SHARE,
+    FP8_GAIN,
     FRAGMENTS,
     GIB,
     GPUS_A_NODE,
@@ -67,16 +68,19 @@ def _heading(plan: Plan, source: str) -> str:
     return (
         f"{plan.parameters:,} parameters, shape from {escape(source)}\n"
         f"{plan.gpus} x {plan.gpu.name}: tp {layout.tp} x pp {layout.pp} (vpp {layout.vpp}) x cp {layout.cp} x dp {plan.dp}, "
-        f"sp {'on' if layout.sp else 'off'}, recompute {plan.recipe.model.recompute}, {plan.recipe.precision.dtype}; "
+        f"sp {'on' if layout.sp else 'off'}, recompute {plan.recipe.model.recompute}, {plan.recipe.precision.dtype}"
+        f"{', projections in FP8' if plan.recipe.precision.train_fp8 else ''}; "
         f"roll-out tp {plan.recipe.rollout.tp}"
     )
 
 
 def _what_is_counted(plan: Plan) -> str:
+    copies = max(stage.fp8_copies for stage in plan.stages)
     return (
         "Weights, gradients and optimizer are exact, padding included. ~ marks estimates: activations are those of a micro-batch of "
         f"{plan.recipe.micro_batch_tokens:,} tokens at whose every position the head answers; each phase has {_gib(RESERVED)} GiB for CUDA "
         f"and NCCL, the update {FRAGMENTS:.0%} of fragments and {_gib(VLLM_ASLEEP)} GiB of sleeping vLLM."
+        + (f" Projections in FP8 are kept twice, {_gib(copies)} GiB at most." if copies else "")
     )
 
 
@@ -130,11 +134,12 @@ def _times(plan: Plan) -> Table:
 
 
 def _assumptions(plan: Plan) -> str:
+    fp8 = f" {FP8_GAIN:g} times that in FP8," if plan.recipe.precision.train_fp8 else ""
     refills = f" {GROUPS_SAMPLED:g} groups sampled for each one kept," if plan.recipe.rollout.dynamic_sampling else ""
     return (
         f"Assumed: responses of {plan.step.response:,.0f} tokens on average, prompts of {plan.step.prompt:,.0f},{refills} "
-        f"{MATMUL_SHARE:.0%} of the bf16 peak in matmuls, {DECODE_SHARE:.0%} of the memory's bandwidth in decoding, {LINK_SHARE:.0%} of "
-        "the links'. Rewards, evaluation and checkpoints are not counted."
+        f"{MATMUL_SHARE:.0%} of the bf16 peak in matmuls,{fp8} {DECODE_SHARE:.0%} of the memory's bandwidth in decoding, "
+        f"{LINK_SHARE:.0%} of the links'. Rewards, evaluation and checkpoints are not counted."
     )
 
 

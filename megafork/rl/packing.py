@@ -81,12 +81,23 @@ def _pack(items: Sequence[int], padded: Sequence[int], budget: int, count: int) 
     return micros
 
 
-def pack(responses: list[Response], *, cp: int = 1, cp_rank: int = 0, multiple: int = 1, device: torch.device | str = "cpu") -> MicroBatch:
-    """Pack responses into the micro-batch that CP rank `cp_rank` sees. Each sequence is padded to `multiple` (of 2 cp).
+def pack(
+    responses: list[Response],
+    *,
+    cp: int = 1,
+    cp_rank: int = 0,
+    multiple: int = 1,
+    whole: int = 1,
+    device: torch.device | str = "cpu",
+) -> MicroBatch:
+    """Pack responses into the micro-batch that CP rank `cp_rank` sees. Each sequence is padded to `multiple` (of 2 cp), and all of them
+    to `whole` (a multiple of `multiple`, or 1) by a last sequence of padding.
 
     An empty list gives one sequence of padding with no position: a rank without data still takes part in every collective.
     """
     lengths = tuple(-(-response.length // multiple) * multiple for response in responses) or (multiple,)
+    if missing := -sum(lengths) % whole:
+        lengths = (*lengths, missing)
     total = sum(lengths)
     tokens = torch.zeros(total, dtype=torch.int64)
     where, targets, sequence, offset, rollout, advantage = [], [], [], [], [], []
@@ -130,7 +141,14 @@ def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[l
     return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
 
 
-def packer(mesh: Mesh) -> Callable[[list[Response]], MicroBatch]:
+def packer(recipe: Recipe, mesh: Mesh) -> Callable[[list[Response]], MicroBatch]:
     """Packs responses into a micro-batch as this rank sees it."""
-    layout = mesh.layout
-    return partial(pack, cp=layout.cp, cp_rank=mesh.cp_rank, multiple=layout.sequence_multiple, device=mesh.device)
+    layout = recipe.parallel
+    return partial(
+        pack,
+        cp=layout.cp,
+        cp_rank=mesh.cp_rank,
+        multiple=layout.sequence_multiple,
+        whole=recipe.micro_batch_padding,
+        device=mesh.device,
+    )

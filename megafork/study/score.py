@@ -60,7 +60,7 @@ def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
 def _score_group(rows: Rows, chunks: list[Policy], work: Work, mesh: Mesh) -> Rows:
     """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
     lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
-    placed, packed = placement(lengths, work.job.recipe, mesh)[mesh.dp_rank], packer(mesh)
+    placed, packed = placement(lengths, work.job.recipe, mesh)[mesh.dp_rank], packer(work.job.recipe, mesh)
     micros = [packed([_response(n, rows[n]) for n in members]) for members in placed]
 
     def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:

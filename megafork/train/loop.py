@@ -110,7 +110,7 @@ class Trainer:
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
         mine = {(r.group, r.sample): r for r in exchange(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
-        packed = packer(self.mesh)
+        packed = packer(self.recipe, self.mesh)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def select(self, micros: list[MicroBatch], step: int) -> Threshold:

@@ -1,0 +1,62 @@
+"""FP8 in training: the projections' products in e4m3 by Transformer Engine, in blocks with a scale each (arXiv 2412.19437, section 3.3).
+
+Megatron takes `fp8` without Transformer Engine and then trains in bf16 without a word. Here such a recipe is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from megafork.model.fp8 import BLOCK
+from megafork.recipe import Recipe, RecipeError
+from megafork.shape import Shape
+
+
+def lacking() -> str | None:
+    """What this machine lacks to train in FP8; None when it can."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed (pip install 'megafork[te]')"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    from transformer_engine.pytorch import is_fp8_block_scaling_available
+
+    able, reason = is_fp8_block_scaling_available(return_reason=True)
+    return None if able else reason
+
+
+def check_training(shape: Shape, recipe: Recipe) -> None:
+    """Refuse `precision.train_fp8` where a rank's part of a projection is not made of whole blocks. Raises RecipeError."""
+    if not recipe.precision.train_fp8:
+        return
+    heads, groups, tp = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, recipe.parallel.tp
+    sizes = {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp, "mlp": shape.ffn // tp}
+    for part, size in sizes.items():
+        if size % BLOCK:
+            raise RecipeError(
+                f"precision.train_fp8 is true: at parallel.tp={tp} a rank's {part} size is {size}, no multiple of the {BLOCK} of a block: "
+                "choose a smaller tp, or train_fp8=false"
+            )
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Refuse `precision.train_fp8` on a machine that would train in something else. Raises RecipeError."""
+    if recipe.precision.train_fp8 and (reason := lacking()):
+        raise RecipeError(f"precision.train_fp8 is true but {reason}: train on a machine that has it, or set train_fp8=false")
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Of Megatron's TransformerConfig. Parameters stay bf16 (`fp8_param`): the refit, checkpoints and the optimizer read them."""
+    return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False} if recipe.precision.train_fp8 else {}
+
+
+def use_transformer_engine(layer: Any) -> None:
+    """Have a layer spec's four projections made by Transformer Engine; their parameters keep names and shapes. Norms and attention stay
+    ours, outside of FP8."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
