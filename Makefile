@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 ABLATION := top_20 all bottom_80 random_20
 
-.PHONY: quickstart ablation test test-fast bench lint format clean
+.PHONY: quickstart ablation test test-fast bench gpu lint format clean
 
 quickstart: .venv/ready  ## A tiny Qwen3, warm-started and then trained at its forking tokens: about five minutes on two cores.
 	rm -rf runs/quickstart runs/quickstart-sft
@@ -27,6 +27,9 @@ test-fast: .venv/ready  ## What a developer runs while working.
 
 bench: .venv/ready  ## Ours against the peers' own code, on this machine: half an hour; docs/benchmarks.md.
 	$(BIN)/python -m benchmarks
+
+gpu: .venv/ready  ## What can be seen on a GPU alone, into benchmarks/results/gpu.json. Called again, it goes on.
+	$(BIN)/python tools/gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -233,7 +233,7 @@ def test_two_servers(tmp_path: Path) -> None:
             assert_equal(answers, want[1])
         on_ranks(2, through_an_update, trainer(*urls), folders)
         whole_runs(tmp_path, servers)
-        on_ranks(2, through_a_kill, trainer(*urls), folders, [server_of(keeper).pid for _, keeper in servers], timeout_s=200)
+        on_ranks(2, through_a_kill, trainer(*urls), folders, [server_of(keeper).pid for _, keeper in servers], timeout_s=400)
 
 
 def server_of(keeper: subprocess.Popen[bytes]) -> psutil.Process:
@@ -352,10 +352,9 @@ def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> N
     same(broken, unbroken)
     engine.refit(policy.become(1), 2)
     second = complete(engine, requests, sampling)
-    until = time.monotonic() + 150
+    until = time.monotonic() + 300
     while not shared(engine.serving == 2) and shared(time.monotonic() < until):  # vLLM starts again, and is fed in some roll-out
-        same(complete(engine, requests[:2], sampling), second[:2])
-        time.sleep(0.5)
+        same(complete(engine, requests, sampling), second)
     assert shared(engine.serving == 2)
     if engine.rank == 0:
         os.kill(processes[1], signal.SIGKILL)

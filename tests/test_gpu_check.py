@@ -1,0 +1,83 @@
+"""`python tools/gpu`: what it runs on a GPU runs in small here, and a call goes on where the last one was stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools/gpu/__main__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = load()
+
+
+def test_a_part_that_failed_or_never_ended_is_told_and_tried_again(tmp_path: Path) -> None:
+    marker = tmp_path / "there"
+    fails = f"python -c 'import os, sys; print(1); sys.exit(not os.path.exists(\"{marker}\"))'"
+    good = 'python -c \'print("first"); print("{\\"figure\\": 3}")\''
+
+    def run(*commands: str, limit_s: float = 60.0) -> dict[str, Any]:
+        result: dict[str, Any] = gpu_check.run(gpu_check.Part("name", limit_s, list(commands)), tmp_path / "log")
+        assert result["commands"] == list(commands)
+        return result
+
+    assert run(good)["figures"] == {"figure": 3}
+    assert run(good, 'printf \'{\\n "deep": {\\n  "figure": 4\\n }\\n}\\n\'')["figures"] == {"deep": {"figure": 4}}
+    failed = run(good, fails, good)
+    assert (failed["ok"], failed["said"]) == (False, ["first", '{"figure": 3}', "1"]) and failed["why"].startswith("exit code 1: python -c")
+    marker.touch()
+    assert run(fails, good)["ok"]
+    late = run("python -c 'import time; time.sleep(60)'", limit_s=0.5)
+    assert not late["ok"] and late["why"].startswith("not done after 0.5 s")
+
+
+@pytest.mark.slow
+def test_what_has_a_result_is_not_run_again(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "tools/gpu", "--dry", "--out", str(out), "--work", str(tmp_path / "work"), "--only", "numerics"]
+    for said in ("numerics ...", ""):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout and bool(said) == bool(done.stdout)
+    (part,) = json.loads(out.read_text())["parts"].values()
+    assert part["figures"]["over"] == {} and part["figures"]["checkpoint bf16"] == 0.0 and part["figures"]["log-prob fp32"] < 1e-5
+    assert part["commands"] == ["python tools/gpu/numerics.py --dry"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_only_a_dry_run_starts(tmp_path: Path) -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(gpu_check.main)
+    refused = CliRunner().invoke(app, ["--out", str(tmp_path / "gpu.json"), "--work", str(tmp_path / "work")])
+    assert refused.exit_code == 2 and "there is no GPU: give --dry" in refused.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_command_names_what_is_there() -> None:
+    names = [part.name for part in gpu_check.parts("WORK", False)]
+    assert len(set(names)) == len(names) and names[:2] == ["doctor", "numerics"]
+    for dry in (False, True):
+        for part in gpu_check.parts("WORK", dry):
+            for word in " ".join(part.commands).split():
+                if word.endswith((".py", ".yaml")):
+                    assert (ROOT / word).exists(), word

@@ -1,0 +1,91 @@
+"""A training step of a few layers at Qwen3-32B's width, in bf16 and in FP8: seconds, FLOP a second and peak memory as one line of JSON.
+
+    python tools/gpu/width.py FOLDER [--dry]
+
+FOLDER: where the random model goes. The vocabulary is small, so that the layers are what is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megafork.model import precision
+from megafork.model.qwen3 import build_policy
+from megafork.parallel.mesh import build_mesh, join_world
+from megafork.recipe import Recipe
+from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.packing import packer
+from megafork.shape import read_shape
+from megafork.train.update import Learner
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.policy_weights import load_policy
+
+WIDTH = {"hidden_size": 5120, "intermediate_size": 25_600, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+SMALL = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+
+
+def negative_log_prob(log_prob: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -log_prob, {}
+
+
+def measure(folder: Path, device: torch.device, *, fp8: bool, tokens: int, repeats: int) -> dict[str, Any]:
+    """Steps on one sequence of `tokens` tokens: their median time after two that are not counted, and the loss of each."""
+    wanted = {"dtype": "bf16", "train_fp8": fp8}
+    spec = Recipe.model_validate(
+        {
+            "model": {"path": str(folder), "recompute": "full"},
+            "data": {"train": "none", "max_prompt_length": 1},
+            "rollout": {"max_response_length": tokens},
+            "precision": wanted,
+            "reward": {"overlong": "none"},
+            "optimizer": {"lr": 1e-5},
+        }
+    )
+    mesh, shape = build_mesh(spec.parallel, seed=1, device=device), read_shape(folder)
+    chunks = build_policy(shape, spec, mesh)
+    load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
+    learner = Learner(chunks, spec, mesh, updates=repeats + 2, temperature=1.0)
+    ids = torch.randint(shape.vocab, (tokens,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    micro = packer(spec, mesh)([Response(0, 0, 0, ids[:1], ids[1:], torch.zeros(tokens - 1), False)])
+    micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
+    micro.weight = micro.mask / len(micro.positions)
+    torch.cuda.reset_peak_memory_stats()
+    seconds, losses = [], []
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses.append(learner.train([micro], negative_log_prob)["loss"])
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    products = sum(p.numel() for name, p in chunks[0].named_parameters() if "linear" in name)
+    taken = statistics.median(seconds[2:])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    # forward, its recomputation, and two products in the backward; attention is not counted
+    return {"step_s": taken, "tflop_per_s": 8 * tokens * products / taken / 1e12, "peak_gb": peak / 1e9, "loss": losses}
+
+
+def main(folder: Path, dry: bool) -> None:
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29652")
+    device = join_world()
+    torch.manual_seed(1)
+    sizes = SMALL if dry else WIDTH
+    config = transformers.Qwen3Config(**sizes, vocab_size=8192, num_hidden_layers=1 if dry else 4, tie_word_embeddings=True)
+    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokens, repeats = (128, 1) if dry else (8192, 8)
+    found: dict[str, Any] = {"bf16": measure(folder, device, fp8=False, tokens=tokens, repeats=repeats)}
+    lacking = precision.lacking()
+    found["fp8"] = {"not run": lacking} if lacking else measure(folder, device, fp8=True, tokens=tokens, repeats=repeats)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "--dry" in sys.argv)
