@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 
 
-def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0, engines: bool = False) -> list[Any]:
     """Call `function(*args)` on `world` ranks with the default process group up; returns each rank's (picklable) result in rank order.
 
-    A rank that raises fails the call with that rank's traceback; a rank that hangs fails it after `timeout_s`.
+    A rank that raises fails the call with that rank's traceback; a rank that hangs fails it after `timeout_s`. `engines`: the ranks make
+    vLLM engines, whose modules are imported before they are forked.
     """
     assert not dist.is_initialized(), "the parent must not have a process group"
+    if engines:
+        _import_vllm()
     torch.set_num_threads(1)  # a fork after OpenMP threads were started may hang
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -41,6 +44,15 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: fl
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def _import_vllm() -> None:
+    from megafork.compat import vllm as vllm_fixes
+
+    vllm_fixes.prepare()
+    import vllm.entrypoints.llm
+    import vllm.model_executor.models.qwen3
+    import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
 def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from command import megafork
 from rich.console import Console
 from scipy import stats
 from task import make_task, write_recipe
@@ -194,7 +195,7 @@ ABLATE = [sys.executable, "-m", "megafork.cli", "ablate", "top.yaml", "all.yaml"
 
 
 def ablate() -> tuple[int, dict[str, Any], str]:
-    done = subprocess.run(ABLATE, capture_output=True, text=True, timeout=280, check=False)
+    done = megafork(*ABLATE[3:], cwd=Path.cwd())
     return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
 
 

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command import megafork, run_on_forks
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
@@ -231,7 +230,7 @@ def test_entropies_are_those_of_transformers_under_any_layout(layout: dict[str, 
     save_model(other, vocab_size=13, num_hidden_layers=2, seed=5)
     settings = _settings(task, against=(f"other={other}",), out=str(tmp_path / "out"), rho=0.3, **layout)
     shutil.copytree(_completions(task), tmp_path / "out/completions")
-    on_ranks(2, _sample_and_score, [settings], free_port())
+    on_ranks(2, _sample_and_score, [settings], free_port(), engines=True)
     _check(tmp_path / "out", {"other": other, "model": task / "model"}, analyse(prepare(settings)), 0.3)
 
 
@@ -239,23 +238,18 @@ def _completions(task: Path) -> Path:
     """Sampled once for all layouts."""
     folder = task / "sampled"
     if not folder.exists():
-        on_ranks(1, _sample_and_score, [_settings(task, out=str(folder))], free_port())
+        on_ranks(1, _sample_and_score, [_settings(task, out=str(folder))], free_port(), engines=True)
     return folder / "completions"
-
-
-def _megafork(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "megafork.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.slow
 def test_a_run_is_compared_with_its_checkpoints(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     write_recipe(task, train={"steps": 2}, checkpoint={"every": 1, "keep_last": 3}, optimizer={"lr": 3e-3})
-    done = _megafork("sft", "recipe.yaml", cwd=task)
-    assert done.returncode == 0, done.stderr
+    run_on_forks("sft", task / "recipe.yaml")
     options = ["--prompts=held_out.jsonl", "--template=plain", "--samples=3", "--max-tokens=12", "--kv-cache-mb=32", "--min-count=5"]
     command = ["analyze", "runs/run", *options, "--out=analysis", "--json"]
-    done = _megafork(*command, cwd=task)
+    done = megafork(*command, cwd=task)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     megatron_to_hf(task / "runs/run/checkpoints/step_000001", task / "first")
@@ -267,10 +261,10 @@ def test_a_run_is_compared_with_its_checkpoints(tmp_path: Path) -> None:
 
     shutil.rmtree(task / "analysis/logs")
     (task / "analysis/entropies/base.parquet").write_bytes(b"PAR1 half-written")
-    again = _megafork(*command, cwd=task)
+    again = megafork(*command, cwd=task)
     assert json.loads(again.stdout.splitlines()[-1]) == results, "a damaged file is written again"
     shutil.rmtree(task / "analysis/logs")
-    third = _megafork(*command, cwd=task)
+    third = megafork(*command, cwd=task)
     assert json.loads(third.stdout.splitlines()[-1]) == results
     assert not (task / "analysis/logs").exists(), "the same call starts no rank"
 
@@ -291,7 +285,7 @@ def test_real_weights(tmp_path: Path) -> None:
         kv_cache_mb=64,
         out=str(tmp_path / "out"),
     )
-    on_ranks(1, _sample_and_score, [settings], free_port())
+    on_ranks(1, _sample_and_score, [settings], free_port(), engines=True)
     _check(tmp_path / "out", {"smollm": model}, analyse(prepare(settings)), 0.2)
 
 

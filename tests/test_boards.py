@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import megafork
 from task import make_task, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
@@ -136,10 +137,9 @@ def test_a_whole_run_that_is_continued(recipe: Recipe, tmp_path: Path) -> None:
     """Plain text where the output is no terminal, the same in log.txt, and every step on the board, without a word of wandb's own."""
     pytest.importorskip("wandb")
     make_task(tmp_path)
-    command = [sys.executable, "-m", "megafork.cli", "sft", "recipe.yaml", "log.text=true"]
     output = ""
     for steps in (2, 4):
-        done = subprocess.run([*command, f"train.steps={steps}"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = megafork("sft", "recipe.yaml", "log.text=true", f"train.steps={steps}", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         output += done.stdout
     assert "\x1b" not in output and "\r" not in output

@@ -96,7 +96,7 @@ def test_a_refitted_engine_is_a_fresh_engine(layout: str, engine_tp: int, tmp_pa
             )
         )
     checked = tuple(range(1, UPDATES + 1)) if layout == "TP2" and engine_tp == 1 else (UPDATES,)
-    for answers in on_ranks(world, _refit_after_updates, specs, checked, free_port(), timeout_s=500):
+    for answers in on_ranks(world, _refit_after_updates, specs, checked, free_port(), timeout_s=500, engines=True):
         assert len(answers) == len(checked) + len(specs) - 1
         said: list[list[Completion]] = [refitted for refitted, _ in answers]
         for refitted, fresh in answers:

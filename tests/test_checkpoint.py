@@ -53,8 +53,7 @@ def _load_and_go_on(spec: Recipe, folder: Path) -> Any:
     return _go_on(rig)
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("background", "tied"), [(False, True), (True, False)], ids=["at once, tied", "in the background, untied"])
 def test_saved_under_one_layout_continued_under_others(background: bool, tied: bool, tmp_path: Path) -> None:
     model, folder = save_model(tmp_path / "m", tie_word_embeddings=tied), tmp_path / "checkpoints"
     history, weights = on_ranks(4, _save_and_go_on, _spec(model, {"parallel": {"tp": 2, "sp": True}}), folder, background)[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import megafork
 from safetensors.torch import load_file, save_file
 from task import make_task, write_recipe
 from tiny import save_model
@@ -18,10 +19,6 @@ from tiny import save_model
 from megafork.launch import preflight
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
-
-
-def megafork(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "megafork.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture

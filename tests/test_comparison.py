@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import megafork
 from test_report import HOSTILE, METRICS, RECIPE, Elements, assert_points, drawing, needs_chromium, read_curve, report, shown_by_a_browser
 
 from megafork.analysis.comparison import STYLES, write_comparison
@@ -110,10 +109,6 @@ def test_hostile_names_stay_text_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_one_run_or_several(runs: list[Path], tmp_path: Path) -> None:
-    def megafork(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "megafork.cli", "report", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
     for arguments, page in (
         (("one", "two"), str(tmp_path / "comparison.html")),
         (("one", "two", "--out", "both.html"), "both.html"),
@@ -121,11 +116,11 @@ def test_the_command_takes_one_run_or_several(runs: list[Path], tmp_path: Path) 
         (("one", "--out", "copy.html"), "copy.html"),
     ):
         (tmp_path / page).unlink(missing_ok=True)
-        done = megafork(*arguments, "--json")
+        done = megafork("report", *arguments, "--json", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout.splitlines()[-1]) == {"report": page}
         assert (tmp_path / page).read_text(encoding="utf-8").endswith("</html>\n")
-    wrong = megafork("one", "three")
+    wrong = megafork("report", "one", "three", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "megafork: RUN is 'three': it has no metrics.jsonl; give a run folder such as runs/quickstart\n"
 

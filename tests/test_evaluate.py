@@ -352,7 +352,7 @@ def _check_greedy(settings: Settings) -> None:
     import transformers
 
     work = prepare(settings)
-    ((results,),) = on_ranks(1, _evaluate, [settings], free_port())
+    ((results,),) = on_ranks(1, _evaluate, [settings], free_port(), engines=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     right, lengths, cut = [], [], []
     for problem in work.benchmarks[0].problems:
@@ -452,7 +452,7 @@ def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) 
     assert [sample for _, sample in more[0]] == [8] * 20, "one more sample each, and no other"
 
     undisturbed = replace(settings, ranks=2, out=str(tmp_path / "undisturbed"))
-    (at_once,), others = on_ranks(2, _evaluate, [undisturbed], free_port())
+    (at_once,), others = on_ranks(2, _evaluate, [undisturbed], free_port(), engines=True)
     assert others == [None]
     assert _numbers(results) == json.loads(json.dumps(_numbers(at_once))) == _numbers(json.loads(Path(results["file"]).read_text()))
     assert {_key(line): line["tokens"] for line in _lines(undisturbed)} == {_key(line): line["tokens"] for line in _lines(settings)}

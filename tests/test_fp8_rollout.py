@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from command import run_on_forks
 from ranks import on_ranks
 from task import make_task, write_recipe
 from test_convert_fp8 import WIDE
@@ -72,7 +71,7 @@ def test_a_refitted_engine_is_one_that_loaded_the_fp8_folder(parallel: dict[str,
         train={"micro_batch_tokens": 64},
         optimizer={"lr": 1e-2, "eps": 1e-2},
     )
-    for refitted, fresh in on_ranks(2, refitted_and_fresh, spec, free_port()):
+    for refitted, fresh in on_ranks(2, refitted_and_fresh, spec, free_port(), engines=True):
         assert [(c.tokens, c.log_probs) for c in refitted] == [(c.tokens, c.log_probs) for c in fresh]
 
 
@@ -83,8 +82,7 @@ def test_a_run_with_fp8_roll_outs(tmp_path: Path) -> None:
     (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
     fp8: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16", "rollout_fp8": True}, "loss": {"importance_cap": 2.0}}
     file = write_recipe(task, reward={"verifier": f"{task}/verifier.py:score"}, **fp8)
-    done = subprocess.run([sys.executable, "-m", "megafork.cli", "train", str(file)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_on_forks("train", file)
     steps = [json.loads(line) for line in (task / "runs/run/metrics.jsonl").read_text().splitlines()][1:]
     assert all(1e-3 < step["rollout_mismatch/max"] < 2 and step["loss/importance"] != 1 for step in steps if "loss/policy" in step)
     assert any("loss/policy" in step for step in steps)

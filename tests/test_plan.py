@@ -9,14 +9,15 @@ import math
 import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from command import megafork
 from measure import peak_bytes
 from ranks import on_ranks
 from rich.console import Console
@@ -387,9 +388,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def megafork_plan(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megafork.cli", "plan", *arguments]
-    environment = {**os.environ, "COLUMNS": "80"}
-    return subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    with patch.dict(os.environ, COLUMNS="80"):
+        return megafork("plan", *arguments, cwd=cwd)
 
 
 @pytest.mark.slow

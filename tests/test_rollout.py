@@ -62,7 +62,7 @@ def _reference_log_probs(folder: Path, prompt: list[int], tokens: list[int], tem
 def test_refit_equals_the_new_weights_and_not_the_old(tied: bool, tp: int, tmp_path: Path) -> None:
     folders = [save_model(tmp_path / str(seed), seed=seed, tie_word_embeddings=tied) for seed in (1, 2)]
     spec = recipe(folders[0], rollout={"tp": tp, "max_response_length": 32}, parallel={"tp": 2})
-    ranks: list[Any] = on_ranks(2, _generate, spec, [folders[0], folders[1], folders[0]], free_port())
+    ranks: list[Any] = on_ranks(2, _generate, spec, [folders[0], folders[1], folders[0]], free_port(), engines=True)
     first, second, again = ranks[0]
     assert [c.tokens for c in first] == [c.tokens for c in again]
     assert [c.log_probs for c in first] == [c.log_probs for c in again]

@@ -14,14 +14,11 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from command import megafork, run_on_forks
 from task import make_task, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
-
-
-def megafork(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MEGAFORK, *arguments], cwd=cwd, capture_output=True, text=True, timeout=400)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -37,8 +34,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_recipe(
         folder, run={"name": "sft", "folder": str(folder / "runs")}, rollout={"prompts": 16, "max_response_length": 4, "samples": 4}
     )
-    done = megafork("sft", "recipe.yaml", "train.steps=12", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    run_on_forks("sft", folder / "recipe.yaml", "train.steps=12")
     return folder
 
 
@@ -54,7 +50,11 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
     changes = {k: dict(v) for k, v in LAYOUTS[layout].items()}
     model = {"path": str(task / "runs/sft/hf")}
     for run in ("unbroken", "killed"):
-        sections = {**changes, "model": model, "run": {"name": f"{name}-{run}", "folder": "runs", "seed": 7, **changes.get("run", {})}}
+        sections = {
+            **changes,
+            "model": model,
+            "run": {"name": f"{name}-{run}", "folder": str(task / "runs"), "seed": 7, **changes.get("run", {})},
+        }
         sections["rollout"] = {
             "prompts": 8,
             "samples": 4,
@@ -66,8 +66,7 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
         recipe = write_recipe(task, **sections, train={"steps": 6, "minibatches": 2, "micro_batch_tokens": 64}, checkpoint={"every": 2})
         recipe.rename(task / f"{name}-{run}.yaml")
 
-    done = megafork("train", f"{name}-unbroken.yaml", cwd=task)
-    assert done.returncode == 0, done.stderr
+    run_on_forks("train", task / f"{name}-unbroken.yaml")
     kill_a_rank_after_step(task, f"{name}-killed.yaml", task / "runs" / f"{name}-killed", step=3)
     done = megafork("train", f"{name}-killed.yaml", cwd=task)
     assert done.returncode == 0, done.stderr

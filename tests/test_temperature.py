@@ -214,7 +214,7 @@ def test_engines_decode_as_transformers_says(tp: int, tmp_path: Path) -> None:
     samplings = [Sampling(24, stop=(7,), forks=forks) for forks in settings.values()]
     samplings += [Sampling(24, temperature=0.8, stop=(7,))]
     spec = recipe(folder, rollout={"tp": tp, "max_response_length": 32, "max_running": 5}, parallel={"tp": 2})
-    ranks = on_ranks(2, _decode, spec, folder, samplings, free_port())
+    ranks = on_ranks(2, _decode, spec, folder, samplings, free_port(), engines=True)
     assert ranks[0] == ranks[1], "both ranks (one engine of TP 2, or two of TP 1 with the same seeds) say the same"
     *with_forks, plain = ranks[0]
     assert with_forks[-1] == plain, "two equal temperatures are that temperature"

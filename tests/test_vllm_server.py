@@ -147,9 +147,9 @@ def assert_equal(got: list[Answers], want: list[Answers]) -> None:
 def test_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
     """An untied model in engines of TP 1 and 2; the tied one is at the servers below."""
     folders = models(tmp_path, tie_word_embeddings=False)[:2]
-    want = on_ranks(1, fresh, folders, free_port())[0]
+    want = on_ranks(1, fresh, folders, free_port(), engines=True)[0]
     for tp in (1, 2):
-        for rank in on_ranks(tp, receive, folders, tp, free_port()):
+        for rank in on_ranks(tp, receive, folders, tp, free_port(), engines=True):
             for answers, model in zip(rank, UPDATES, strict=True):
                 assert_equal(answers, want[model % 2])
             assert rank[0] == rank[2]
@@ -218,7 +218,7 @@ def test_two_servers(tmp_path: Path) -> None:
     folders = models(tmp_path)
     specs = [spec_of(folders[0], rollout={"tp": tp, "kv_cache_mb": 32, "max_running": 16}) for tp in (1, 2)]
     with vllm_servers(specs, tmp_path) as servers:
-        want = on_ranks(1, fresh, folders, free_port())[0]
+        want = on_ranks(1, fresh, folders, free_port(), engines=True)[0]
         urls = [url for url, _ in servers]
 
         def trainer(*urls: str) -> Recipe:

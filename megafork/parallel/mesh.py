@@ -77,7 +77,7 @@ def join_world(device: torch.device | None = None, timeout: timedelta = timedelt
     Returns this rank's device: its GPU by LOCAL_RANK, or the CPU with gloo.
     """
     if device is None:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # vLLM asks for it
         device = torch.device("cuda", local % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
