@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -13,3 +14,11 @@ torch.set_num_threads(1)
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is not a failure
 settings.load_profile("any machine")
+
+LONGEST = ("test_slurm", "test_vllm_server", "test_bridge", "test_update", "test_launch", "test_kills", "test_runs", "test_ablation")
+"""Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from command import megafork
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
@@ -403,8 +404,8 @@ def test_real_weights(task: Path, tmp_path: Path) -> None:
     )
 
 
-def _command(settings: Settings, *more: str) -> subprocess.Popen[str]:
-    """`megafork eval` as a user calls it."""
+def _arguments(settings: Settings, *more: str) -> list[str]:
+    """Of `megafork`, as a user gives them."""
     options = {
         "benchmarks": settings.benchmarks[0],
         "samples": settings.samples,
@@ -416,15 +417,14 @@ def _command(settings: Settings, *more: str) -> subprocess.Popen[str]:
         "out": settings.out,
     }
     arguments = [f"--{name}={value}" for name, value in options.items()] + [f"--k={k}" for k in settings.ks]
-    command = [sys.executable, "-m", "megafork.cli", "eval", settings.model, *arguments, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return ["eval", settings.model, *arguments, *more]
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) -> None:
     """Killed by SIGKILL, continued, asked again, and asked for more samples; against two ranks that were never disturbed."""
     settings = _settings(task, samples=8, max_tokens=24, ks=(1, 2, 8), verifier=_own(tmp_path), out=str(tmp_path / "killed"))
-    victim = _command(settings)
+    victim = subprocess.Popen([sys.executable, "-m", "megafork.cli", *_arguments(settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (found := list(Path(settings.out).rglob("part-0.jsonl"))) or found[0].stat().st_size < 1000:
         assert victim.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
@@ -435,17 +435,16 @@ def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) 
     kept = written[: written.rfind("\n") + 1]
     assert 0 < kept.count("\n") < 160
 
-    again = _command(settings, "--json")
-    output, errors = again.communicate(timeout=240)
-    assert again.returncode == 0, errors
-    results = json.loads(output.splitlines()[-1])
+    again = megafork(*_arguments(settings, "--json"), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    results = json.loads(again.stdout.splitlines()[-1])
     assert found[0].read_text().startswith(kept), "what was there is there, and was not written again"
     assert len(_lines(settings)) == len(set(map(_key, _lines(settings)))) == 160
 
     whole, (logs,) = found[0].read_bytes(), Path(settings.out).rglob("logs")
     shutil.rmtree(logs)
-    third = _command(settings, "--json")
-    assert json.loads(third.communicate(timeout=120)[0].splitlines()[-1]) == results
+    third = megafork(*_arguments(settings, "--json"), cwd=tmp_path)
+    assert json.loads(third.stdout.splitlines()[-1]) == results
     assert found[0].read_bytes() == whole and not logs.exists(), "the same call starts no rank"
 
     more = prepare(replace(settings, samples=9)).job().missing()

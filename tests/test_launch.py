@@ -70,6 +70,13 @@ class Run:
 
 
 def long_run(task: Path, **environment: str) -> Run:
+    """Two ranks that would meet for ever."""
+    path = os.pathsep.join(filter(None, [str(FAULTS.parent), environment.pop("PYTHONPATH", None), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", "import meeting; meeting.main()", "meet", "runs/NAME"]
+    return Run(task, *command, PYTHONPATH=path, **environment)
+
+
+def long_training(task: Path, **environment: str) -> Run:
     """A supervised run of two ranks that would take minutes."""
     return Run(task, *MEGAFORK, "sft", "recipe.yaml", "run.name=NAME", "train.steps=20000", **environment)
 
@@ -83,6 +90,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FAILURES = {
     "error": (1, ["Traceback (most recent call last):", "ArithmeticError: deliberate", "rank 1 failed"]),
+    "error in a training": (1, ["Traceback (most recent call last):", "ArithmeticError: deliberate", "rank 1 failed"]),
     "input": (2, ["megafork: forks.select is deliberate: choose another"]),
     "exit": (1, ["rank 1 ended with exit code 3 and no word of its own"]),
 }
@@ -91,7 +99,8 @@ FAILURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAILURES)
 def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path, tmp_path: Path) -> None:
-    run = long_run(task, FAULT=fault, FAULT_WHEN=str(tmp_path / "now"), PYTHONPATH=str(FAULTS))
+    start = long_training if "training" in fault else long_run
+    run = start(task, FAULT=fault, FAULT_WHEN=str(tmp_path / "now"), PYTHONPATH=str(FAULTS))
     run.wait_for(run.has_done_a_step)
     (tmp_path / "now").touch()
     code, output = run.end()
@@ -100,7 +109,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path
     lines = [line for line in output.splitlines() if line in expected or "Traceback" in line]
     assert lines == expected, output  # and no other rank's traceback
     assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log", "job.pickle"}
-    if fault == "error":
+    if "error" in fault:
         assert "ArithmeticError: deliberate" in (run.folder / "logs/rank_1.log").read_text()
 
 

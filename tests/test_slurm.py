@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from command import run_on_forks
 from slurm_cluster import NODES, Cluster, missing, running_cluster, wait_for
 from task import make_task, write_recipe
 
@@ -19,7 +19,6 @@ WHY_NOT = missing()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(480),
-    pytest.mark.xdist_group("slurm"),  # one cluster for all of them
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm cluster can be started: {WHY_NOT}"),
 ]
 ROOT = Path(__file__).parents[1]
@@ -149,11 +148,10 @@ def unbroken(cluster: Cluster, task: Path) -> Job:
     return job
 
 
-def assert_goes_on(job: Job, unbroken: Path) -> None:
-    """The job, queued again, ends with the numbers of the unbroken run."""
-    job.start_again()
+def assert_ends_as(job: Job, unbroken: Path, *, restarts: int) -> None:
+    """The job, queued again so often, ends with the numbers of the unbroken run."""
     assert job.end() == "COMPLETED", job.output
-    assert job.field("Restarts") == "1"
+    assert job.field("Restarts") == str(restarts)
     assert metrics(job.run_folder) == metrics(unbroken)
     weights = [(run / "hf/model.safetensors").read_bytes() for run in (job.run_folder, unbroken)]
     assert weights[0] == weights[1]
@@ -167,43 +165,33 @@ def test_trains_on_two_nodes(unbroken: Job) -> None:
     assert unbroken.output.splitlines()[-1].endswith("slurm: done")
 
 
-def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path, unbroken: Job) -> None:
-    job = Job(cluster, task)
-    job.wait_for_step(5)
-    job.warn()
-    job.wait_until(lambda: "queued again" in job.output)
-    saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
-    assert len(saved) == 1 and 5 <= saved[0] < STEPS
-    assert f"stopped on request after step {saved[0]}; queued again" in job.output
-    assert_goes_on(job, unbroken.run_folder)
-
-
-def test_a_warned_reinforcement_run_goes_on(cluster: Cluster, task: Path) -> None:
+def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     """Order of the prompts and seeds of the roll-outs: the numbers are those of one machine that was not asked to stop."""
-    command = [sys.executable, "-m", "megafork.cli", "train", str(task / "train.yaml"), "run.name=whole"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200)
+    run_on_forks("train", task / "train.yaml", "run.name=whole")
     job = Job(cluster, task, command="train")
     job.wait_for_step(2)
     job.warn()
-    assert_goes_on(job, task / "runs/whole")
+    job.wait_until(lambda: "queued again" in job.output)
+    saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
+    assert len(saved) == 1 and 2 <= saved[0] < 8
+    assert f"stopped on request after step {saved[0]}; queued again" in job.output
+    job.start_again()
+    assert_ends_as(job, task / "runs/whole", restarts=1)
 
 
-def test_a_failed_rank_is_tried_again(cluster: Cluster, task: Path, unbroken: Job) -> None:
+def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, unbroken: Job) -> None:
     job = Job(cluster, task, "checkpoint.every=20")
     job.wait_for_step(21)
     job.rank(1).kill()
     job.wait_until(lambda: "queued again" in job.output)
     assert "a rank failed" in job.output
-    assert_goes_on(job, unbroken.run_folder)
-
-
-def test_a_lost_node_is_no_end(cluster: Cluster, task: Path, unbroken: Job) -> None:
-    job = Job(cluster, task, "checkpoint.every=20")
-    job.wait_for_step(21)
+    job.start_again()
+    job.wait_for_step(61)
     cluster.power_off("node2")
     job.wait_until(lambda: job.field("JobState") == "PENDING")
     cluster.power_on("node2")
-    assert_goes_on(job, unbroken.run_folder)
+    job.start_again()
+    assert_ends_as(job, unbroken.run_folder, restarts=2)
 
 
 def test_a_hang_is_noticed_and_tries_are_counted(cluster: Cluster, task: Path) -> None:
@@ -222,19 +210,13 @@ def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Pa
     assert "not queued again" in job.output and job.field("Restarts") == "0"
 
 
-WRONG = {
-    "parallel.tp=3": ["node1: parallel.tp"],
-    "model.path=/nowhere": [f"{node}: model.path: nothing: model.path is '/nowhere': give" for node in NODES],
-}
-
-
-@pytest.mark.parametrize("override", WRONG)
-def test_wrong_input_ends_the_job_in_the_preflight(override: str, cluster: Cluster, task: Path) -> None:
-    job = Job(cluster, task, override)
+def test_wrong_input_ends_the_job_in_the_preflight(cluster: Cluster, task: Path) -> None:
+    job = Job(cluster, task, "model.path=/nowhere")
     assert job.end() == "FAILED"
     assert job.field("ExitCode") == "2:0" and job.field("Restarts") == "0"
     said = [line for line in job.output.splitlines() if not line.startswith(("srun: ", "["))]
-    assert [line[: len(start)] for line, start in zip(sorted(said), WRONG[override], strict=True)] == WRONG[override]
+    wanted = [f"{node}: model.path: nothing: model.path is '/nowhere': give" for node in NODES]
+    assert [line[: len(start)] for line, start in zip(sorted(said), wanted, strict=True)] == wanted
     assert "Traceback" not in job.output
 
 

@@ -1,0 +1,32 @@
+"""megafork's command line with one more command: two ranks that do nothing but meet. They start, fail and stop as every other job's."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import typer
+
+from megafork import cli, ranks
+
+
+def meet(folder: Path) -> None:
+    raise typer.Exit(ranks.do(partial(_meet, folder), 2, folder))
+
+
+def _meet(folder: Path) -> int:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    step = 0
+    while True:
+        dist.barrier()
+        step += 1
+        if dist.get_rank() == 0:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(f'{{"step": {step}, "met": 2}}\n')
+
+
+def main() -> None:
+    cli.app.command()(meet)
+    cli.main()
