@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 import torch
+from command import run_on_forks
 from ranks import on_ranks
 from task import make_task, write_recipe
 from test_rollout import free_port
@@ -309,20 +310,26 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
     asked = {"max_response_length": 12, "servers": [url for url, _ in servers]}
     file = write_recipe(task, parallel={"tp": 2}, rollout=asked, reward={"verifier": f"{task}/verifier.py:score"}, train={"steps": 12})
 
+    def metrics(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (task / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
     def run(name: str, *overrides: str) -> list[dict[str, Any]]:
-        words = [sys.executable, "-m", "megafork.cli", "train", str(file), f"run.name={name}", *overrides]
+        run_on_forks("train", file, f"run.name={name}", *overrides)
+        return metrics(name)
+
+    def run_and_kill(name: str) -> list[dict[str, Any]]:
+        words = [sys.executable, "-m", "megafork.cli", "train", str(file), f"run.name={name}"]
         done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         log = task / "runs" / name / "metrics.jsonl"
-        while name == "killed" and not (log.exists() and '"step": 3,' in log.read_text()):
+        while not (log.exists() and '"step": 3,' in log.read_text()):
             assert done.poll() is None
             time.sleep(0.01)
-        if name == "killed":
-            server_of(servers[0][1]).kill()
+        server_of(servers[0][1]).kill()
         said, _ = done.communicate(timeout=200)
         assert done.returncode == 0, said
-        return [json.loads(line) for line in log.read_text().splitlines()]
+        return metrics(name)
 
-    wanted, killed = run("colocated", "rollout.servers=[]"), run("killed")
+    wanted, killed = run("colocated", "rollout.servers=[]"), run_and_kill("killed")
     assert killed[-1]["refit/servers"] == 1
     clocks = ("time/", "throughput/", "memory/", "refit/")
     for there, here in zip(killed, wanted, strict=True):
