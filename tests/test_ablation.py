@@ -176,6 +176,18 @@ def test_a_run_that_found_nothing_to_learn_from(recipes: list[str]) -> None:
     assert shown(results, width=80)[1].split() == ["top", "1", "0.0", "0.0", "0.0", "1.0", "-", "1.0"]
 
 
+def test_held_out_prompts_that_changed_between_runs(recipes: list[str]) -> None:
+    settings = Settings.parse(recipes, "1", "out")
+    trials = settings.trials()
+    write_run(trials[0], [0.0, 0.5], [0.5, 0.5])
+    write_run(trials[1], [0.0, 0.5], [0.5, 0.5, 0.5])
+    with pytest.raises(
+        RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' answered 2 held-out prompts and .* 3 held"
+    ):
+        summarise(settings, trials, {})
+    assert not Path(settings.out, "ablation.json").exists()
+
+
 def test_one_seed_and_a_reference_that_failed(recipes: list[str]) -> None:
     settings = Settings.parse(recipes, "1,2", "out")
     trials = settings.trials()

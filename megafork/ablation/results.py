@@ -15,6 +15,7 @@ from megafork.ablation.statistics import paired, spread
 from megafork.analysis.charts import known_values, number
 from megafork.analysis.run_folder import read_steps
 from megafork.files import whole
+from megafork.recipe import RecipeError
 
 Results = dict[str, Any]
 ACCURACIES = ("end", "best", "area")
@@ -59,12 +60,13 @@ def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial
     `Measured`}], each value's {"mean", "sd"} over seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`},
     "end" also: {"prompts": `Paired`}}], "failed": [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its
     accuracies averaged over the seeds. A recipe without a finished run is in "failed" alone; one that shares no seed with the first is not
-    compared.
+    compared. Raises RecipeError when the runs have not answered equally many prompts.
     """
     runs: dict[str, dict[int, Measured]] = {}
     for trial in trials:
         if trial not in failed:
             runs.setdefault(trial.name, {})[trial.seed] = measure(trial)
+    _check_alike([one for of_recipe in runs.values() for one in of_recipe.values()])
     reference = trials[0].name
     compared = [name for name in runs if name != reference and runs[name].keys() & runs.get(reference, {}).keys()]
     file = Path(settings.out) / "ablation.json"
@@ -81,6 +83,13 @@ def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial
     with whole(file) as unfinished:
         unfinished.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _check_alike(measured: Sequence[Measured]) -> None:
+    for one in measured[1:]:
+        if len(one.prompts) != len(measured[0].prompts):
+            both = (f"{str(run.trial.recipe.run_folder)!r} answered {len(run.prompts)} held-out prompts" for run in (measured[0], one))
+            raise RecipeError(f"data.eval has changed between runs: {' and '.join(both)}; delete one, or choose another --out")
 
 
 def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:
