@@ -1,10 +1,10 @@
-"""The kinds of numbers that a recipe's keys hold."""
+"""The kinds of numbers that a recipe's keys hold, and of sections that hold them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _number(value: Any) -> Any:
@@ -24,3 +24,9 @@ NonNegative = Annotated[float, Field(ge=0.0), _from_text]
 Temperature = Annotated[float, Field(gt=0.0, le=100.0), _from_text]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A strict section: unknown keys and wrong types (true for 1, "5" for 5, NaN) are errors, and it never changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)

@@ -13,19 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from megafork.kinds import AboveOne, BelowOne, Count, CountOrZero, Fraction, NonNegative, Positive, Temperature
+from megafork.kinds import AboveOne, BelowOne, Count, CountOrZero, Fraction, NonNegative, Positive, Section, Temperature
 
 
 class RecipeError(ValueError):
     """The input of a run is wrong. The message is one line: field, value, and how to mend it. Exit code 2."""
-
-
-class Section(BaseModel):
-    """A strict section: unknown keys and wrong types (true for 1, "5" for 5, NaN) are errors, and it never changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Run(Section):
@@ -138,9 +132,12 @@ class Rollout(Section):
     """KV cache of an engine in MiB. Empty: `gpu_memory_fraction` of the GPU, or 256 without one."""
     gpu_memory_fraction: Fraction = 0.6
     """Share of a GPU's memory for vLLM's weights and KV cache."""
+    park_training: bool = False
+    """Keep gradients and optimizer state off the GPU while vLLM has it: room for a larger `gpu_memory_fraction`, for a way to host memory
+    and back every step. Not with `servers`, which have GPUs of their own."""
     max_running: Count = 256
     """Requests an engine decodes at once."""
-    servers: list[str] = []
+    servers: list[str] = Field(default=[])
     """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`. Empty: engines in the
     trainer's own processes."""
     staleness: CountOrZero = 0
@@ -162,12 +159,14 @@ class Rollout(Section):
         return servers
 
     @model_validator(mode="after")
-    def _stale_needs_servers(self) -> Rollout:
+    def _engines_are_apart_or_not(self) -> Rollout:
         if self.staleness and not self.servers:
             raise ValueError(
                 f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes wait for it; "
                 "name servers, or set rollout.staleness=0"
             )
+        if self.park_training and self.servers:
+            raise ValueError("rollout.park_training is true with rollout.servers: these leave the trainer its GPUs; set it to false")
         return self
 
 

@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_named_with_the_keys_that_make_it_fit() -> None:
     assert {"model.recompute": "full"} in mends(kept)
     crowded = planned(rollout__gpu_memory_fraction=0.8)
     assert "rollout" in crowded.over
-    assert [set(changes) for changes in mends(crowded)] == [{"rollout.gpu_memory_fraction"}]
+    assert [set(changes) for changes in mends(crowded)] == [{"rollout.park_training"}, {"rollout.gpu_memory_fraction"}]
     no_cache = planned(rollout__gpu_memory_fraction=0.2)
     assert no_cache.over["cache"] > 0 and no_cache.stages[0].engine.concurrent == 0
     both = planned(gpus=128, model__recompute="none", rollout__gpu_memory_fraction=0.9, **LONG)

@@ -42,6 +42,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP, two engines": {"parallel": {"tp": 2, "sp": True}},
     "DP2, one engine of TP 2": {"run": {"ranks": 2}, "rollout": {"tp": 2}},
 }
+PARKED = {"unbroken": False, "killed": True}
+"""Whether training state is parked during roll-outs, which changes no number."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -61,6 +63,7 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
             "max_response_length": 4,
             "kv_cache_mb": 32,
             "max_refills": 2,
+            "park_training": PARKED[run],
             **changes.get("rollout", {}),
         }
         recipe = write_recipe(task, **sections, train={"steps": 6, "minibatches": 2, "micro_batch_tokens": 64}, checkpoint={"every": 2})

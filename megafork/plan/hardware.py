@@ -36,6 +36,9 @@ GPUS_A_NODE = 8
 NETWORK = 50e9
 """Bytes a second a GPU sends to another node: one 400 Gb/s adapter a GPU, as in a DGX H100."""
 
+HOST = 50e9
+"""Bytes a second between a GPU and its host's memory, each way: PCIe 5.0 x 16 less its overhead, as an H100 SXM has it."""
+
 # Shares of a peak that is reached. Assumed, and set once so that NeMo-RL's published step (Qwen3-32B, 32 x H100, 376 s) comes out near.
 MATMUL_SHARE = 0.50
 FP8_GAIN = 1.4

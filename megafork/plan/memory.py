@@ -49,6 +49,8 @@ class StageMemory:
     refit_buffer: int
     colocated: bool
     """vLLM shares the GPU; else it is at servers with GPUs of their own."""
+    parked: bool
+    """Gradients and optimizer are off the GPU while vLLM is awake."""
 
     @property
     def state(self) -> int:
@@ -61,10 +63,11 @@ class StageMemory:
         always = self.state + self.fp8_copies + RESERVED
         awake, asleep = (self.engine.pool, VLLM_ASLEEP) if self.colocated else (0, 0)
         training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
+        beside = always - (self.state - self.weights.weight_bytes if self.parked else 0)
         return {
-            "rollout": always + awake,
+            "rollout": beside + awake,
             "update": always + asleep + training,
-            "refit": always + awake + self.refit_buffer,
+            "refit": beside + awake + self.refit_buffer,
         }
 
 
@@ -80,7 +83,8 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
         activations = stage_activations(shape, recipe, stage, tokens=tokens, micro_batches=micro_batches, head_rows=tokens)
         copies = layers * _fp8_copies(shape, recipe)
         weights = stage_weights(shape, recipe, stage, gpus)
-        result.append(StageMemory(stage, layers, weights, activations, engine, copies, buffer, colocated))
+        parked = recipe.rollout.park_training
+        result.append(StageMemory(stage, layers, weights, activations, engine, copies, buffer, colocated, parked))
     return result
 
 

@@ -13,6 +13,7 @@ from megafork.plan.hardware import (
     FP8_GAIN,
     GPUS_A_NODE,
     GROUPS_SAMPLED,
+    HOST,
     LINK_SHARE,
     MATMUL_SHARE,
     NETWORK,
@@ -94,7 +95,8 @@ def step_time(
     one = _pass(shape, recipe, gpu, load, micro_batches, linear=3 + again, head=4 * chosen, moves=2 + again)
     update = recipe.train.minibatches * (one + max(_synchronise(recipe, gpus, gpu, w) for w in weights))
     score = every * (2 if spec.entropy_from == "current" else 1)
-    refit = engine.weights / _link(gpus > GPUS_A_NODE, gpu)
+    parked = 2 * max(max(w.optimizer_bytes) for w in weights) / HOST if recipe.rollout.park_training else 0.0
+    refit = engine.weights / _link(gpus > GPUS_A_NODE, gpu) + parked
     tokens, ahead = int(load.samples * load.length), recipe.rollout.staleness > 0
     every_gpu = gpus + len(recipe.rollout.servers) * recipe.rollout.tp
     return Step(rollout, score, update, refit, load.prompt, load.response, tokens, every_gpu, running, micro_batches, ahead)

@@ -26,10 +26,12 @@ from megafork.train.ahead import Ahead
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
+from megafork.train.parking import Parking
 from megafork.train.record import write_evaluation, write_rollouts
 from megafork.train.run import Metrics, Run, build_learner
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import entropy_metrics, staleness, update_metrics
+from megafork.train.update import Learner
 from megafork.weights.bridge import Bridge
 from megafork.weights.policy_weights import WholeWeights
 
@@ -37,14 +39,16 @@ from megafork.weights.policy_weights import WholeWeights
 class Trainer:
     """A run's parts, and its step. Every rank makes one and calls each method together."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner) -> None:
+        """`learner`: as the last step left it."""
         self.recipe = recipe
         self.mesh = mesh
         self.inputs = inputs
+        self.learner = learner
         self.groups = ForkGroups(mesh.token_group, mesh.cp_group)
-        self.learner = build_learner(
-            inputs, recipe, mesh, updates=recipe.train.steps * recipe.train.minibatches, temperature=recipe.rollout.temperature
-        )
+        self.parking = Parking(learner.model, learner.optimizer, mesh.device)
+        if recipe.rollout.park_training:
+            self.parking.park()  # vLLM takes its memory when it is made
         self.engine: ServerEngine | ColocatedEngine
         self.weights: WholeWeights | Bridge
         """What a refit hands over."""
@@ -68,6 +72,7 @@ class Trainer:
             collected = self.ahead.collect(step)
             self.order = collected.order
             self.engine.sleep()
+            self.parking.unpark()
         minibatches = self.place(collected)
         everything = [micro for mini in minibatches for micro in mini]
         thresholds: list[Threshold] = []
@@ -88,6 +93,8 @@ class Trainer:
                         set_weights(mini, self.recipe.forks, self.recipe.loss, self.groups)
                     updates.append(self.learner.train(mini, partial(policy_loss, loss=self.recipe.loss)))
         with clock("refit"):
+            if self.recipe.rollout.park_training:
+                self.parking.park()
             self.engine.wake()
             self.refit(step)
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
@@ -187,8 +194,10 @@ def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Ten
 
 def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     """A whole run, or what is left of it. Every rank calls. Returns the last step's metrics with the accuracies before and after."""
-    trainer = Trainer(recipe, mesh, inputs)
-    run = Run(recipe, mesh, inputs, trainer.learner)
+    updates = recipe.train.steps * recipe.train.minibatches
+    learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=recipe.rollout.temperature)
+    run = Run(recipe, mesh, inputs, learner)
+    trainer = Trainer(recipe, mesh, inputs, learner)
     if run.state is not None:
         trainer.sampler.order.restore(run.state["order"])
         torch.set_rng_state(run.state["rng"])
