@@ -15,8 +15,9 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)  # a busy machine is not a failure
 settings.load_profile("any machine")
 
-LONGEST = ("test_slurm", "test_vllm_server", "test_bridge", "test_update", "test_launch", "test_kills", "test_runs", "test_ablation")
-"""Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone."""
+LONGEST = ("test_slurm", "test_bridge", "test_update", "test_vllm_server", "test_kills", "test_runs", "test_ablation", "test_launch")
+"""Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone. Those that start
+most processes, Slurm's and the servers', do not come side by side."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

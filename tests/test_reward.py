@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -191,6 +192,14 @@ def test_check_needs_no_process(folder: Path, verifier: str, message: str) -> No
         check(reward(verifier))
 
 
+def workers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.ZombieProcess):  # of another test, ended and not yet waited for
+            found += [child] if "megafork.data.worker" in child.cmdline() else []
+    return found
+
+
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [
@@ -210,7 +219,7 @@ def test_a_file_that_cannot_be_loaded_is_one_recipe_error(folder: Path, verifier
     with pytest.raises(RecipeError, match=f"^reward.verifier is '{verifier}': it cannot be loaded.*{message}") as caught:
         Verifiers(reward(verifier, workers=2))
     assert "\n" not in str(caught.value)
-    assert not [p for p in psutil.Process().children() if "megafork.data.worker" in p.cmdline()], "a failed start leaves no process"
+    assert not workers(), "a failed start leaves no process"
 
 
 def test_a_verifier_file_may_import_its_neighbours(folder: Path) -> None:

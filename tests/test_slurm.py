@@ -195,11 +195,11 @@ def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, 
 
 
 def test_a_hang_is_noticed_and_tries_are_counted(cluster: Cluster, task: Path) -> None:
-    job = Job(cluster, task, "train.steps=100000", MEGAFORK_HANG_S="40", MEGAFORK_RETRIES="0")
+    job = Job(cluster, task, "train.steps=100000", MEGAFORK_HANG_S="60", MEGAFORK_RETRIES="0")
     job.wait_for_step(1)
     job.rank(1).suspend()
     assert job.end() == "FAILED"
-    assert "no step has ended for 40 s: a rank hangs; this was failure 1 in a row; not queued again" in job.output
+    assert "no step has ended for 60 s: a rank hangs; this was failure 1 in a row; not queued again" in job.output
 
 
 def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Path) -> None:

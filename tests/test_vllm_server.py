@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -146,14 +147,13 @@ def assert_equal(got: list[Answers], want: list[Answers]) -> None:
 
 
 def test_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
-    """An untied model in engines of TP 1 and 2; the tied one is at the servers below."""
+    """An untied model in an engine of TP 2; the tied one is at the servers below."""
     folders = models(tmp_path, tie_word_embeddings=False)[:2]
     want = on_ranks(1, fresh, folders, free_port(), engines=True)[0]
-    for tp in (1, 2):
-        for rank in on_ranks(tp, receive, folders, tp, free_port(), engines=True):
-            for answers, model in zip(rank, UPDATES, strict=True):
-                assert_equal(answers, want[model % 2])
-            assert rank[0] == rank[2]
+    for rank in on_ranks(2, receive, folders, 2, free_port(), engines=True):
+        for answers, model in zip(rank, UPDATES, strict=True):
+            assert_equal(answers, want[model % 2])
+        assert rank[0] == rank[2]
 
 
 def receive(folders: list[Path], tp: int, port: int) -> list[list[Answers]]:
@@ -345,22 +345,24 @@ def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> N
     policy = Exported(spec, folders)
     engine = ServerEngine(spec, policy.mesh, LIMITS)
     requests = [Request(PROMPTS[n % 3], request_seed(2, n)) for n in range(48)]
-    sampling = Sampling(max_tokens=32, temperature=1.0)
+    sampling = Sampling(max_tokens=64, temperature=1.0)
     engine.refit(policy.become(2), 1)
     started = time.monotonic()
     unbroken = complete(engine, requests, sampling)
     took = time.monotonic() - started
     assert engine.serving == 2
     if engine.rank == 0:
-        threading.Timer(took / 3, os.kill, (processes[0], signal.SIGKILL)).start()
+        threading.Timer(took / 8, os.kill, (processes[0], signal.SIGKILL)).start()  # early: all is warm now, and may go faster
     broken = complete(engine, requests, sampling)
     if engine.rank == 0:
         assert engine.serving == 1, "the kill came too late"
     same(broken, unbroken)
     engine.refit(policy.become(1), 2)
     second = complete(engine, requests, sampling)
-    until = time.monotonic() + 300
-    while not shared(engine.serving == 2) and shared(time.monotonic() < until):  # vLLM starts again, and is fed in some roll-out
+    if engine.rank == 0:
+        wait_until_well(spec.rollout.servers[0])
+    until = time.monotonic() + 60
+    while not shared(engine.serving == 2) and shared(time.monotonic() < until):  # it is fed in the middle of a roll-out
         same(complete(engine, requests, sampling), second)
     assert shared(engine.serving == 2)
     if engine.rank == 0:
@@ -369,6 +371,18 @@ def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> N
     if engine.rank == 0:
         assert engine.serving == 1, "the server that was killed has answered everything"
     engine.close()
+
+
+def wait_until_well(url: str, limit_s: float = 300.0) -> None:
+    """Until vLLM, which is started again, answers; without asking it for anything meanwhile."""
+    until = time.monotonic() + limit_s
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < until, f"{url} did not come back"
+            time.sleep(1.0)
 
 
 def shared(said: T) -> T:

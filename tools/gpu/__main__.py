@@ -138,6 +138,7 @@ def main(
     if not (dry or torch.cuda.is_available()):
         raise typer.BadParameter("there is no GPU: give --dry to see whether each part runs")
     work.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(ROOT))
     from benchmarks import machine
 
     results = json.loads(out.read_text()) if out.exists() else {"machine": machine.describe(), "versions": machine.versions(), "parts": {}}
