@@ -76,6 +76,30 @@ def keep_process_groups() -> None:
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 
+def put_generators_aside() -> None:
+    """On the CPU an engine dies of a seeded request whose prompt it reads in two steps (0.32, "CPU Generator does not use offset"): vLLM
+    samples for it in the first step too, and then turns its generator back, which only CUDA's can do. Keep the generator out of that
+    step instead. Call in every process that runs an engine, before it is made."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # of which the CPU's runner is one
+
+    original = GPUModelRunner.sample_tokens
+    if torch.cuda.is_available() or getattr(original, "puts_generators_aside", False):
+        return
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        unread = [int(row) for row in self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]]
+        aside = {row: generators.pop(row) for row in unread if row in generators}
+        with torch.random.fork_rng(devices=[], enabled=bool(aside)):  # which rows without a generator draw from
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                generators.update(aside)
+
+    sample_tokens.puts_generators_aside = True  # type: ignore[attr-defined]
+    GPUModelRunner.sample_tokens = sample_tokens
+
+
 def finish_tied_heads(model: torch.nn.Module) -> None:
     """On the CPU a tied head keeps the packed copy of the embedding it was made from, and goes stale without a word after a reload
     (log-probs off by 2): pack it again. Call after every reload."""

@@ -32,6 +32,7 @@ class ColocatedEngine:
         import vllm
 
         vllm_fixes.keep_process_groups()
+        vllm_fixes.put_generators_aside()
         if recipe.precision.rollout_fp8 and mesh.device.type != "cuda":
             vllm_fp8.install()
         self.tp = recipe.rollout.tp

@@ -132,5 +132,6 @@ class Receiver:
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+vllm_fixes.put_generators_aside()
 if not torch.cuda.is_available():
     vllm_fp8.install()  # before the model is loaded, which may be in FP8
