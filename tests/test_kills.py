@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from task import make_task, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-KILLS = 5
+KILLS = 4
 LAYOUTS = (
     ["run.ranks=1"],
     ["parallel.tp=2", "parallel.sp=true"],

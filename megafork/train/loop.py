@@ -198,6 +198,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=recipe.rollout.temperature)
     run = Run(recipe, mesh, inputs, learner)
     trainer = Trainer(recipe, mesh, inputs, learner)
+    run.begin()
     if run.state is not None:
         trainer.sampler.order.restore(run.state["order"])
         torch.set_rng_state(run.state["rng"])

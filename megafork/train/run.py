@@ -30,9 +30,9 @@ class Stopped(RuntimeError):
 
 
 class Run:
-    """Every rank makes one, after its learner, and calls each method together. Only rank 0 writes the log."""
+    """Every rank makes one, after its learner, and calls each method together, `begin` first. Only rank 0 writes the log."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner, *, show_every: int = 1) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner) -> None:
         """Continues from the newest checkpoint, if there is one. Raises what `check_resume` raises."""
         self.recipe = recipe
         self.mesh = mesh
@@ -48,7 +48,12 @@ class Run:
         if self.start:
             self.state = self.checkpoints.load(self.start, learner.chunks, learner.optimizer)
             learner.update = self.state["update"]
-        self._log = self._open_log(show_every) if mesh.is_rank_zero else None
+        self._log: RunLog | None = None
+
+    def begin(self, *, show_every: int = 1) -> None:
+        """Open the log, once everything has started that may fail to. Raises RecipeError when the log that is there is damaged."""
+        if self.mesh.is_rank_zero:
+            self._log = self._open_log(show_every)
 
     @property
     def steps(self) -> Iterable[int]:

@@ -24,7 +24,8 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     rows = examples(inputs.train, inputs.tokenizer, recipe)
     learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps, temperature=1.0)
     order = PromptOrder(inputs.train, recipe.run.seed)
-    run = Run(recipe, mesh, inputs, learner, show_every=max(1, recipe.train.steps // 20))
+    run = Run(recipe, mesh, inputs, learner)
+    run.begin(show_every=max(1, recipe.train.steps // 20))
     if run.state is not None:
         order.restore(run.state["order"])
     last: Metrics = {}
