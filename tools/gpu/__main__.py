@@ -62,7 +62,7 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
     )
     yield Part("kernels", 120, [f"{PYTHON} -m benchmarks kernels --out {work}{' --quick' if dry else ''}", f"cat {work}/kernels.json"])
     tested = "tests/test_quantile.py" if dry else "tests/test_kernels.py tests/test_vocab.py tests/test_quantile.py"
-    yield Part("tests", 300, [f"{PYTHON} -m pytest -n 0 -q {tested}"])
+    yield Part("tests", 300, [f"{PYTHON} -m pytest -o addopts= -q {tested}"])
     bf16 = f"{forks} run.name=bf16 model.path={work}/quickstart-sft/hf precision.dtype=bf16{few}"
     yield Part("quickstart in bf16", 240, [bf16, f"{here}/figures.py {work}/bf16"])
     large = f"{work}/qwen3-0.6b"
