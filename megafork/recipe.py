@@ -259,7 +259,9 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _rate_falls(self) -> Optimizer:
         if self.min_lr > self.lr:
-            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at it, choose a smaller one")
+            raise ValueError(
+                f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller one"
+            )
         return self
 
 
@@ -388,8 +390,7 @@ class Recipe(Section):
     @property
     def micro_batch_padding(self) -> int:
         """To what multiple a packed micro-batch is padded: in FP8 each rank's share of its tokens is whole blocks of 128."""
-        layout = self.parallel
-        return 128 * layout.cp * (layout.tp if layout.sp else 1) if self.precision.train_fp8 else 1
+        return 128 * self.parallel.cp * (self.parallel.tp if self.parallel.sp else 1) if self.precision.train_fp8 else 1
 
     @property
     def run_folder(self) -> Path:

@@ -203,11 +203,11 @@ def test_one_seed_and_a_reference_that_failed(recipes: list[str]) -> None:
         assert "None" not in "".join(shown(results, width=80))
 
 
-ABLATE = [sys.executable, "-m", "megafork.cli", "ablate", "top.yaml", "all.yaml", "--seeds", "1", "--out", "out", "--json"]
+ABLATE = ["ablate", "top.yaml", "all.yaml", "--seeds", "1", "--out", "out", "--json"]
 
 
 def ablate() -> tuple[int, dict[str, Any], str]:
-    done = megafork(*ABLATE[3:], cwd=Path.cwd())
+    done = megafork(*ABLATE, cwd=Path.cwd())
     return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
 
 
@@ -215,7 +215,8 @@ def ablate() -> tuple[int, dict[str, Any], str]:
 def test_real_trials_are_killed_fail_and_go_on(recipes: list[str], tmp_path: Path) -> None:
     make_task(tmp_path)
     top, every = Path("out/top-seed_1"), Path("out/all-seed_1")
-    process = subprocess.Popen(ABLATE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "megafork.cli", *ABLATE]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (top / "checkpoints/step_000001").exists():
         assert time.monotonic() < deadline and process.poll() is None

@@ -41,7 +41,7 @@ def test_times_are_the_slowest_rank_s_and_taken_in_turn() -> None:
     for times, order in on_ranks(2, times_and_order):
         assert order == ["first", "second"] * 3  # one round is not counted
         assert [len(series.values) for series in times.values()] == [2, 2]
-        assert min(times["first"].values) > 0.09 > min(times["second"].values)  # rank 0 may start its clock a little after rank 1 slept
+        assert min(times["first"].values) >= 0.1 > min(times["second"].values)
         assert max(times["first"].cpu) < 0.1  # it slept
 
 

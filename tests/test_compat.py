@@ -32,7 +32,7 @@ from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.colocated import ColocatedEngine
-from megafork.rollout.engine import Request, Sampling
+from megafork.rollout.engine import Request, Sampling, request_seed
 from megafork.shape import read_shape
 from megafork.train.sft import cross_entropy, place
 from megafork.train.update import Learner
@@ -333,3 +333,30 @@ def test_an_engine_leaves_its_host_alone(tmp_path: Path) -> None:
         assert seen["second unfinished"] != seen["second"], "finish_tied_heads()"
         assert seen["group after close"]
         assert not seen["group after upstream's close"], "keep_process_groups()"
+
+
+def _together_and_alone(spec: Recipe, port: int, patched: bool) -> Any:
+    """Long prompts of several requests, more than vLLM reads in a step: asked together, and one after the other."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    if not patched:
+        vllm_fixes.put_generators_aside = lambda: None
+    engine = ColocatedEngine(spec, mesh)
+    source = HuggingFaceWeights(Path(spec.model.path))
+    engine.refit(((name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())), 1)
+    requests = [Request([(7 * n + place * (n + 1)) % 99 for place in range(400)], request_seed(1, n)) for n in range(24)]
+    sampling = Sampling(max_tokens=6, temperature=1.0)
+    try:
+        together = engine.generate(requests, sampling)
+    except RuntimeError as error:
+        return str(error)
+    return [together, [engine.generate([request], sampling)[0] for request in requests]]
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_read_in_two_steps_changes_nothing(tmp_path: Path) -> None:
+    spec = recipe(save_model(tmp_path), data={"max_prompt_length": 400}, rollout={"max_response_length": 8, "kv_cache_mb": 64})
+    together, alone = on_ranks(1, _together_and_alone, spec, free_port(), True, engines=True)[0]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+    unpatched = on_ranks(1, _together_and_alone, spec, free_port(), False, engines=True)[0]
+    assert unpatched == "CPU Generator does not use offset", "vLLM no longer needs compat.vllm.put_generators_aside"

@@ -39,7 +39,7 @@ WRONG = {
     "rollout.temperature=.inf": "rollout.temperature is inf: must be a number, above 0 and at most 100",
     "optimizer.betas=[0.9]": "optimizer.betas is [0.9]: must be a list of 2, each a number, at least 0 and below 1",
     "optimizer.betas=[0.9,1]": "optimizer.betas is 1: must be a list of 2, each a number, at least 0 and below 1",
-    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at it, choose a smaller one",
+    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller one",
     "parallel.sp=1": "parallel.sp is 1: must be true or false",
     "parallel.sp=true": "parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1",
     "forks.select=topp": "forks.select is 'topp': must be one of top, bottom, random, all",

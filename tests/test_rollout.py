@@ -42,34 +42,6 @@ def _generate(spec: Recipe, folders: list[Path], port: int) -> list[list[Complet
     return answers
 
 
-def _together_and_alone(spec: Recipe, port: int, patched: bool) -> list[list[Completion]] | str:
-    """Long prompts of several requests, more than vLLM reads in a step: asked together, and one after the other."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    from megafork.compat import vllm as vllm_fixes
-    from megafork.rollout.colocated import ColocatedEngine
-
-    if not patched:
-        vllm_fixes.put_generators_aside = lambda: None
-    engine = ColocatedEngine(spec, mesh)
-    engine.refit(iter(_weights(Path(spec.model.path))), 1)
-    requests = [Request([(7 * n + place * (n + 1)) % 99 for place in range(400)], request_seed(1, n)) for n in range(24)]
-    sampling = Sampling(max_tokens=6, temperature=1.0)
-    try:
-        together = engine.generate(requests, sampling)
-    except RuntimeError as error:
-        return str(error)
-    return [together, [engine.generate([request], sampling)[0] for request in requests]]
-
-
-def test_a_prompt_that_is_read_in_two_steps_changes_nothing(tmp_path: Path) -> None:
-    spec = recipe(save_model(tmp_path), data={"max_prompt_length": 400}, rollout={"max_response_length": 8, "kv_cache_mb": 64})
-    together, alone = on_ranks(1, _together_and_alone, spec, free_port(), True, engines=True)[0]
-    assert [c.tokens for c in together] == [c.tokens for c in alone]
-    unpatched = on_ranks(1, _together_and_alone, spec, free_port(), False, engines=True)[0]
-    assert unpatched == "CPU Generator does not use offset", "vLLM no longer needs compat.vllm.put_generators_aside"
-
-
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

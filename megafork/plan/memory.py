@@ -11,7 +11,7 @@ from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHE
 from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
 from megafork.shape import Shape, stage_layers
-from megafork.weights.mapping import Parameter, parameters, shard_shape
+from megafork.weights.mapping import Parameter, shard_shape
 from megafork.weights.reshard import needed
 
 
@@ -76,15 +76,14 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
     engine = engine_memory(shape, recipe, gpu)
     buffer = refit_buffer(shape, recipe)
     micro_batches = 10**9  # enough to fill the pipeline
-    whole, colocated = recipe.micro_batch_padding, not recipe.rollout.servers
+    whole = recipe.micro_batch_padding
     tokens = -(-recipe.micro_batch_tokens // whole) * whole
+    copies, colocated, parked = _fp8_copies(shape, recipe), not recipe.rollout.servers, recipe.rollout.park_training
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
         activations = stage_activations(shape, recipe, stage, tokens=tokens, micro_batches=micro_batches, head_rows=tokens)
-        copies = layers * _fp8_copies(shape, recipe)
         weights = stage_weights(shape, recipe, stage, gpus)
-        parked = recipe.rollout.park_training
-        result.append(StageMemory(stage, layers, weights, activations, engine, copies, buffer, colocated, parked))
+        result.append(StageMemory(stage, layers, weights, activations, engine, layers * copies, buffer, colocated, parked))
     return result
 
 
@@ -92,12 +91,12 @@ def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
     """Bytes that a layer's projections take twice in FP8, an fp32 scale for each block included."""
     if not recipe.precision.train_fp8:
         return 0
-    sizes = [math.prod(shard_shape(p, shape, recipe.parallel.tp)) for p in parameters(replace(shape, layers=1)) if _is_projection(p)]
-    return sum(2 * (size + 4 * size // BLOCK**2) for size in sizes)
 
+    def copies(parameter: Parameter) -> int:
+        size = math.prod(shard_shape(parameter, shape, recipe.parallel.tp))
+        return 2 * (size + 4 * size // BLOCK**2) if all(map(is_quantized, parameter.huggingface())) else 0
 
-def _is_projection(parameter: Parameter) -> bool:
-    return all(is_quantized(name) for name in parameter.huggingface())
+    return over_model(replace(shape, layers=1), copies)
 
 
 def engines(recipe: Recipe, gpus: int) -> int:

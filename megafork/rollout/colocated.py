@@ -32,7 +32,6 @@ class ColocatedEngine:
         import vllm
 
         vllm_fixes.keep_process_groups()
-        vllm_fixes.put_generators_aside()
         if recipe.precision.rollout_fp8 and mesh.device.type != "cuda":
             vllm_fp8.install()
         self.tp = recipe.rollout.tp
@@ -43,6 +42,7 @@ class ColocatedEngine:
         self.engines = mesh.world // self.tp
         self.fork_decoding = fork_decoding
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
+            vllm_fixes.put_generators_aside()  # what it imports sets variables as well
             self._llm = vllm.LLM(**self._arguments(recipe, mesh))
 
     def _arguments(self, recipe: Recipe, mesh: Mesh) -> dict[str, Any]:

@@ -60,14 +60,15 @@ def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
 def _score_group(rows: Rows, chunks: list[Policy], work: Work, mesh: Mesh) -> Rows:
     """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
     lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
-    placed, packed = placement(lengths, work.job.recipe, mesh)[mesh.dp_rank], packer(work.job.recipe, mesh)
+    recipe = work.job.recipe
+    placed, packed = placement(lengths, recipe, mesh)[mesh.dp_rank], packer(recipe, mesh)
     micros = [packed([_response(n, rows[n]) for n in members]) for members in placed]
 
     def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
         micro.old_log_prob, micro.entropy = output
 
     with torch.no_grad():
-        temperature = work.job.recipe.rollout.temperature
+        temperature = recipe.rollout.temperature
         run_micro_batches(chunks, micros, keep, temperature=temperature, cp=mesh.layout.cp, forward_only=True, everywhere=True)
     mine = dict(_by_row(micros, mesh)) if mesh.is_last_stage else {}
     every: list[dict[int, dict[str, Any]]] = [{} for _ in range(mesh.world)]

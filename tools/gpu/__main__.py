@@ -140,6 +140,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
     from benchmarks import machine
+    from megafork.files import whole
 
     results = json.loads(out.read_text()) if out.exists() else {"machine": machine.describe(), "versions": machine.versions(), "parts": {}}
     failed = False
@@ -150,7 +151,8 @@ def main(
         typer.echo(f"{part.name} ...")
         result = run(part, work / f"{part.name.replace(' ', '_').replace(',', '')}.log")
         results["parts"][part.name] = result
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        with whole(out) as unfinished:
+            unfinished.write_text(json.dumps(results, indent=1) + "\n")
         typer.echo(f"  {json.dumps(result['figures'])[:300] if result['ok'] else result['why']}")
         failed |= not result["ok"]
     raise typer.Exit(failed)

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megafork.analysis.run_folder import read_steps
+
 MEANS = ("time/", "throughput/", "memory/", "refit/", "rollout_mismatch/", "loss/capped_fraction")
 """Taken over all steps but the first, which also starts things."""
 ENDS = ("loss", "loss/policy", "accuracy/mean", "eval/accuracy", "entropy/mean", "grad_norm")
 
 
 def figures(run: Path) -> dict[str, Any]:
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = read_steps(run)
     names = sorted({name for step in steps for name in step})
     values = {name: [(n, step[name]) for n, step in enumerate(steps) if step.get(name) is not None] for name in names}
     means = {name: statistics.mean([v for n, v in values[name] if n] or [0.0]) for name in names if name.startswith(MEANS)}
