@@ -97,7 +97,7 @@ watch() {
 ask_to_stop() {
     touch "$MEGAFORK_JOB/stop"
     local end
-    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | head -n 1)
+    end=$(insist squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | head -n 1) || true
     if [[ $end == *T* ]]; then time_over=$((SECONDS + $(date --date="$end" +%s) - $(date +%s) - 60)); fi
     say "asked to stop; the job's time is over at $end"
 }
@@ -118,13 +118,22 @@ try_again() {
 
 queue_again() {
     say "$1; queued again, to continue from the last checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    insist scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
 
 give_up() {
     say "$2; not queued again"
     exit "$1"
+}
+
+# Slurm's commands fail while its controller is busy or starts again: ask for two minutes.
+insist() {
+    local until=$((SECONDS + 120))
+    until "$@"; do
+        if ((SECONDS > until)); then return 1; fi
+        sleep 5
+    done
 }
 
 # Why the first rank failed that did. One rank's failure makes the others lose their connection: their errors come later.

@@ -174,7 +174,11 @@ class _Machine:
 
     def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         here = ["env", f"--chdir={cwd or self._folder}"]  # a mount namespace is entered at its root
-        done = subprocess.run([*self.enter, *here, *command], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+        for _ in range(5):
+            words, variables = [*self.enter, *here, *command], {**os.environ, **environment}
+            done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60)
+            if done.returncode != -signal.SIGPIPE:  # a busy controller hangs up on Slurm's commands
+                break
         if done.returncode:
             raise AssertionError(f"{' '.join(command)} on {self.name}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout

@@ -101,6 +101,7 @@ def test_a_server_that_comes_back_gets_the_current_weights_and_work() -> None:
         assert answers == [expected(1)]
         stats = dies.stats()
         assert stats["version"] == "1" and len(stats["answered"]) > 10, "within the same roll-out"
+        assert stats["calls"]["/start_weight_update"] == 1, "one update is enough"
         assert sorted(stats["answered"] + lives.stats()["answered"]) == sorted(set(stats["answered"] + lives.stats()["answered"]))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -121,6 +123,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))} for row in rows]
 
 
+def hung_up_on(folder: Path, *commands: str) -> Path:
+    """A folder of Slurm's commands that end at their first call as if a busy controller had closed the connection."""
+    folder.mkdir()
+    for name in commands:
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nmkdir {script}.called 2>/dev/null && kill -PIPE $$\nexec {shutil.which(name)} "$@"\n')
+        script.chmod(0o755)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with running_cluster() as running:
@@ -168,13 +180,15 @@ def test_trains_on_two_nodes(unbroken: Job) -> None:
 def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     """Order of the prompts and seeds of the roll-outs: the numbers are those of one machine that was not asked to stop."""
     run_on_forks("train", task / "train.yaml", "run.name=whole")
-    job = Job(cluster, task, command="train")
+    job = Job(cluster, task, command="train", PATH=f"{hung_up_on(task / 'bin', 'squeue', 'scontrol')}:{os.environ['PATH']}")
     job.wait_for_step(2)
     job.warn()
     job.wait_until(lambda: "queued again" in job.output)
     saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
     assert len(saved) == 1 and 2 <= saved[0] < 8
     assert f"stopped on request after step {saved[0]}; queued again" in job.output
+    assert {file.name for file in (task / "bin").glob("*.called")} == {"squeue.called", "scontrol.called"}
+    assert "the job's time is over at 20" in job.output
     job.start_again()
     assert_ends_as(job, task / "runs/whole", restarts=1)
 

@@ -162,7 +162,7 @@ class ServerEngine:
             served[0] = time.monotonic()
         elif time.monotonic() - served[0] > self._limits.server_s:
             raise self._none_left()
-        return sorted(self._back - self._failed)
+        return sorted(self._back - self._failed - self._up)  # the other thread may not have seen yet that one was fed
 
     # ---- servers
 
