@@ -21,7 +21,7 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), _from_text]
 AboveOne = Annotated[float, Field(gt=1.0), _from_text]
 Positive = Annotated[float, Field(gt=0.0), _from_text]
 NonNegative = Annotated[float, Field(ge=0.0), _from_text]
-Temperature = Annotated[float, Field(gt=0.0, le=100.0), _from_text]
+Temperature = Annotated[float, Field(ge=0.01, le=100.0), _from_text]  # vLLM takes what is lower for 0.01
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 

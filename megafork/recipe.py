@@ -37,9 +37,7 @@ class Run(Section):
     @classmethod
     def _is_a_file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            raise ValueError(
-                f"run.name is {name!r}: it names a folder, use letters, digits, `_`, `-` and `.`, and do not begin with `-` or `.`"
-            )
+            raise ValueError(f"run.name is {name!r}: it names a folder, use letters, digits, `_`, `-` and `.`, the last two not first")
         return name
 
 
@@ -122,6 +120,9 @@ class Rollout(Section):
     """Tokens of a response at most, end-of-sequence included."""
     temperature: Temperature = 1.0
     """T of the roll-out; log-probs and entropies are taken at it as well."""
+    fork_temperature: Annotated[tuple[Temperature, Temperature, NonNegative], Field(strict=False)] | None = None
+    """[low, high, threshold], in the place of `temperature`: `high` where the entropy of the next token at temperature 1 is above
+    `threshold` nats (the paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
     tp: Count = 1
     """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
     dynamic_sampling: bool = True
@@ -159,7 +160,9 @@ class Rollout(Section):
         return servers
 
     @model_validator(mode="after")
-    def _engines_are_apart_or_not(self) -> Rollout:
+    def _keys_agree(self) -> Rollout:
+        if self.fork_temperature and self.temperature != 1:
+            raise ValueError(f"rollout.temperature is {self.temperature} beside rollout.fork_temperature, which takes its place: drop one")
         if self.staleness and not self.servers:
             raise ValueError(
                 f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes wait for it; "
@@ -204,9 +207,7 @@ class Forks(Section):
     @model_validator(mode="after")
     def _fixed_needs_threshold(self) -> Forks:
         if (self.scope == "fixed") != (self.threshold is not None):
-            raise ValueError(
-                f"forks.threshold is {self.threshold} with forks.scope={self.scope}: give a threshold with scope=fixed, and only with it"
-            )
+            raise ValueError(f"forks.threshold is {self.threshold} with forks.scope={self.scope}: give a threshold with scope=fixed only")
         if self.scope == "batch" and self.entropy_from == "current":
             raise ValueError(
                 "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step knows only the policy that "
@@ -259,9 +260,7 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _rate_falls(self) -> Optimizer:
         if self.min_lr > self.lr:
-            raise ValueError(
-                f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller one"
-            )
+            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller")
         return self
 
 

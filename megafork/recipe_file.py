@@ -148,7 +148,8 @@ def _wanted(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "prefixItems" in schema:
-        return f"a list of {len(schema['prefixItems'])}, each {_wanted(schema['prefixItems'][0])}"
+        items = [_wanted(item) for item in schema["prefixItems"]]
+        return f"a list of {len(items)}" + (f", each {items[0]}" if len(set(items)) == 1 else f" ({'; '.join(items)})")
     if schema.get("type") == "array":
         return f"a list, each {_wanted(schema['items'])}"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "null": "null"}

@@ -139,7 +139,7 @@ insist() {
 # Why the first rank failed that did. One rank's failure makes the others lose their connection: their errors come later.
 first_error() {
     local file
-    file=$(grep --only-matching '"time_ns": [0-9]*' "$MEGAFORK_JOB"/rank_*.error 2>/dev/null | sort --field-separator=: --key=3 -n | head -n 1)
+    file=$(grep --with-filename --only-matching '"time_ns": [0-9]*' "$MEGAFORK_JOB"/rank_*.error 2>/dev/null | sort --field-separator=: --key=3 -n | head -n 1)
     if [[ -z $file ]]; then echo "no rank could say why"; return; fi
     file=${file%%:*}
     printf '%s\n%b' "$(basename "$file" .error)" "$(sed 's/^{"message": "//; s/", "timestamp": .*//' "$file")"

@@ -30,6 +30,7 @@ class Habits:
     response_s: float = 0.02
     longest: int = 4096
     raw_log_probs: bool = False
+    fork_decoding: bool = True
     refuses: bool = False
     """Every roll-out request."""
     signal_at: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -171,7 +172,8 @@ class _Routes:
         sampling = body["sampling_params"]
         if "seed" not in sampling:  # the look at what log-probs are
             choice = answer(0, self.version, 0.0) | {"token_ids": [1]}
-            choice["logprobs"]["content"] = [{"logprob": -2.0 if self.habits.raw_log_probs else 0.0}]
+            certain = self.habits.fork_decoding if "extra_args" in sampling else not self.habits.raw_log_probs
+            choice["logprobs"]["content"] = [{"logprob": 0.0 if certain else -2.0}]
             return web.json_response({"choices": [choice]})
         if self.habits.refuses:
             return web.Response(status=400, text="the prompt is too long")

@@ -36,14 +36,17 @@ WRONG = {
     "optimizer.lr=true": "optimizer.lr is true: must be a number, above 0",
     "optimizer.lr=.nan": "optimizer.lr is nan: must be a number, above 0",
     "optimizer.lr='nan'": "optimizer.lr is nan: must be a number, above 0",
-    "rollout.temperature=.inf": "rollout.temperature is inf: must be a number, above 0 and at most 100",
+    "rollout.temperature=.inf": "rollout.temperature is inf: must be a number, at least 0.01 and at most 100",
+    "rollout.fork_temperature=[0.7,1]": "rollout.fork_temperature is [0.7, 1]: must be a list of 3 (a number, at least 0.01 and "
+    "at most 100; a number, at least 0.01 and at most 100; a number, at least 0) or null",
+    "rollout.fork_temperature=[0.7,0,1]": "rollout.fork_temperature is 0: must be a list of 3 (a number, at least 0.01 and",
     "optimizer.betas=[0.9]": "optimizer.betas is [0.9]: must be a list of 2, each a number, at least 0 and below 1",
     "optimizer.betas=[0.9,1]": "optimizer.betas is 1: must be a list of 2, each a number, at least 0 and below 1",
-    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller one",
+    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller",
     "parallel.sp=1": "parallel.sp is 1: must be true or false",
     "parallel.sp=true": "parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1",
     "forks.select=topp": "forks.select is 'topp': must be one of top, bottom, random, all",
-    "forks.threshold=0.6": "forks.threshold is 0.6 with forks.scope=minibatch: give a threshold with scope=fixed, and only with it",
+    "forks.threshold=0.6": "forks.threshold is 0.6 with forks.scope=minibatch: give a threshold with scope=fixed only",
     "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
     "model.path=null": "model.path is null: must be text",
@@ -112,6 +115,9 @@ FILES = {
         "train.micro_batch_tokens is 22530 but one sequence may have 22536 tokens"
     ),
     LEAST + "parallel: {first_stage_layers: 3}\n": "parallel.first_stage_layers is 3 but parallel.pp is 1: leave it out",
+    LEAST + "rollout: {temperature: 0.5, fork_temperature: [0.5, 1, 0.6]}\n": (
+        "rollout.temperature is 0.5 beside rollout.fork_temperature, which takes its place: drop one"
+    ),
     LEAST + "optimizer: {lr: fast}\ntrain: {steps: 0}\n": "optimizer.lr is 'fast': must be a number, above 0; train.steps is 0: must be",
 }
 

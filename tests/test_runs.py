@@ -38,8 +38,10 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FORK = 0.5
+"""Nats, with some of the task's entropies on either side."""
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 SP, two engines": {"parallel": {"tp": 2, "sp": True}},
+    "TP2 SP, two engines": {"parallel": {"tp": 2, "sp": True}, "rollout": {"fork_temperature": [0.7, 1.3, FORK]}},
     "DP2, one engine of TP 2": {"run": {"ranks": 2}, "rollout": {"tp": 2}},
 }
 PARKED = {"unbroken": False, "killed": True}
@@ -116,6 +118,7 @@ def check_rollouts(run: Path, rows: list[dict[str, Any]]) -> None:
         table = pq.read_table(run / "rollouts" / f"step_{row['step']:06d}.parquet").to_pylist()
         tokens = sum(len(r["tokens"]) for r in table)
         masked = [e for r in table for e, m in zip(r["entropies"], r["mask"], strict=True) if m]
+        assert {e > FORK for r in table for e in r["entropies"]} == {True, False}
         assert len(masked) / tokens == pytest.approx(row["forks/fraction"])
         assert sum(e for r in table for e in r["entropies"]) / tokens == pytest.approx(row["entropy/mean"], rel=1e-5)
         assert tokens / len(table) == pytest.approx(row["response_length/mean"])

@@ -167,13 +167,14 @@ def test_a_refused_request_is_not_asked_again() -> None:
         (None, RecipeError, "nothing answers at http"),
         (Habits(longest=63), RecipeError, "takes 63 tokens, the recipe needs 64"),
         (Habits(raw_log_probs=True), NoServer, "--logprobs-mode processed_logprobs"),
+        (Habits(fork_decoding=False), NoServer, "does not know rollout.fork_temperature"),
     ],
-    ids=["absent", "short", "raw log-probs"],
+    ids=["absent", "short", "raw log-probs", "no fork-aware decoding"],
 )
 def test_a_server_that_is_not_set_up_as_the_run_needs_is_named(habits: Habits | None, kind: type[Exception], words: str) -> None:
     limits = Limits(in_flight=4, server_s=1.0, connect_s=0.5, poll_s=0.1)
     with StandIn(habits, up=habits is not None) as server:
-        for error in on_ranks(2, roll_outs, [server.url], limits, [1]):
+        for error in on_ranks(2, partial(roll_outs, fork_temperature=(0.7, 1.3, 0.5)), [server.url], limits, [1]):
             assert isinstance(error, kind) and words in str(error) and server.url in str(error) and "\n" not in str(error)
 
 

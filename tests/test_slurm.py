@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -187,9 +188,9 @@ def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
     assert len(saved) == 1 and 2 <= saved[0] < 8
     assert f"stopped on request after step {saved[0]}; queued again" in job.output
+    job.start_again()
     assert {file.name for file in (task / "bin").glob("*.called")} == {"squeue.called", "scontrol.called"}
     assert "the job's time is over at 20" in job.output
-    job.start_again()
     assert_ends_as(job, task / "runs/whole", restarts=1)
 
 
@@ -198,7 +199,8 @@ def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, 
     job.wait_for_step(21)
     job.rank(1).kill()
     job.wait_until(lambda: "queued again" in job.output)
-    assert "a rank failed" in job.output
+    why = re.search(r"a rank failed \(srun's exit code is \d+\): (.*\n.*)", job.output)
+    assert why is not None and ("no rank could say why" in why[1] or "rank_0\nTraceback" in why[1])
     job.start_again()
     job.wait_for_step(61)
     cluster.power_off("node2")

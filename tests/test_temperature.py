@@ -97,9 +97,7 @@ def test_wrong_temperatures(values: tuple[float, float, float], message: str) ->
 def _params(forks: ForkTemperature | None = None, **changes: Any) -> Any:
     import vllm
 
-    from megafork.rollout.logits_processor import request_arguments
-
-    return vllm.SamplingParams(extra_args=None if forks is None else request_arguments(forks), **changes)
+    return vllm.SamplingParams(extra_args=None if forks is None else forks.arguments, **changes)
 
 
 @pytest.mark.slow

@@ -93,6 +93,16 @@ def test_truncated_importance_sampling_equals_the_reference(tmp_path: Path) -> N
     assert all(0.0 < step["loss/capped_fraction"] < 0.5 for result in results[0] for step in result["history"])
 
 
+def test_fork_aware_decoding_equals_the_reference(tmp_path: Path) -> None:
+    """Each token's log-prob, old and new, is at the temperature that drew it; the forks are those of the entropies at temperature 1."""
+    folder = save_model(tmp_path / "m")
+    colder = specs(folder, {"rollout": {"fork_temperature": (0.7, 1.3, 4.3)}, "parallel": {"tp": 2, "cp": 2, "sp": True}})
+    expected = [reference(spec) for spec in colder]
+    compare(on_ranks(4, train_on_rank, colder), expected)
+    warm = [reference(spec)["history"] for spec in specs(folder, {})]
+    assert all(a["history"][-1]["loss/policy"] != pytest.approx(b[-1]["loss/policy"]) for a, b in zip(expected, warm, strict=True))
+
+
 def test_rho_one_is_plain_dapo_to_the_last_bit(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m")
     pair = [recipe(folder, parallel={"tp": 2}, forks=forks) for forks in ({"top_entropy_quantile": 1.0}, {"select": "all"})]

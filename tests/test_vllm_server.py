@@ -51,6 +51,8 @@ REQUESTS = [Request(prompt, request_seed(1, n, sample)) for n, prompt in enumera
 SAMPLING = (Sampling(max_tokens=12, temperature=0.0), Sampling(max_tokens=12, temperature=0.7, stop=(7,)))
 UPDATES = (0, 1, 0, 2, 1)
 """Which model's weights each update brings."""
+FORKS = (0.7, 1.3, 4.2)
+"""Fork-aware decoding, in whole runs only: about half of the tokens on each side."""
 LIMITS = Limits(in_flight=16, request_s=60.0, server_s=120.0, poll_s=0.2)
 
 
@@ -217,7 +219,8 @@ def test_two_servers(tmp_path: Path) -> None:
     """One story, for servers are slow to start: five updates, the mistakes, and a kill. The servers' engines are of TP 1 and TP 2, the
     trainer's model is tied and of TP 2."""
     folders = models(tmp_path)
-    specs = [spec_of(folders[0], rollout={"tp": tp, "kv_cache_mb": 32, "max_running": 16}) for tp in (1, 2)]
+    shared_keys = {"kv_cache_mb": 32, "max_running": 16, "fork_temperature": FORKS}
+    specs = [spec_of(folders[0], rollout={"tp": tp, **shared_keys}) for tp in (1, 2)]
     with vllm_servers(specs, tmp_path) as servers:
         want = on_ranks(1, fresh, folders, free_port(), engines=True)[0]
         urls = [url for url, _ in servers]
@@ -307,7 +310,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
     """At staleness 0, with one of two servers killed on the way, a run has the numbers of engines in its own processes."""
     task = make_task(folder / "task", vocab_size=99, num_hidden_layers=4)
     (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
-    asked = {"max_response_length": 12, "servers": [url for url, _ in servers]}
+    asked = {"max_response_length": 12, "servers": [url for url, _ in servers], "fork_temperature": FORKS}
     file = write_recipe(task, parallel={"tp": 2}, rollout=asked, reward={"verifier": f"{task}/verifier.py:score"}, train={"steps": 12})
 
     def metrics(name: str) -> list[dict[str, Any]]:

@@ -13,11 +13,12 @@ import torch
 
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
-from megafork.recipe import Recipe
+from megafork.recipe import Recipe, Rollout
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import set_weights
 from megafork.rl.packing import packer, placement
+from megafork.rollout.temperature import fork_temperature
 from megafork.shape import read_shape
 from megafork.train.loop import policy_loss
 from megafork.train.summary import entropy_metrics, update_metrics
@@ -53,7 +54,7 @@ class Rig:
         self.shape = read_shape(folder)
         chunks = build_policy(self.shape, spec, self.mesh)
         policy_weights.load_policy(chunks, HuggingFaceWeights(folder), self.shape, self.mesh)
-        self.learner = Learner(chunks, spec, self.mesh, updates=100, temperature=spec.rollout.temperature)
+        self.learner = Learner(chunks, spec, self.mesh, updates=100, temperature=fork_temperature(spec.rollout) or spec.rollout.temperature)
         self.groups = ForkGroups(self.mesh.token_group, self.mesh.cp_group)
         self.every = responses()
 
@@ -120,7 +121,10 @@ def reference(spec: Recipe) -> dict[str, Any]:
     every, history, masks = responses(), [], {}
     for step in range(STEPS):
         with torch.no_grad():
-            old = {(r.group, r.sample): _score(model, r, spec.rollout.temperature) for r in every}
+            drawn_at = {(r.group, r.sample): _drawn_at(model, r, spec.rollout) for r in every}
+            old = {(r.group, r.sample): _score(model, r, drawn_at[r.group, r.sample]) for r in every}
+            if spec.rollout.fork_temperature:
+                old = {key: (old[key][0], _score(model, r, 1.0)[1]) for key, r in zip(old, every, strict=True)}
         updates = []
         for groups_ in GROUPS:
             members = [r for r in every if r.group in groups_]
@@ -133,7 +137,7 @@ def reference(spec: Recipe) -> dict[str, Any]:
                 old_log_prob, entropy = old[r.group, r.sample]
                 mask = entropy >= tau
                 masks.update({(step, r.group, r.sample, n): bool(m) for n, m in enumerate(mask)})
-                ratio = (_score(model, r, spec.rollout.temperature)[0] - old_log_prob).exp()
+                ratio = (_score(model, r, drawn_at[r.group, r.sample])[0] - old_log_prob).exp()
                 free, bound = -ratio * r.advantage, -ratio.clamp(0.8, 1.28) * r.advantage
                 cap = spec.loss.importance_cap
                 weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
@@ -157,7 +161,15 @@ def reference(spec: Recipe) -> dict[str, Any]:
     return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
 
 
-def _score(model: Any, r: Response, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _drawn_at(model: Any, r: Response, rollout: Rollout) -> float | torch.Tensor:
+    """The temperature of each token, [n, 1], or the one of all."""
+    if rollout.fork_temperature is None:
+        return rollout.temperature
+    low, high, threshold = rollout.fork_temperature
+    return torch.where(_score(model, r, 1.0)[1] > threshold, high, low)[:, None]
+
+
+def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.cat([r.prompt_tokens, r.tokens]).long()
     logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)

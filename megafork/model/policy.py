@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,13 @@ class HeadRequest:
     """What the head is asked for one packed micro-batch.
 
     positions [P] int64: indices into this CP rank's packed tokens; targets [P] int64: the token that follows each;
-    temperature: of the roll-out. `entropy_grad`: whether the entropy takes part in the gradient.
+    temperature: of the roll-out; one number, fp32 [P], or a function that gives [P] from the entropies [P] at temperature 1, which are then
+    the ones that are returned. `entropy_grad`: whether the entropy takes part in the gradient.
     """
 
     positions: Tensor
     targets: Tensor
-    temperature: float = 1.0
+    temperature: float | Tensor | Callable[[Tensor], Tensor] = 1.0
     entropy_grad: bool = False
 
 
@@ -40,16 +43,20 @@ class VocabHead(ColumnParallelLinear):
     def forward(self, hidden: Tensor, request: HeadRequest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden: [T, 1, H], or [T / tp, 1, H] with sequence parallelism."""
         rows, at = hidden.squeeze(1), request.positions
-        return log_prob_and_entropy(
+        answer = partial(
+            log_prob_and_entropy,
             gather_rows(rows, at, self.tp_group) if self.sequence_parallel else rows.index_select(0, at),
             self.weight if weight is None else weight,
             request.targets,
-            temperature=request.temperature,
             vocab_size=self.real_vocab_size,
             group=self.tp_group,
             entropy_grad=request.entropy_grad,
             chunk=self.chunk,
         )
+        if not callable(request.temperature):
+            return answer(temperature=request.temperature)
+        _, entropy = answer(temperature=1.0)
+        return answer(temperature=request.temperature(entropy.detach()))[0], entropy
 
 
 class Policy(GPTModel):

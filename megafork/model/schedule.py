@@ -20,6 +20,7 @@ class Packed(Protocol):
     lengths: tuple[int, ...]
     positions: Tensor
     targets: Tensor
+    temperature: Tensor
     mask: Tensor
 
 
@@ -28,14 +29,15 @@ def run_micro_batches(
     micros: Sequence[Packed],
     loss: Callable[..., Any],
     *,
-    temperature: float,
+    temperature: float | Callable[[Tensor], Tensor] | None,
     cp: int,
     forward_only: bool,
     everywhere: bool,
 ) -> None:
     """Run this rank's model chunks over the micro-batches; every rank of the layout calls, with equally many.
 
-    `everywhere`: the head answers at all positions, else at the mask. On the last stage `loss(micro, (log_prob, entropy))` gives what
+    `everywhere`: the head answers at all positions, else at the mask. `temperature`: as in a HeadRequest, or None for each micro-batch's
+    own `temperature` [P]. On the last stage `loss(micro, (log_prob, entropy))` gives what
     Megatron's schedule expects of a loss; when `forward_only` it is called with `non_loss_data=True` and may return anything.
     """
     get_forward_backward_func()(
@@ -51,13 +53,19 @@ def run_micro_batches(
 
 
 def _forward(
-    micros: Iterator[Packed], model: Any, *, loss: Callable[..., Any], temperature: float, everywhere: bool
+    micros: Iterator[Packed],
+    model: Any,
+    *,
+    loss: Callable[..., Any],
+    temperature: float | Callable[[Tensor], Tensor] | None,
+    everywhere: bool,
 ) -> tuple[Any, Callable[..., Any]]:
     micro = next(micros)
     request = None
     if getattr(model, "module", model).post_process:
         chosen = slice(None) if everywhere else micro.mask
-        request = HeadRequest(micro.positions[chosen], micro.targets[chosen], temperature)
+        at = micro.temperature[chosen] if temperature is None else temperature
+        request = HeadRequest(micro.positions[chosen], micro.targets[chosen], at)
     packing = PackedSequences.of(list(micro.lengths), micro.tokens.device)
     output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
     return output, partial(loss, micro)

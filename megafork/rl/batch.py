@@ -25,7 +25,7 @@ class Response:
     tokens: Tensor
     """int32 [n], n >= 1, end-of-sequence included."""
     log_probs: Tensor
-    """fp32 [n], the roll-out engine's log-probs at the roll-out temperature."""
+    """fp32 [n], the roll-out engine's log-probs at the temperature that drew each token."""
     truncated: bool
     """It reached max_response_length without an end."""
     text: str = ""
@@ -48,7 +48,7 @@ class MicroBatch:
     """Responses packed one behind the other, as one CP rank sees them.
 
     P counts the positions of this CP rank that predict a response token. Vectors of length P lie in the order of the responses and of
-    their tokens. `old_log_prob`, `entropy` (after scoring) and `mask` (after selection) exist on the last pipeline stage only.
+    their tokens. `old_log_prob`, `entropy`, `temperature` (after scoring) and `mask` (after selection) exist on the last pipeline stage.
     """
 
     responses: list[Response]
@@ -71,7 +71,9 @@ class MicroBatch:
     old_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], log-prob under the policy that starts the step."""
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], nats, at the roll-out temperature."""
+    """fp32 [P], nats, at the roll-out temperature; under `rollout.fork_temperature` at 1."""
+    temperature: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], under `rollout.fork_temperature` at which each token was drawn; else empty."""
     mask: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     """bool [P], the forks."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.temperature import ForkTemperature
 
 
 class ServerLost(Exception):
@@ -72,8 +73,10 @@ class _Reply(msgspec.Struct):
 class Server:
     """Coroutines that ask one server. Each raises ServerLost or RequestRefused."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, limits: Limits) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, limits: Limits, *, fork_decoding: bool = False) -> None:
+        """`fork_decoding`: whether requests ask for `Sampling.forks`, which the server must know of."""
         self.url = url.rstrip("/")
+        self._fork_decoding = fork_decoding
         self._session = session
         self._limits = limits
 
@@ -97,7 +100,7 @@ class Server:
 
     async def complete(self, request: Request, sampling: Sampling, oldest: int) -> Completion:
         """The response to one request. Raises ServerLost also when weights before version `oldest` wrote of it."""
-        assert sampling.forks is None, "fork-aware decoding needs an engine in this process"
+        forks = {} if sampling.forks is None else {"extra_args": sampling.forks.arguments}
         choice = await self._generate(
             request.prompt,
             seed=request.seed,
@@ -106,6 +109,7 @@ class Server:
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop),
             ignore_eos=True,  # the stop tokens say it all
+            **forks,
         )
         if choice.finish_reason not in ("stop", "length"):
             raise ServerLost(f"{self.url} ended a response with {choice.finish_reason!r}")
@@ -160,9 +164,15 @@ class Server:
         await self._post("/resume")
         # With one token to choose from, the log-prob under the distribution that is sampled from is 0. That of the raw logits, which
         # vLLM gives by default, would be wrong at every temperature but 1.
-        choice = await self._generate([0], max_tokens=1, top_k=1, ignore_eos=True)
-        if choice.logprobs.content[0].logprob != 0.0:
+        if await self._certain(top_k=1) != 0.0:
             raise ServerLost(f"{self.url} gives log-probs of raw logits: start it with --logprobs-mode processed_logprobs")
+        if self._fork_decoding and await self._certain(extra_args=ForkTemperature(0.0, 0.0).arguments) != 0.0:
+            raise ServerLost(f"{self.url} does not know rollout.fork_temperature: start it with this run's recipe")
+
+    async def _certain(self, **sampling: Any) -> float:
+        """The log-prob of a token under a sampling that leaves one to choose from."""
+        choice = await self._generate([0], max_tokens=1, ignore_eos=True, **sampling)
+        return choice.logprobs.content[0].logprob
 
     async def _update_states(self) -> list[dict[str, Any]]:
         """`receiver.Receiver.weight_update_state` of every worker."""

@@ -102,10 +102,8 @@ class ColocatedEngine:
 
         forks = {}
         if sampling.forks is not None:
-            from megafork.rollout.logits_processor import request_arguments
-
             assert self.fork_decoding, "construct the engine with fork_decoding=True"
-            forks = {"extra_args": request_arguments(sampling.forks)}
+            forks = {"extra_args": sampling.forks.arguments}
         return vllm.SamplingParams(
             seed=request.seed,
             temperature=1.0 if forks else sampling.temperature,

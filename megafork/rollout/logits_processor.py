@@ -1,4 +1,4 @@
-"""Fork-aware decoding inside vLLM, by request: `SamplingParams(temperature=1.0, extra_args=request_arguments(...))`.
+"""Fork-aware decoding inside vLLM, by request: `SamplingParams(temperature=1.0, extra_args=forks.arguments)`.
 
 Import it after `compat.vllm.prepare`, as vLLM itself. vLLM has two interfaces for logits processors, one a model runner, and knows only
 while an engine is built which runner it takes: `ForkProcessor` is a processor under both.
@@ -15,31 +15,25 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import interface as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from megafork.rollout.temperature import ForkTemperature, scale_logits
+from megafork.rollout.temperature import ARGUMENT, ForkTemperature, scale_logits
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 except ModuleNotFoundError:  # in 0.26 the second runner knows no processors, and vLLM takes the first where there are any
     ProcessorV2 = object
 
-_KEY = "fork_temperature"
 _NEUTRAL = (1.0, 1.0, torch.inf)
 
 
-def request_arguments(forks: ForkTemperature) -> dict[str, Any]:
-    """`extra_args` of a request; its `temperature` must be 1."""
-    return {_KEY: [forks.low, forks.high, forks.threshold]}
-
-
 def asked_for(params: SamplingParams) -> ForkTemperature | None:
-    """What a request asks for. Raises ValueError for arguments that are not `request_arguments`."""
-    values = (params.extra_args or {}).get(_KEY)
+    """What a request asks for. Raises ValueError for arguments that are not `ForkTemperature.arguments`."""
+    values = (params.extra_args or {}).get(ARGUMENT)
     if values is None:
         return None
     if not isinstance(values, list | tuple) or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-        raise ValueError(f"{_KEY} is {values!r}: must be [low, high, threshold]")
+        raise ValueError(f"{ARGUMENT} is {values!r}: must be [low, high, threshold]")
     if params.temperature != 1.0:
-        raise ValueError(f"temperature is {params.temperature} beside {_KEY}, which takes its place: leave it at 1")
+        raise ValueError(f"temperature is {params.temperature} beside {ARGUMENT}, which takes its place: leave it at 1")
     return ForkTemperature(*values)
 
 

@@ -54,6 +54,8 @@ def command(recipe: Recipe, host: str, port: int) -> list[str]:
     switches = ["skip-tokenizer-init", "enable-scale-out", "disable-log-stats", "disable-uvicorn-access-log"]
     if not on_gpu:
         switches.append("enforce-eager")
+    if recipe.rollout.fork_temperature:
+        flags["logits-processors"] = "megafork.rollout.logits_processor:ForkProcessor"
     if recipe.precision.rollout_fp8:
         flags["hf-overrides"] = json.dumps(CONFIG)
     if cache:

@@ -57,7 +57,8 @@ class ServerEngine:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._session = self._run(_open_session())
-        self._servers = [Server(url, self._session, self._limits) for url in spec.servers]
+        forks = spec.fork_temperature is not None
+        self._servers = [Server(url, self._session, self._limits, fork_decoding=forks) for url in spec.servers]
         # servers are spread over the ranks, and so over the nodes
         self._lanes = {
             n: Lane(server, mesh.device, self._limits.server_s)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megafork.recipe import RecipeError
+from megafork.recipe import RecipeError, Rollout
 
 PAPER_GRID = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 PAPER_THRESHOLD = 0.672
 """Nats: the 80th percentile of the paper's chains of thought."""
+ARGUMENT = "fork_temperature"
+"""Of a request, to the logits processor."""
 _LOWEST, _HIGHEST = 0.01, 100.0
 
 
@@ -38,6 +40,20 @@ class ForkTemperature:
                 )
         if not self.threshold >= 0:
             raise RecipeError(f"fork temperature: threshold is {self.threshold}: an entropy in nats is at least 0")
+
+    @property
+    def arguments(self) -> dict[str, list[float]]:
+        """`extra_args` of a request to vLLM; its `temperature` must be 1."""
+        return {ARGUMENT: [self.low, self.high, self.threshold]}
+
+    def of(self, entropy: Tensor) -> Tensor:
+        """The temperature of each token from its entropy at temperature 1, of the same shape."""
+        return torch.where(entropy > self.threshold, self.high, self.low)
+
+
+def fork_temperature(rollout: Rollout) -> ForkTemperature | None:
+    """A recipe's, for its roll-outs."""
+    return None if rollout.fork_temperature is None else ForkTemperature(*rollout.fork_temperature)
 
 
 def sweep(threshold: float = PAPER_THRESHOLD) -> list[ForkTemperature]:

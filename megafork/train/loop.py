@@ -22,6 +22,7 @@ from megafork.rl.loss import importance, set_weights, token_loss
 from megafork.rl.packing import packer, placement
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.rollout.server import ServerEngine
+from megafork.rollout.temperature import fork_temperature
 from megafork.train.ahead import Ahead
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
@@ -55,7 +56,7 @@ class Trainer:
         if recipe.rollout.servers:
             self.engine, self.weights = ServerEngine(recipe, mesh), WholeWeights(self.learner.chunks, inputs.shape, mesh)
         else:
-            self.engine = ColocatedEngine(recipe, mesh)
+            self.engine = ColocatedEngine(recipe, mesh, fork_decoding=recipe.rollout.fork_temperature is not None)
             self.weights = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
@@ -195,7 +196,8 @@ def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Ten
 def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     """A whole run, or what is left of it. Every rank calls. Returns the last step's metrics with the accuracies before and after."""
     updates = recipe.train.steps * recipe.train.minibatches
-    learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=recipe.rollout.temperature)
+    temperature = fork_temperature(recipe.rollout) or recipe.rollout.temperature
+    learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=temperature)
     run = Run(recipe, mesh, inputs, learner)
     trainer = Trainer(recipe, mesh, inputs, learner)
     run.begin()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
+from megafork.rollout.temperature import ForkTemperature
 from megafork.train.boards import open_boards
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.metrics import RunLog
@@ -127,7 +128,7 @@ class Run:
         )
 
 
-def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float) -> Learner:
+def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float | ForkTemperature) -> Learner:
     """The model with its Hugging Face weights and its optimizer. Every rank calls."""
     chunks = build_policy(inputs.shape, recipe, mesh)
     load_policy(chunks, inputs.weights, inputs.shape, mesh)

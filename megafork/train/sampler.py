@@ -20,6 +20,7 @@ from megafork.recipe import Recipe
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rollout.engine import Engine, Request, Sampling, request_seed
+from megafork.rollout.temperature import fork_temperature
 
 
 class Outcome(NamedTuple):
@@ -119,7 +120,7 @@ class Sampler:
         ours = [(first_group + n, prompt) for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
         keys = [(group, prompt, sample) for group, prompt in ours for sample in range(spec.samples)]
         requests = [Request(p.tokens, request_seed(self.recipe.run.seed, step, group, p.index, sample)) for group, p, sample in keys]
-        sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids)
+        sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids, forks=fork_temperature(spec))
         completions = engine.generate(requests, sampling)
         if self.verifiers is None:
             return []

@@ -18,6 +18,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_tokens
 from megafork.recipe import Optimizer, Recipe
 from megafork.rl.batch import MicroBatch
+from megafork.rollout.temperature import ForkTemperature
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' counts `micro.mask`."""
@@ -26,9 +27,9 @@ TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class Learner:
     """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
 
-    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float) -> None:
+    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float | ForkTemperature) -> None:
         """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate.
-        `temperature`: of the roll-outs; log-probs and entropies are taken at it."""
+        `temperature`: of the roll-outs; log-probs are taken at the temperature that drew each token."""
         self.chunks = chunks
         self.recipe = recipe
         self.mesh = mesh
@@ -49,15 +50,20 @@ class Learner:
         megatron_fixes.fix_optimizer_state(self.optimizer)
 
     def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
-        """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only)."""
+        """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only); under
+        fork-aware decoding also the `temperature` that drew each token, at which its log-probs are taken from then on."""
+        forks = self.temperature if isinstance(self.temperature, ForkTemperature) else None
 
         def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
             log_prob, micro.entropy = output
             if not entropy_only:
                 micro.old_log_prob = log_prob
+                if forks:
+                    micro.temperature = forks.of(micro.entropy)
 
+        temperature = self.temperature if forks is None else 1.0 if entropy_only else forks.of
         with torch.no_grad():
-            self._run(micros, keep, forward_only=True, everywhere=True)
+            self._run(micros, keep, temperature=temperature, forward_only=True, everywhere=True)
 
     def train(self, micros: list[MicroBatch], token_loss: TokenLoss) -> dict[str, float]:
         """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.
@@ -78,7 +84,8 @@ class Learner:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(micros, loss, forward_only=False, everywhere=False)
+        temperature = None if isinstance(self.temperature, ForkTemperature) else self.temperature
+        self._run(micros, loss, temperature=temperature, forward_only=False, everywhere=False)
         rate = learning_rate(self.update, self.updates, self.recipe.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -99,16 +106,8 @@ class Learner:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], *, forward_only: bool, everywhere: bool) -> None:
-        run_micro_batches(
-            self.model,
-            micros,
-            loss,
-            temperature=self.temperature,
-            cp=self.mesh.layout.cp,
-            forward_only=forward_only,
-            everywhere=everywhere,
-        )
+    def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], **how: Any) -> None:
+        run_micro_batches(self.model, micros, loss, cp=self.mesh.layout.cp, **how)
 
 
 def _data_parallel(chunks: list[Policy], *, overlap: bool) -> list[DistributedDataParallel]:
