@@ -1,51 +1,80 @@
-"""The command line, and its ranks, in processes forked from this one, which has their modules already."""
+"""The command line, and the ranks that it starts, in processes forked from this one, which has their modules already."""
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import logging
 import os
+import runpy
+import signal
 import subprocess
 import sys
-import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from ranks import on_ranks
+from ranks import import_vllm, on_ranks
 from test_rollout import free_port
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from megafork import launch
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
 
+WITH_ENGINES = ("train", "eval", "analyze", "ablate")
 
-def megafork(*arguments: str, cwd: Path, limit_s: float = 240.0) -> subprocess.CompletedProcess[str]:
-    """`megafork ARGUMENTS` in the folder `cwd`, with its exit code and what it wrote. Ranks that it starts are new processes."""
+
+def forked_python(args: Sequence[str], *, env: dict[str, str] | None = None, **how: Any) -> subprocess.Popen[Any]:
+    """Popen of `python -m MODULE ARGUMENTS` that is forked instead of executed, as are the ranks that it starts: seconds of imports less
+    for each. What /proc says of its environment is this process's."""
     torch.set_num_threads(1)  # a fork after OpenMP threads were started may hang
-    with tempfile.TemporaryDirectory() as folder:
-        written = [Path(folder, name) for name in ("out", "err")]
-        process = multiprocessing.get_context("fork").Process(target=_main, args=(arguments, cwd, *written))
-        process.start()
-        process.join(limit_s)
-        if process.is_alive():
+    before = _open_files()
+    return subprocess.Popen(args, preexec_fn=lambda: _become(list(args), env, before), **how)
+
+
+def start_megafork(*arguments: str, **how: Any) -> subprocess.Popen[Any]:
+    """`megafork ARGUMENTS`, forked."""
+    if arguments[0] in WITH_ENGINES:
+        import_vllm()
+    return forked_python([sys.executable, "-m", "megafork.cli", *arguments], **how)
+
+
+def megafork(*arguments: str, cwd: Path, limit_s: float = 240.0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`megafork ARGUMENTS` in the folder `cwd`, to its end: its exit code and what it wrote."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start_megafork(*arguments, cwd=cwd, env=env, text=True, **streams) as process:
+        try:
+            written = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
             process.terminate()  # it stops its ranks
-            process.join()
-            raise subprocess.TimeoutExpired(arguments, limit_s, *(file.read_bytes() for file in written))
-        return subprocess.CompletedProcess(arguments, process.exitcode or 0, *(file.read_text() for file in written))
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, *written)
 
 
-def _main(arguments: tuple[str, ...], cwd: Path, *written: Path) -> None:
+def _open_files() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}
+
+
+def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> None:
+    """In the child, which has its directory, session and standard streams already."""
+    for file in _open_files() - before - {0, 1, 2}:  # Popen's pipes; it waits for the end of one of them
+        with contextlib.suppress(OSError):
+            os.close(file)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.root.handlers.clear()  # pytest's
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1) for number, mode in enumerate("rww"))
+    setattr(subprocess_handler, "Popen", forked_python)  # noqa: B010 - of torch's launcher
+    assert args[1] == "-m", args
+    sys.argv = args[2:]
     code = 1
-    os.chdir(cwd)
-    for number, file in enumerate(written, 1):
-        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
-    sys.stdin = open(os.devnull)  # noqa: SIM115 - to the process's end
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    sys.argv = ["megafork", *arguments]
     try:
-        from megafork.cli import main
-
-        main()
+        runpy.run_module(args[2], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0

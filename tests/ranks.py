@@ -24,7 +24,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: fl
     """
     assert not dist.is_initialized(), "the parent must not have a process group"
     if engines:
-        _import_vllm()
+        import_vllm()
     torch.set_num_threads(1)  # a fork after OpenMP threads were started may hang
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: fl
                     process.join()
 
 
-def _import_vllm() -> None:
+def import_vllm() -> None:
     from megafork.compat import vllm as vllm_fixes
 
     vllm_fixes.prepare()

@@ -8,7 +8,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from command import megafork
+from command import megafork, start_megafork
 from rich.console import Console
 from scipy import stats
 from task import make_task, write_recipe
@@ -215,8 +214,7 @@ def ablate() -> tuple[int, dict[str, Any], str]:
 def test_real_trials_are_killed_fail_and_go_on(recipes: list[str], tmp_path: Path) -> None:
     make_task(tmp_path)
     top, every = Path("out/top-seed_1"), Path("out/all-seed_1")
-    command = [sys.executable, "-m", "megafork.cli", *ABLATE]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_megafork(*ABLATE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (top / "checkpoints/step_000001").exists():
         assert time.monotonic() < deadline and process.poll() is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,10 +121,7 @@ def test_without_a_key_it_does_not_begin(recipe: Recipe, tmp_path: Path) -> None
     make_task(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "megafork.cli", "sft", "recipe.yaml"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = megafork("sft", "recipe.yaml", cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("megafork: log.wandb is 'forks' but wandb can't log in (") and done.stderr.count("\n") == 1
     assert done.stderr.endswith(": run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline\n")

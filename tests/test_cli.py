@@ -253,11 +253,12 @@ def test_a_whole_run_with_a_verifier_that_raises_and_hangs(task: Path) -> None:
     (task / "mine.py").write_text(VERIFIER)
     rows = [{"prompt": f"max {n} {n} =", "answer": str(n)} for n in range(8)] + [{"prompt": "max 9 8 =", "answer": "9"}]
     (task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = megafork(
-        *("train", "recipe.yaml", "reward.verifier=mine.py:score", "reward.timeout_s=0.5", "train.steps=2", "data.eval=null"),
+    command = [
+        *(sys.executable, "-m", "megafork.cli", "train", "recipe.yaml", "reward.verifier=mine.py:score", "reward.timeout_s=0.5"),
         *("rollout.prompts=9", "rollout.samples=2", "rollout.dynamic_sampling=false", "train.minibatches=1", "run.ranks=2", "--json"),
-        cwd=task,
-    )
+        *("train.steps=2", "data.eval=null"),
+    ]
+    done = subprocess.run(command, cwd=task, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stderr) == (0, ""), "nothing but its own lines"
     lines = done.stdout.splitlines()
     last = json.loads(lines[-1])

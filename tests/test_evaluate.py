@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from command import megafork
+from command import megafork, start_megafork
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
@@ -424,7 +423,7 @@ def _arguments(settings: Settings, *more: str) -> list[str]:
 def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) -> None:
     """Killed by SIGKILL, continued, asked again, and asked for more samples; against two ranks that were never disturbed."""
     settings = _settings(task, samples=8, max_tokens=24, ks=(1, 2, 8), verifier=_own(tmp_path), out=str(tmp_path / "killed"))
-    victim = subprocess.Popen([sys.executable, "-m", "megafork.cli", *_arguments(settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    victim = start_megafork(*_arguments(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (found := list(Path(settings.out).rglob("part-0.jsonl"))) or found[0].stat().st_size < 1000:
         assert victim.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"

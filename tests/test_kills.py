@@ -7,18 +7,17 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from command import run_on_forks
+from command import run_on_forks, start_megafork
 from safetensors.torch import load_file
 from task import make_task, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-KILLS = 4
+KILLS = 10
 LAYOUTS = (
     ["run.ranks=1"],
     ["parallel.tp=2", "parallel.sp=true"],
@@ -27,10 +26,6 @@ LAYOUTS = (
     ["parallel.pp=2"],
     ["parallel.cp=2"],
 )
-
-
-def command(name: str, *changes: str) -> list[str]:
-    return [sys.executable, "-m", "megafork.cli", "sft", "recipe.yaml", f"run.name={name}", *changes]
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -69,9 +64,10 @@ def test_kills_under_random_layouts(tmp_path: Path) -> None:
     chance, kills, started = random.Random(20), 0, time.monotonic()
     for attempt in range(40):
         layout = [*chance.choice(LAYOUTS), f"checkpoint.background={chance.choice(['true', 'false'])}"]
-        process = subprocess.Popen(command("killed", *layout), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        words = ("sft", "recipe.yaml", "run.name=killed", *layout)
+        process = start_megafork(*words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if kills < KILLS:
-            kills += kill_at_random(process, chance, chance.uniform(3.0, 14.0))
+            kills += kill_at_random(process, chance, chance.uniform(0.5, 4.0))
         _, stderr = process.communicate()
         if process.returncode == 0:
             break

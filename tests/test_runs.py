@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,10 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from command import megafork, run_on_forks
+from command import megafork, run_on_forks, start_megafork
 from task import make_task, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-MEGAFORK = [sys.executable, "-m", "megafork.cli"]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -88,15 +84,17 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
 
 def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> None:
     """Start a run and kill -9 one rank as soon as the step's line is written; the command must fail by itself and leave no process."""
-    process = subprocess.Popen([*MEGAFORK, "train", recipe], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_megafork("train", recipe, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 400
     file = run / "metrics.jsonl"
     while not (file.exists() and f'"step": {step},' in file.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.01)
-    family = psutil.Process(process.pid).children(recursive=True)
-    ranks = [child for child in family if child.environ().get("RANK") == "1" and child.environ().get("LOCAL_RANK") == "1"]
-    os.kill(ranks[0].pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    family = launcher.children(recursive=True)
+    ranks = sorted(launcher.children(), key=lambda child: child.create_time())
+    assert len(ranks) == 2
+    ranks[1].kill()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in stderr

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2 recompute attention": (2, {"parallel": {"cp": 2}, "model": {"recompute": "selective"}}),
 }
 SHARES = (0.2, 1.0)
+Results = list[dict[str, Any]]
+"""By share."""
 
 
 def specs(folder: Path, sections: dict[str, Any]) -> list[Recipe]:
@@ -44,18 +46,19 @@ def specs(folder: Path, sections: dict[str, Any]) -> list[Recipe]:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[Path, list[dict[str, Any]]]]:
-    """A model and what the reference makes of it, by whether its embedding is tied."""
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[Path, Results, Results]]:
+    """A model, what the reference makes of it, and what one rank does, by whether its embedding is tied."""
 
     @cache
-    def make(tied: bool) -> tuple[Path, list[dict[str, Any]]]:
+    def make(tied: bool) -> tuple[Path, Results, Results]:
         folder = save_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=tied)
-        return folder, [reference(spec) for spec in specs(folder, {})]
+        [plain] = on_ranks(1, train_on_rank, specs(folder, {}))
+        return folder, [reference(spec) for spec in specs(folder, {})], plain
 
     return make
 
 
-def compare(results: list[list[dict[str, Any]]], wanted: list[dict[str, Any]], plain: list[dict[str, Any]] | None = None) -> None:
+def compare(results: list[Results], wanted: Results, plain: Results | None = None) -> None:
     """Every rank's results against the reference, and every metric against another layout's."""
     for n, want in enumerate(wanted):
         masks: dict[Any, bool] = {}
@@ -78,9 +81,8 @@ def compare(results: list[list[dict[str, Any]]], wanted: list[dict[str, Any]], p
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_three_steps_equal_the_float64_reference(layout: str, tied: bool, wanted: Any) -> None:
-    folder, expected = wanted(tied)
+    folder, expected, plain = wanted(tied)
     world, sections = LAYOUTS[layout]
-    [plain] = on_ranks(1, train_on_rank, specs(folder, {}))
     assert any(step["loss/clip_fraction"] > 0 for result in plain for step in result["history"]), "the clip is part of what is tested"
     compare(on_ranks(world, train_on_rank, specs(folder, sections)), expected, plain)
 
@@ -189,7 +191,7 @@ def _replace(module: str, name: str, value: Any) -> None:
     ids=["CP label shift", "loss denominator", "SP norm gradient", "VPP order"],
 )
 def test_a_planted_bug_is_found(layout: str, plant: Callable[[], None], wanted: Any) -> None:
-    folder, expected = wanted(False)
+    folder, expected, _ = wanted(False)
     world, sections = LAYOUTS[layout]
     results = on_ranks(world, train_on_rank, specs(folder, sections), plant)
     with pytest.raises(AssertionError):

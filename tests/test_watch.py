@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command import start_megafork
 from task import make_task, write_recipe
 
 from megafork.analysis.run_folder import read_metrics
@@ -23,8 +23,8 @@ REFRESH = '<meta http-equiv="refresh" content="1">'
 
 @contextmanager
 def watching(*runs: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "megafork.cli", "report", *runs, "--watch", "0.2", "--json"]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ("report", *runs, "--watch", "0.2", "--json")
+    process = start_megafork(*words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -102,9 +102,8 @@ def test_it_ends_with_the_last_of_several_or_by_ctrl_c(tmp_path: Path) -> None:
 def test_it_follows_a_real_run(tmp_path: Path) -> None:
     make_task(tmp_path)
     recipe = write_recipe(tmp_path, run={"folder": "runs"}, train={"steps": 300})
-    command = [sys.executable, "-m", "megafork.cli", "sft", recipe.name]
     run, page = tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "report.html"
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
+    with start_megafork("sft", recipe.name, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
         wait_for(lambda: (run / "metrics.jsonl").exists())
         with watching("runs/run", cwd=tmp_path) as process:
             wait_for(lambda: says(page, REFRESH) or training.poll() is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,18 @@ def watch(folders: Sequence[Path], path: Path | None = None, *, seconds: float) 
     Waits for a run that has not written a step yet, and for one that is continued after a kill. The last page loads itself no more.
     Raises RecipeError as `write_page` does, for what waiting does not mend.
     """
+    stopped: list[int] = []
+    # An exception of Python's own handler would be lost where it comes in a callback or a finalizer.
+    before = signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     try:
-        while not all(map(_finished, folders)):
+        while not (stopped or all(map(_finished, folders))):
             if all(map(_begun, folders)):
                 write_page(folders, path, refresh=seconds)
-            time.sleep(seconds)
-    except KeyboardInterrupt:
-        pass
+            until = time.monotonic() + seconds
+            while not stopped and time.monotonic() < until:
+                time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return write_page(folders, path)
 
 

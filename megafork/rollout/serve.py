@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -72,21 +72,22 @@ def keep_running(words: list[str], host: str, port: int) -> int:
 
     vLLM's API process may die and leave its engine behind, which would keep the GPU: whatever is left of a dead server is killed.
     """
-    stop = threading.Event()
+    stop: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
+        signal.signal(name, lambda number, frame: stop.append(number))
     while True:
         server = subprocess.Popen(words, start_new_session=True)
         came_up = False
-        while server.poll() is None and not stop.wait(_LOOK_S):
+        while server.poll() is None and not stop:
             came_up = came_up or _listens(host, port)
+            time.sleep(_LOOK_S)
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(_STOP_LIMIT_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         code = server.wait()
-        if stop.is_set():
+        if stop:
             return 0
         if not came_up:
             return code or 1
