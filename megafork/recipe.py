@@ -93,8 +93,8 @@ class Parallel(Section):
 
 class Data(Section):
     train: str
-    """Prompts to train on: a .jsonl or .parquet file, `hub:NAME[:SPLIT]` for a Hugging Face dataset, or
-    `reasoning_gym:TASK[:SIZE[:SEED]]` for generated tasks."""
+    """Prompts to train on: a .jsonl or .parquet file, `hub:NAME[@SUBSET][:SPLIT]` for a Hugging Face one (`hub:openai/gsm8k@main:test`),
+    or `reasoning_gym:TASK[:SIZE[:SEED]]` for generated tasks."""
     eval: str | None = None
     """Held-out prompts, same forms as `train`. Empty: no evaluation."""
     template: str | None = None

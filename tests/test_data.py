@@ -232,9 +232,12 @@ def test_hub_dataset_by_split(tokenizer: Tokenizer, tmp_path: Path, monkeypatch:
     assert [p.row["answer"] for p in load(f"hub:{folder}", tokenizer)] == [0, 1, 2]
     assert [p.row["answer"] for p in load(f"hub:{folder}:test", tokenizer)] == [7]
     assert [p.row["answer"] for p in load(f"hub:{folder}:train[:2]", tokenizer)] == [0, 1]
-    for wrong in (f"hub:{folder}:nope", f"hub:{tmp_path / 'missing'}"):
+    files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "test"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    assert [p.row["answer"] for p in load(f"hub:{folder}@test:train", tokenizer)] == [7], "a subset's only split is called train"
+    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}"):
         with pytest.raises(
-            RecipeError, match=r"^data.train is 'hub:.*: the dataset could not be loaded; check its name, split and the network"
+            RecipeError, match=r"^data.train is 'hub:.*: the dataset could not be loaded; check its name, subset, split and the network"
         ):
             load(wrong, tokenizer)
 
@@ -312,7 +315,7 @@ def test_the_length_limit_counts_the_template(tokenizer: Tokenizer, tmp_path: Pa
     ("source", "message"),
     [
         ("missing.jsonl", "no such file"),
-        ("rows.csv", "unknown form of data; give a .jsonl or .parquet file, hub:NAME"),
+        ("rows.csv", "unknown form of data; give a .jsonl or .parquet file, hub:NAME[@SUBSET]"),
         ("gsm8k", "unknown form of data"),
         ("hub:", "unknown form of data"),
         ("torn.parquet", "not a readable parquet file after row 0"),

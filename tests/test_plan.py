@@ -378,6 +378,17 @@ def test_wrong_input_is_one_clear_line() -> None:
         planned(gpus=24)
     with pytest.raises(RecipeError, match=r"rollout.tp is 3"):
         planned(gpus=48, rollout__tp=3)
+    with pytest.raises(RecipeError, match=r"precision.rollout_fp8 is true: gate_proj has 192 rows a rank, no multiple of the 128"):
+        planned(
+            "qwen3-0.6b",
+            64,
+            parallel__tp=1,
+            parallel__sp=False,
+            parallel__pp=1,
+            rollout__tp=16,
+            loss__importance_cap=2.0,
+            precision__rollout_fp8=True,
+        )
     with pytest.raises(RecipeError, match=r"--mean-response is 9000: .* from 1 to rollout.max_response_length=3584"):
         planned(mean_response=9000)
     assert gpus_for(published(), None) == 16 and gpus_for(published(), 32) == 32

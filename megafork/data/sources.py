@@ -18,7 +18,7 @@ import pyarrow.parquet
 from megafork.recipe import RecipeError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-_FORMS = "give a .jsonl or .parquet file, hub:NAME[:SPLIT], or reasoning_gym:TASK[:SIZE[:SEED]]"
+_FORMS = "give a .jsonl or .parquet file, hub:NAME[@SUBSET][:SPLIT], or reasoning_gym:TASK[:SIZE[:SEED]]"
 
 
 def read_rows(source: str, field: str) -> Rows:
@@ -71,16 +71,17 @@ def _parquet(path: Path, field: str) -> Rows:
 
 def _hub(source: str, field: str) -> Rows:
     _, name, *split = source.split(":", 2)  # a split such as train[:100] has a colon of its own
+    name, _, subset = name.partition("@")
     try:
         import datasets  # an optional extra
     except ModuleNotFoundError:
         raise RecipeError(f"{field} is {source!r}: the package `datasets` is missing; pip install 'megafork[hub]'") from None
     try:
-        dataset = datasets.load_dataset(name, split=split[0] if split else "train")
+        dataset = datasets.load_dataset(name, subset or None, split=split[0] if split else "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"{field} is {source!r}: the dataset could not be loaded; check its name, split and the network ({reason})"
+            f"{field} is {source!r}: the dataset could not be loaded; check its name, subset, split and the network ({reason})"
         ) from None
     for number, row in enumerate(dataset, start=1):
         yield f"{source} row {number}", row
