@@ -117,6 +117,9 @@ try_again() {
 }
 
 queue_again() {
+    local state
+    state=$(insist squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | head -n 1)
+    if [[ $state == CANCELLED || $state == COMPLET* ]]; then give_up 1 "$1; the job was cancelled meanwhile"; fi
     say "$1; queued again, to continue from the last checkpoint"
     insist scontrol requeue "$SLURM_JOB_ID"
     exit 0

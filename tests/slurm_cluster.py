@@ -55,9 +55,9 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
-SlurmdTimeout=6
-MessageTimeout=4
-TCPTimeout=1
+SlurmdTimeout=12
+MessageTimeout=10
+TCPTimeout=2
 KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides

@@ -63,8 +63,8 @@ class Run:
 
     def end(self) -> tuple[int, str]:
         """Exit code and output, once the command and all that it started have ended within seconds."""
-        code = self.process.wait(10)
-        _, alive = psutil.wait_procs(self.processes(), timeout=5)
+        code = self.process.wait(30)
+        _, alive = psutil.wait_procs(self.processes(), timeout=10)
         assert alive == []
         return code, self.output.read_text()
 

@@ -182,7 +182,7 @@ def forward_backward(learner: Learner, micros: list[MicroBatch], spec: Recipe) -
 
     for chunk in learner.model:
         chunk.zero_grad_buffer()
-    learner._run(micros, loss, forward_only=False, everywhere=False)
+    learner._run(micros, loss, temperature=1.0, forward_only=False, everywhere=False)
 
 
 def really_allocated(spec: Recipe, count: int) -> int:

@@ -21,12 +21,12 @@ from task import make_task, write_recipe
 WHY_NOT = missing()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(480),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm cluster can be started: {WHY_NOT}"),
 ]
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "slurm/qwen3_8b_fork.sh"
-STEPS = 200
+STEPS = 400
 
 
 class Job:
@@ -45,7 +45,7 @@ class Job:
             "MEGAFORK_LOGS": str(task / "logs"),
             "MEGAFORK_TEST": self.name,
         }
-        a_node = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1000")
+        a_node = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1000", "--oversubscribe")
         parts = (f"--nodes={1 if servers else 2}", *a_node, *((":", "--nodes=1", *a_node) if servers else ()))
         words = ("sbatch", "--parsable", f"--output={self._output}", *parts, str(SCRIPT), f"run.name={self.name}", *overrides)
         self.id = cluster.run(*words, cwd=ROOT, **settings).strip()
@@ -60,7 +60,7 @@ class Job:
         words = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id).split()
         return next(value for key, _, value in (word.partition("=") for word in words) if key == name)
 
-    def wait_until(self, ready: Callable[[], bool], limit_s: float = 120) -> None:
+    def wait_until(self, ready: Callable[[], bool], limit_s: float = 240) -> None:
         wait_for(ready, limit_s, lambda: f"{self.field('JobState')}\n{self.output}\n{self.rank_logs()}\n{self.cluster.logs()}")
 
     def has_done(self, step: int) -> bool:
@@ -69,8 +69,10 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         def ready() -> bool:
+            if self.has_done(step):  # looked at first: Slurm takes its time, and the run goes on meanwhile
+                return True
             assert self.field("JobState") in ("PENDING", "RUNNING"), self.output + self.rank_logs()
-            return self.has_done(step)
+            return False
 
         self.wait_until(ready)
 
@@ -144,7 +146,7 @@ def cluster() -> Iterator[Cluster]:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With train.yaml and sft.yaml, whose one checkpoint is the last one, unless it is asked for."""
     folder = make_task(tmp_path_factory.mktemp("task"))
-    reinforcement = write_recipe(folder, parallel={"tp": 2}, train={"steps": 8, "minibatches": 2, "micro_batch_tokens": 64})
+    reinforcement = write_recipe(folder, parallel={"tp": 2}, train={"steps": 30, "minibatches": 2, "micro_batch_tokens": 64})
     reinforcement.rename(folder / "train.yaml")
     rows = {"prompts": 8, "samples": 2, "max_response_length": 4}
     supervised = write_recipe(folder, rollout=rows, train={"steps": STEPS, "micro_batch_tokens": 64})
@@ -186,7 +188,7 @@ def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     job.warn()
     job.wait_until(lambda: "queued again" in job.output)
     saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
-    assert len(saved) == 1 and 2 <= saved[0] < 8
+    assert len(saved) == 1 and 2 <= saved[0] < 30
     assert f"stopped on request after step {saved[0]}; queued again" in job.output
     job.start_again()
     assert {file.name for file in (task / "bin").glob("*.called")} == {"squeue.called", "scontrol.called"}
@@ -210,14 +212,16 @@ def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, 
     assert_ends_as(job, unbroken.run_folder, restarts=2)
 
 
-def test_a_hang_is_noticed_and_tries_are_counted(cluster: Cluster, task: Path) -> None:
-    job = Job(cluster, task, "train.steps=100000", MEGAFORK_HANG_S="60", MEGAFORK_RETRIES="0")
+@pytest.fixture(scope="module")
+def hanging(cluster: Cluster, task: Path) -> Job:
+    """A job whose rank 1 hangs, which takes its time to be noticed: other jobs run beside it."""
+    job = Job(cluster, task, "train.steps=100000", MEGAFORK_HANG_S="90", MEGAFORK_RETRIES="0")
     job.wait_for_step(1)
     job.rank(1).suspend()
-    assert job.end() == "FAILED"
-    assert "no step has ended for 60 s: a rank hangs; this was failure 1 in a row; not queued again" in job.output
+    return job
 
 
+@pytest.mark.usefixtures("hanging")
 def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Path) -> None:
     job = Job(cluster, task)
     job.rank(1).kill()
@@ -226,6 +230,7 @@ def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Pa
     assert "not queued again" in job.output and job.field("Restarts") == "0"
 
 
+@pytest.mark.usefixtures("hanging")
 def test_wrong_input_ends_the_job_in_the_preflight(cluster: Cluster, task: Path) -> None:
     job = Job(cluster, task, "model.path=/nowhere")
     assert job.end() == "FAILED"
@@ -234,6 +239,11 @@ def test_wrong_input_ends_the_job_in_the_preflight(cluster: Cluster, task: Path)
     wanted = [f"{node}: model.path: nothing: model.path is '/nowhere': give" for node in NODES]
     assert [line[: len(start)] for line, start in zip(sorted(said), wanted, strict=True)] == wanted
     assert "Traceback" not in job.output
+
+
+def test_a_hang_is_noticed_and_tries_are_counted(hanging: Job) -> None:
+    assert hanging.end() == "FAILED"
+    assert "no step has ended for 90 s: a rank hangs; this was failure 1 in a row; not queued again" in hanging.output
 
 
 def test_servers_on_nodes_of_their_own(cluster: Cluster, task: Path) -> None:
