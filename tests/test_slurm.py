@@ -241,23 +241,25 @@ def test_wrong_input_ends_the_job_in_the_preflight(cluster: Cluster, task: Path)
     assert "Traceback" not in job.output
 
 
-def test_a_hang_is_noticed_and_tries_are_counted(hanging: Job) -> None:
-    assert hanging.end() == "FAILED"
-    assert "no step has ended for 90 s: a rank hangs; this was failure 1 in a row; not queued again" in hanging.output
-
-
+@pytest.mark.usefixtures("hanging")
 def test_servers_on_nodes_of_their_own(cluster: Cluster, task: Path) -> None:
     """A job of two parts: trained on the first's node, served on the second's; servers come back, the whole job is queued again."""
     job = Job(cluster, task, "train.steps=100000", servers=True)
     job.wait_for_step(1)
     assert "rollout.servers=[http://node2:8000]" in job.output
 
-    server = job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="0")
+    server = job.wait_to_find("vllm", SLURMD_NODENAME="node2")
+    assert server.environ()["CUDA_VISIBLE_DEVICES"] == "1", "another job has the first GPU"
     server.kill()
     server.wait()
-    job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="0")
+    job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="1")
     job.warn()
     job.wait_until(lambda: "queued again" in job.output)
     job.start_again()
     cluster.run("scancel", job.id)
     assert job.end() == "CANCELLED", "and not queued again"
+
+
+def test_a_hang_is_noticed_and_tries_are_counted(hanging: Job) -> None:
+    assert hanging.end() == "FAILED"
+    assert "no step has ended for 90 s: a rank hangs; this was failure 1 in a row; not queued again" in hanging.output
