@@ -200,7 +200,8 @@ def record(message: str) -> None:
     """Say why this rank failed: for the launcher, or torchrun, in the file that it reads; without one on standard error."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}))
+        told = {"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}
+        Path(file).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
     if _LAUNCHER not in os.environ:
         say(f"rank {os.environ['RANK']}: {message}")
 

@@ -109,7 +109,7 @@ failed() {
 }
 
 try_again() {
-    echo "$(date '+%F %T') $1" >>"$MEGAFORK_JOB/failures"
+    echo "$(date '+%F %T') ${1%%$'\n'*}" >>"$MEGAFORK_JOB/failures"   # a line each
     local failures
     failures=$(wc -l <"$MEGAFORK_JOB/failures")
     if ((failures > ${MEGAFORK_RETRIES:-3})); then give_up 1 "$1; this was failure $failures in a row"; fi
@@ -145,7 +145,7 @@ first_error() {
     file=$(grep --with-filename --only-matching '"time_ns": [0-9]*' "$MEGAFORK_JOB"/rank_*.error 2>/dev/null | sort --field-separator=: --key=3 -n | head -n 1)
     if [[ -z $file ]]; then echo "no rank could say why"; return; fi
     file=${file%%:*}
-    printf '%s\n%b' "$(basename "$file" .error)" "$(sed 's/^{"message": "//; s/", "timestamp": .*//' "$file")"
+    printf '%s\n%b' "$(basename "$file" .error)" "$(sed 's/^{"message": "//; s/", "timestamp": .*//; s/\\"/"/g' "$file")"
 }
 
 say() { echo "[$(date '+%F %T')] slurm: $*"; }

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm cluster can be started: {WHY_NOT}"),
 ]
 ROOT = Path(__file__).parents[1]
+FAULTS = ROOT / "tests/faults"
 SCRIPT = ROOT / "slurm/qwen3_8b_fork.sh"
 STEPS = 400
 
@@ -197,12 +198,14 @@ def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
 
 
 def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, unbroken: Job) -> None:
-    job = Job(cluster, task, "checkpoint.every=20")
+    now = task / "now"
+    job = Job(cluster, task, "checkpoint.every=20", PYTHONPATH=str(FAULTS), FAULT="error", FAULT_WHEN=str(now))
     job.wait_for_step(21)
-    job.rank(1).kill()
+    now.touch()
     job.wait_until(lambda: "queued again" in job.output)
-    why = re.search(r"a rank failed \(srun's exit code is \d+\): (.*\n.*)", job.output)
-    assert why is not None and ("no rank could say why" in why[1] or "rank_0\nTraceback" in why[1])
+    now.unlink()
+    assert re.search(r"a rank failed \(srun's exit code is \d+\): rank_1\nTraceback \(most recent call last\):\n", job.output)
+    assert "ArithmeticError: deliberate; queued again" in job.output
     job.start_again()
     job.wait_for_step(61)
     cluster.power_off("node2")

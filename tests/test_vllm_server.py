@@ -53,7 +53,7 @@ UPDATES = (0, 1, 0, 2, 1)
 """Which model's weights each update brings."""
 FORKS = (0.7, 1.3, 4.2)
 """Fork-aware decoding, in whole runs only: about half of the tokens on each side."""
-LIMITS = Limits(in_flight=16, request_s=60.0, server_s=120.0, poll_s=0.2)
+LIMITS = Limits(in_flight=16, request_s=60.0, server_s=400.0, poll_s=0.2)
 
 
 def spec_of(folder: Path, **sections: Any) -> Recipe:

@@ -103,4 +103,7 @@ class WeightsAndBiases:
             self._run.log({key: value for key, value in row.items() if key != "step" and value is not None}, step=int(step))
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # its own process may still be writing; a rank ends without its exit handlers

@@ -1,5 +1,6 @@
 """Python imports this at its start when the folder is on its path: rank 1 fails, as FAULT says, once the file FAULT_WHEN is there."""
 
+import atexit
 import os
 import signal
 from types import FrameType
@@ -18,6 +19,7 @@ def _fail(signum: int, frame: FrameType | None) -> None:
     raise ArithmeticError("deliberate")
 
 
-if os.environ.get("RANK") == "1":
+if "TORCHELASTIC_ERROR_FILE" in os.environ and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
     signal.signal(signal.SIGALRM, _fail)
     signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0.0)  # Python drops its handlers at its end
