@@ -132,10 +132,10 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
         check_engines(recipe.rollout.tp, world)
     shape = read_shape(Path(recipe.model.path))
     check_layout(shape, recipe.parallel)
-    if command == "train" and recipe.precision.rollout_fp8:
-        from megafork.model.fp8 import check_blocks
+    if command == "train":
+        from megafork.model import fp8
 
-        check_blocks(shape, recipe.rollout.tp, "precision.rollout_fp8 is true")
+        fp8.check_rollouts(shape, recipe)
     if recipe.precision.train_fp8:
         from megafork.model import precision
 

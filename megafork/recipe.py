@@ -37,7 +37,9 @@ class Run(Section):
     @classmethod
     def _is_a_file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            raise ValueError(f"run.name is {name!r}: it names a folder, use letters, digits, `_`, `-` and `.`, the last two not first")
+            raise ValueError(
+                f"run.name is {name!r}: it names a folder, use letters, digits, `_`, `-` and `.`, and do not begin with `-` or `.`"
+            )
         return name
 
 
@@ -195,8 +197,7 @@ class Forks(Section):
     select: Literal["top", "bottom", "random", "all"] = "top"
     """Which share is kept: highest entropy, lowest, random, or every token."""
     scope: Literal["batch", "minibatch", "microbatch", "sequence", "fixed"] = "minibatch"
-    """Tokens that share one threshold. `batch` and `minibatch` give the same mask for every parallel layout; `fixed` uses
-    `threshold`."""
+    """Tokens that share one threshold. `batch` and `minibatch` give the same mask for every parallel layout; `fixed` uses `threshold`."""
     threshold: NonNegative | None = None
     """tau in nats for `scope: fixed` (the paper's 0.672)."""
     entropy_from: Literal["old", "current"] = "old"
@@ -207,7 +208,9 @@ class Forks(Section):
     @model_validator(mode="after")
     def _fixed_needs_threshold(self) -> Forks:
         if (self.scope == "fixed") != (self.threshold is not None):
-            raise ValueError(f"forks.threshold is {self.threshold} with forks.scope={self.scope}: give a threshold with scope=fixed only")
+            raise ValueError(
+                f"forks.threshold is {self.threshold} with forks.scope={self.scope}: give a threshold with scope=fixed, and only with it"
+            )
         if self.scope == "batch" and self.entropy_from == "current":
             raise ValueError(
                 "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step knows only the policy that "
@@ -226,8 +229,7 @@ class Loss(Section):
     dual_clip: AboveOne | None = None
     """c: with a negative advantage the loss is at most c |A| (official code: 10)."""
     importance_cap: Positive | None = None
-    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or of another precision.
-    Empty: by 1."""
+    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or another precision. Empty: by 1."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean a micro-batch weighted by its sequences; or a mean a
     response (GRPO)."""
@@ -260,7 +262,7 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _rate_falls(self) -> Optimizer:
         if self.min_lr > self.lr:
-            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller")
+            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at it, choose a smaller one")
         return self
 
 
@@ -318,8 +320,7 @@ class Log(Section):
     tensorboard: bool = True
     """Write tensorboard/ in the run folder."""
     wandb: str | None = None
-    """Project on Weights & Biases that the metrics go to as well (extra `wandb`; WANDB_MODE=offline keeps them in the run folder).
-    Empty: none."""
+    """Project on Weights & Biases for the metrics as well (extra `wandb`; WANDB_MODE=offline keeps them in the run folder). Empty: none."""
     text: bool = False
     """Write log.txt in the run folder: the lines of the terminal, as plain text."""
     rollouts_every: CountOrZero = 1

@@ -97,7 +97,7 @@ watch() {
 ask_to_stop() {
     touch "$MEGAFORK_JOB/stop"
     local end
-    end=$(insist squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | head -n 1) || true
+    end=$(about_job %e) || true
     if [[ $end == *T* ]]; then time_over=$((SECONDS + $(date --date="$end" +%s) - $(date +%s) - 60)); fi
     say "asked to stop; the job's time is over at $end"
 }
@@ -118,7 +118,7 @@ try_again() {
 
 queue_again() {
     local state
-    state=$(insist squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | head -n 1)
+    state=$(about_job %T)
     if [[ $state == CANCELLED || $state == COMPLET* ]]; then give_up 1 "$1; the job was cancelled meanwhile"; fi
     say "$1; queued again, to continue from the last checkpoint"
     insist scontrol requeue "$SLURM_JOB_ID"
@@ -129,6 +129,9 @@ give_up() {
     say "$2; not queued again"
     exit "$1"
 }
+
+# One of squeue's fields. A job of two parts has a line for each.
+about_job() { insist squeue --noheader --jobs="$SLURM_JOB_ID" --format="$1" | head -n 1; }
 
 # Slurm's commands fail while its controller is busy or starts again: ask for two minutes.
 insist() {

@@ -288,8 +288,8 @@ def through_an_update(spec: Recipe, folders: list[Path]) -> None:
     engine = ServerEngine(spec, policy.mesh, LIMITS)
     greedy = Sampling(max_tokens=200, temperature=0.0)
     requests = [Request([n, 7, n], n) for n in range(24)]
-    engine.refit(policy.become(0), 1)
     for wait_s in (0.3, 0.1, 0.6, 1.2):  # until an update comes neither too early nor too late
+        engine.refit(policy.become(0), 1)
         drawing = Background().begin(partial(engine.generate, requests, greedy))
         time.sleep(wait_s)
         engine.refit(policy.become(1), 2)
@@ -297,7 +297,6 @@ def through_an_update(spec: Recipe, folders: list[Path]) -> None:
         both = shared([(r, c, c.versions.index(2)) for r, c in zip(requests, through, strict=False) if set(c.versions) == {1, 2}])
         if len(both) > 4:
             break
-        engine.refit(policy.become(0), 1)
     assert len(both) > 4
     assert all(c.versions == sorted(c.versions) for c in through)
     for model, version in ((0, 3), (1, 4)):

@@ -54,7 +54,9 @@ class Rig:
         self.shape = read_shape(folder)
         chunks = build_policy(self.shape, spec, self.mesh)
         policy_weights.load_policy(chunks, HuggingFaceWeights(folder), self.shape, self.mesh)
-        self.learner = Learner(chunks, spec, self.mesh, updates=100, temperature=fork_temperature(spec.rollout) or spec.rollout.temperature)
+        self.learner = Learner(
+            chunks, spec, self.mesh, updates=100, temperature=spec.rollout.temperature, forks=fork_temperature(spec.rollout)
+        )
         self.groups = ForkGroups(self.mesh.token_group, self.mesh.cp_group)
         self.every = responses()
 
@@ -121,23 +123,20 @@ def reference(spec: Recipe) -> dict[str, Any]:
     every, history, masks = responses(), [], {}
     for step in range(STEPS):
         with torch.no_grad():
-            drawn_at = {(r.group, r.sample): _drawn_at(model, r, spec.rollout) for r in every}
-            old = {(r.group, r.sample): _score(model, r, drawn_at[r.group, r.sample]) for r in every}
-            if spec.rollout.fork_temperature:
-                old = {key: (old[key][0], _score(model, r, 1.0)[1]) for key, r in zip(old, every, strict=True)}
+            old = {(r.group, r.sample): _score_as_drawn(model, r, spec.rollout) for r in every}
         updates = []
         for groups_ in GROUPS:
             members = [r for r in every if r.group in groups_]
-            entropies = torch.cat([old[r.group, r.sample][1] for r in members])
+            entropies = torch.cat([old[r.group, r.sample][2] for r in members])
             k = math.ceil(len(entropies) * round(spec.forks.top_entropy_quantile * 1000) / 1000)
             tau = entropies.sort(descending=True).values[k - 1]
             total = int((entropies >= tau).sum())
             loss, clipped = torch.zeros((), dtype=torch.float64), 0
             for r in members:
-                old_log_prob, entropy = old[r.group, r.sample]
+                drawn_at, old_log_prob, entropy = old[r.group, r.sample]
                 mask = entropy >= tau
                 masks.update({(step, r.group, r.sample, n): bool(m) for n, m in enumerate(mask)})
-                ratio = (_score(model, r, drawn_at[r.group, r.sample])[0] - old_log_prob).exp()
+                ratio = (_score(model, r, drawn_at)[0] - old_log_prob).exp()
                 free, bound = -ratio * r.advantage, -ratio.clamp(0.8, 1.28) * r.advantage
                 cap = spec.loss.importance_cap
                 weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
@@ -155,18 +154,20 @@ def reference(spec: Recipe) -> dict[str, Any]:
                 "grad_norm": sum(norms) / len(norms),
                 "forks/tau": sum(taus) / len(taus),
                 "loss/clip_fraction": sum(clips) / sum(totals),
-                "entropy/mean": float(torch.cat([entropy for _, entropy in old.values()]).mean()),
+                "entropy/mean": float(torch.cat([entropy for *_, entropy in old.values()]).mean()),
             }
         )
     return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
 
 
-def _drawn_at(model: Any, r: Response, rollout: Rollout) -> float | torch.Tensor:
-    """The temperature of each token, [n, 1], or the one of all."""
+def _score_as_drawn(model: Any, r: Response, rollout: Rollout) -> tuple[float | torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The temperature of each token, [n, 1], or the one of all; log-probs at it; entropies, at 1 where tokens differ in temperature."""
     if rollout.fork_temperature is None:
-        return rollout.temperature
+        return rollout.temperature, *_score(model, r, rollout.temperature)
     low, high, threshold = rollout.fork_temperature
-    return torch.where(_score(model, r, 1.0)[1] > threshold, high, low)[:, None]
+    entropy = _score(model, r, 1.0)[1]
+    drawn_at = torch.where(entropy > threshold, high, low)[:, None]
+    return drawn_at, _score(model, r, drawn_at)[0], entropy
 
 
 def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

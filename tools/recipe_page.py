@@ -56,7 +56,8 @@ def _type(kind: Any, metadata: list[Any]) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join("empty" if part is type(None) else _type(part, metadata) for part in arguments)
     if origin in (tuple, list):
-        return "list of " + _type(next(part for part in arguments if part is not ...), metadata)
+        parts = [_type(part, metadata) for part in arguments if part is not ...]
+        return "list of " + (parts[0] if len(set(parts)) == 1 else "; ".join(parts))
     name = {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
     return " ".join([name, *_bounds(metadata)])
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megafork.recipe import RecipeError
+from megafork.recipe import Recipe, RecipeError
 from megafork.shape import Shape
 
 BLOCK = 128
@@ -71,6 +71,12 @@ def check_blocks(shape: Shape, tp: int, field: str) -> None:
             raise RecipeError(
                 f"{field}: {part} has {rows} rows a rank, no multiple of the {BLOCK} of a block: vLLM cannot load that; do without"
             )
+
+
+def check_rollouts(shape: Shape, recipe: Recipe) -> None:
+    """Refuse `precision.rollout_fp8` for a model that vLLM could not load over `rollout.tp` ranks."""
+    if recipe.precision.rollout_fp8:
+        check_blocks(shape, recipe.rollout.tp, "precision.rollout_fp8 is true")
 
 
 class Quantized:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megafork.model import precision
-from megafork.model.fp8 import check_blocks
+from megafork.model import fp8, precision
 from megafork.plan.hardware import Gpu
 from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
@@ -89,8 +88,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
         check_engines(recipe.rollout.tp, gpus)
     check_rollout_tp(shape, recipe.rollout.tp)
     precision.check_training(shape, recipe)
-    if recipe.precision.rollout_fp8:
-        check_blocks(shape, recipe.rollout.tp, "precision.rollout_fp8 is true")
+    fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)
     return Plan(recipe, shape, gpus, gpu, count_parameters(shape), memory, step, mean_response)

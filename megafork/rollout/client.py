@@ -100,16 +100,14 @@ class Server:
 
     async def complete(self, request: Request, sampling: Sampling, oldest: int) -> Completion:
         """The response to one request. Raises ServerLost also when weights before version `oldest` wrote of it."""
-        forks = {} if sampling.forks is None else {"extra_args": sampling.forks.arguments}
         choice = await self._generate(
             request.prompt,
             seed=request.seed,
-            temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop),
             ignore_eos=True,  # the stop tokens say it all
-            **forks,
+            **sampling.at,
         )
         if choice.finish_reason not in ("stop", "length"):
             raise ServerLost(f"{self.url} ended a response with {choice.finish_reason!r}")

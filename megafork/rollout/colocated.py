@@ -100,13 +100,9 @@ class ColocatedEngine:
     def _parameters(self, request: Request, sampling: Sampling) -> Any:
         import vllm
 
-        forks = {}
-        if sampling.forks is not None:
-            assert self.fork_decoding, "construct the engine with fork_decoding=True"
-            forks = {"extra_args": sampling.forks.arguments}
+        assert self.fork_decoding or not sampling.forks, "construct the engine with fork_decoding=True"
         return vllm.SamplingParams(
             seed=request.seed,
-            temperature=1.0 if forks else sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop),
@@ -114,7 +110,7 @@ class ColocatedEngine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
-            **forks,
+            **sampling.at,
         )
 
     def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

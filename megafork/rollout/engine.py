@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,6 +23,11 @@ class Sampling:
     """Token ids that end a response (and belong to it)."""
     forks: ForkTemperature | None = None
     """Temperatures by entropy, in the place of `temperature`; the log-probs of a completion are then at its tokens' temperatures."""
+
+    @property
+    def at(self) -> dict[str, Any]:
+        """What of vLLM's SamplingParams says the temperature."""
+        return {"temperature": self.temperature} if self.forks is None else {"temperature": 1.0, "extra_args": self.forks.arguments}
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,8 @@ def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Ten
 def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     """A whole run, or what is left of it. Every rank calls. Returns the last step's metrics with the accuracies before and after."""
     updates = recipe.train.steps * recipe.train.minibatches
-    temperature = fork_temperature(recipe.rollout) or recipe.rollout.temperature
-    learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=temperature)
+    forks = fork_temperature(recipe.rollout)
+    learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=recipe.rollout.temperature, forks=forks)
     run = Run(recipe, mesh, inputs, learner)
     trainer = Trainer(recipe, mesh, inputs, learner)
     run.begin()

@@ -128,8 +128,10 @@ class Run:
         )
 
 
-def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float | ForkTemperature) -> Learner:
+def build_learner(
+    inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float, forks: ForkTemperature | None = None
+) -> Learner:
     """The model with its Hugging Face weights and its optimizer. Every rank calls."""
     chunks = build_policy(inputs.shape, recipe, mesh)
     load_policy(chunks, inputs.weights, inputs.shape, mesh)
-    return Learner(chunks, recipe, mesh, updates=updates, temperature=temperature)
+    return Learner(chunks, recipe, mesh, updates=updates, temperature=temperature, forks=forks)

@@ -27,14 +27,17 @@ TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class Learner:
     """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
 
-    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float | ForkTemperature) -> None:
+    def __init__(
+        self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float, forks: ForkTemperature | None = None
+    ) -> None:
         """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate.
-        `temperature`: of the roll-outs; log-probs are taken at the temperature that drew each token."""
+        `temperature`, or `forks` in its place (`temperature` is 1 then): of the roll-outs; log-probs are taken at what drew each token."""
         self.chunks = chunks
         self.recipe = recipe
         self.mesh = mesh
         self.updates = updates
         self.temperature = temperature
+        self.forks = forks
         self.update = 0
         """Optimizer updates done, skipped ones included."""
         self.skips_in_a_row = 0
@@ -52,16 +55,15 @@ class Learner:
     def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
         """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only); under
         fork-aware decoding also the `temperature` that drew each token, at which its log-probs are taken from then on."""
-        forks = self.temperature if isinstance(self.temperature, ForkTemperature) else None
 
         def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
             log_prob, micro.entropy = output
             if not entropy_only:
                 micro.old_log_prob = log_prob
-                if forks:
-                    micro.temperature = forks.of(micro.entropy)
+                if self.forks:
+                    micro.temperature = self.forks.of(micro.entropy)
 
-        temperature = self.temperature if forks is None else 1.0 if entropy_only else forks.of
+        temperature = self.forks.of if self.forks and not entropy_only else self.temperature
         with torch.no_grad():
             self._run(micros, keep, temperature=temperature, forward_only=True, everywhere=True)
 
@@ -84,8 +86,7 @@ class Learner:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        temperature = None if isinstance(self.temperature, ForkTemperature) else self.temperature
-        self._run(micros, loss, temperature=temperature, forward_only=False, everywhere=False)
+        self._run(micros, loss, temperature=None if self.forks else self.temperature, forward_only=False, everywhere=False)
         rate = learning_rate(self.update, self.updates, self.recipe.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
