@@ -1,4 +1,4 @@
-"""docs/recipes.md: every key of a recipe, from where it is declared. Run it after a change of `megafork/recipe.py`; a test compares."""
+"""docs/recipes.md: every key of a recipe, from where it is declared. Run it after a change of `megafork/recipe/`; a test compares."""
 
 from __future__ import annotations
 

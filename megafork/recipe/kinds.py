@@ -1,4 +1,4 @@
-"""The kinds of numbers that a recipe's keys hold, and of sections that hold them."""
+"""What recipes are made of: kinds of numbers, strict sections, and the error that a wrong one raises."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ NonNegative = Annotated[float, Field(ge=0.0), _from_text]
 Temperature = Annotated[float, Field(ge=0.01, le=100.0), _from_text]  # vLLM takes what is lower for 0.01
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class RecipeError(ValueError):
+    """The input of a run is wrong. The message is one line: field, value, and how to mend it. Exit code 2."""
 
 
 class Section(BaseModel):

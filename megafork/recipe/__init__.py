@@ -1,0 +1,113 @@
+"""The recipe: one YAML file that says all of a run.
+
+Every key is declared in the file of its section, with what it means; `file.py` reads a recipe. Paths in a recipe are relative to the
+directory in which the command runs.
+
+This package imports neither torch nor megatron, so that a wrong recipe is answered in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import model_validator
+
+from megafork.recipe.data import Data, Reward
+from megafork.recipe.kinds import RecipeError, Section
+from megafork.recipe.model import Model, Parallel, Precision
+from megafork.recipe.objective import Forks, Loss, Optimizer
+from megafork.recipe.rollout import Rollout
+from megafork.recipe.run import Checkpoint, Eval, Log, Run, Train
+
+__all__ = [
+    "Checkpoint",
+    "Data",
+    "Eval",
+    "Forks",
+    "Log",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Precision",
+    "Recipe",
+    "RecipeError",
+    "Reward",
+    "Rollout",
+    "Run",
+    "Train",
+]
+
+
+class Recipe(Section):
+    """One run. See the sections for every key."""
+
+    run: Run = Run()
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    forks: Forks = Forks()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    precision: Precision = Precision()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.rollout.prompts % self.train.minibatches:
+            raise ValueError(
+                f"train.minibatches is {self.train.minibatches} but rollout.prompts is {self.rollout.prompts}: "
+                "choose a number of mini-batches that divides the prompts"
+            )
+        if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
+            raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
+        for key, value in {"precision.rollout_fp8": self.precision.rollout_fp8, "rollout.staleness": self.rollout.staleness}.items():
+            if value and self.loss.importance_cap is None:
+                raise ValueError(
+                    f"{key} is {str(value).lower()} without loss.importance_cap: tokens would count as if the newest weights in full "
+                    f"precision had drawn them; set loss.importance_cap=2, or leave {key} out"
+                )
+        if self.reward.overlong == "shaping" and self.reward.overlong_buffer > self.rollout.max_response_length:
+            raise ValueError(
+                f"reward.overlong_buffer is {self.reward.overlong_buffer} but rollout.max_response_length is "
+                f"{self.rollout.max_response_length}: choose a smaller buffer, or reward.overlong=none"
+            )
+        if self.train.micro_batch_tokens is not None and self.train.micro_batch_tokens < self.longest_padded:
+            raise ValueError(
+                f"train.micro_batch_tokens is {self.train.micro_batch_tokens} but one sequence may have {self.longest_padded} tokens "
+                "(data.max_prompt_length + rollout.max_response_length, padded for cp and sp): raise it to at least that"
+            )
+        return self
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.data.max_prompt_length + self.rollout.max_response_length
+
+    @property
+    def longest_padded(self) -> int:
+        """The same, padded as the layout asks."""
+        multiple = self.parallel.sequence_multiple
+        return -(-self.longest_sequence // multiple) * multiple
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.train.micro_batch_tokens or self.longest_padded
+
+    @property
+    def micro_batch_padding(self) -> int:
+        """To what multiple a packed micro-batch is padded: in FP8 each rank's share of its tokens is whole blocks of 128."""
+        return 128 * self.parallel.cp * (self.parallel.tp if self.parallel.sp else 1) if self.precision.train_fp8 else 1
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=140)

@@ -1,0 +1,78 @@
+"""The model of a run: where it lies, how it is split over ranks, and in which precision it computes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from megafork.recipe.kinds import Count, Section
+
+
+class Model(Section):
+    path: str
+    """Hugging Face model folder (config.json, safetensors, tokenizer), or `owner/model` on the hub."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward: none, core attention only, or whole layers."""
+
+
+class Parallel(Section):
+    tp: Count = 1
+    """Tensor parallel size: ranks that share each layer's weights."""
+    pp: Count = 1
+    """Pipeline parallel size: stages of consecutive layers."""
+    vpp: Count = 1
+    """Virtual pipeline size: model chunks a stage holds (interleaved schedule)."""
+    cp: Count = 1
+    """Context parallel size: ranks that share each sequence's tokens."""
+    sp: bool = False
+    """Sequence parallel: split norms and residuals over the TP ranks (needs tp > 1)."""
+    first_stage_layers: Count | None = None
+    """Layers of the first pipeline stage, which also holds the embedding. Empty: as many as the stages between."""
+    last_stage_layers: Count | None = None
+    """Layers of the last pipeline stage, which also holds the head. Empty: as many as the stages between."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Parallel:
+        if self.sp and self.tp == 1:
+            raise ValueError("parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"parallel.vpp is {self.vpp} but parallel.pp is 1: set parallel.vpp=1, or a pp above 1")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if getattr(self, name) is not None and self.pp == 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)} but parallel.pp is 1: leave it out, or set a pp above 1")
+        return self
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def sequence_multiple(self) -> int:
+        """To what multiple each sequence is padded: 2 cp chunks a sequence, and tokens that the sequence-parallel ranks share evenly."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """To what multiple the number of micro-batches is raised: the interleaved schedule wants whole rounds of all stages."""
+        return self.pp if self.vpp > 1 else 1
+
+
+class Precision(Section):
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of weights and activations; with bf16 the optimizer keeps fp32 main weights."""
+    rollout_fp8: bool = False
+    """vLLM's projections in e4m3, in blocks of 128 x 128 with a scale each, quantised at every refit; embedding, head and norms stay bf16.
+    It needs `dtype: bf16` and `loss.importance_cap`."""
+    train_fp8: bool = False
+    """The trainer's projections multiply in e4m3, forward and backward: activations and gradients in blocks of 1 x 128, weights of
+    128 x 128, quantised by Transformer Engine on the way. What is kept stays as it is: weights, gradients, optimizer; and so do embedding,
+    head, norms and attention. It needs `dtype: bf16`, Transformer Engine, and a GPU that multiplies such blocks (H100, H200)."""
+
+    @model_validator(mode="after")
+    def _fp8_beside_bf16(self) -> Precision:
+        for name, user in (("rollout_fp8", "vLLM"), ("train_fp8", "Transformer Engine")):
+            if getattr(self, name) and self.dtype != "bf16":
+                raise ValueError(f"precision.{name} is true with precision.dtype={self.dtype}: {user} needs bf16 with it; set dtype=bf16")
+        return self

@@ -1,0 +1,84 @@
+"""What a step optimizes: which tokens, which loss, which optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megafork.recipe.kinds import AboveOne, BelowOne, Count, CountOrZero, Fraction, NonNegative, Positive, Section
+
+
+class Forks(Section):
+    top_entropy_quantile: Fraction = 0.2
+    """rho, the share of response tokens that is kept for the update."""
+    select: Literal["top", "bottom", "random", "all"] = "top"
+    """Which share is kept: highest entropy, lowest, random, or every token."""
+    scope: Literal["batch", "minibatch", "microbatch", "sequence", "fixed"] = "minibatch"
+    """Tokens that share one threshold. `batch` and `minibatch` give the same mask for every parallel layout; `fixed` uses `threshold`."""
+    threshold: NonNegative | None = None
+    """tau in nats for `scope: fixed` (the paper's 0.672)."""
+    entropy_from: Literal["old", "current"] = "old"
+    """Entropies of the policy that starts the step (free), or of the policy before each mini-batch (one more forward)."""
+    normalize_by: Literal["selected", "response"] = "selected"
+    """The loss's denominator counts the selected tokens, or all response tokens."""
+
+    @model_validator(mode="after")
+    def _fixed_needs_threshold(self) -> Forks:
+        if (self.scope == "fixed") != (self.threshold is not None):
+            raise ValueError(
+                f"forks.threshold is {self.threshold} with forks.scope={self.scope}: give a threshold with scope=fixed, and only with it"
+            )
+        if self.scope == "batch" and self.entropy_from == "current":
+            raise ValueError(
+                "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step knows only the policy that "
+                "starts it; choose scope=minibatch, or entropy_from=old"
+            )
+        if self.scope == "fixed" and self.select in ("random", "all"):
+            raise ValueError(f"forks.select is {self.select} with forks.scope=fixed: a fixed threshold selects `top` or `bottom`")
+        return self
+
+
+class Loss(Section):
+    clip_low: BelowOne = 0.2
+    """eps_low: the ratio is clipped below at 1 - eps_low."""
+    clip_high: NonNegative = 0.28
+    """eps_high: the ratio is clipped above at 1 + eps_high."""
+    dual_clip: AboveOne | None = None
+    """c: with a negative advantage the loss is at most c |A| (official code: 10)."""
+    importance_cap: Positive | None = None
+    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or another precision. Empty: by 1."""
+    reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
+    """One exact mean over the mini-batch's tokens; the official code's mean a micro-batch weighted by its sequences; or a mean a
+    response (GRPO)."""
+    normalize_advantage: bool = True
+    """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
+    head_memory_mb: Count = 256
+    """MiB for the one [chunk, vocabulary / TP] fp32 buffer of the log-prob and entropy head."""
+
+
+class Optimizer(Section):
+    lr: Positive = 1e-6
+    """Peak learning rate."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer updates over which the rate grows from 0 to `lr`."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Course after the warm-up, down to `min_lr` at the last update."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of a decay."""
+    weight_decay: NonNegative = 0.1
+    """AdamW's decoupled weight decay."""
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
+    """Adam's moment decays."""
+    eps: Positive = 1e-8
+    """Adam's epsilon."""
+    grad_clip: NonNegative = 1.0
+    """Global gradient norm at most this; 0 turns clipping off."""
+    overlap: bool = False
+    """Reduce gradients during the backward and gather updated weights during the next forward, instead of before and after it."""
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at it, choose a smaller one")
+        return self

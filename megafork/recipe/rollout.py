@@ -1,0 +1,72 @@
+"""How responses are drawn."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from megafork.recipe.kinds import Count, CountOrZero, Fraction, NonNegative, Positive, Section, Temperature
+
+
+class Rollout(Section):
+    prompts: Count = 512
+    """Prompts a step."""
+    samples: Count = 16
+    """G, responses to each prompt."""
+    max_response_length: Count = 20480
+    """Tokens of a response at most, end-of-sequence included."""
+    temperature: Temperature = 1.0
+    """T of the roll-out; log-probs and entropies are taken at it as well."""
+    fork_temperature: Annotated[tuple[Temperature, Temperature, NonNegative], Field(strict=False)] | None = None
+    """[low, high, threshold], in the place of `temperature`: `high` where the entropy of the next token at temperature 1 is above
+    `threshold` nats (the paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
+    tp: Count = 1
+    """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
+    dynamic_sampling: bool = True
+    """Drop groups whose responses are all right or all wrong, and sample others."""
+    max_refills: CountOrZero = 10
+    """Rounds of dynamic sampling after the first before the step trains on what there is."""
+    kv_cache_mb: Count | None = None
+    """KV cache of an engine in MiB. Empty: `gpu_memory_fraction` of the GPU, or 256 without one."""
+    gpu_memory_fraction: Fraction = 0.6
+    """Share of a GPU's memory for vLLM's weights and KV cache."""
+    park_training: bool = False
+    """Keep gradients and optimizer state off the GPU while vLLM has it: room for a larger `gpu_memory_fraction`, for a way to host memory
+    and back every step. Not with `servers`, which have GPUs of their own."""
+    max_running: Count = 256
+    """Requests an engine decodes at once."""
+    servers: list[str] = Field(default=[])
+    """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`. Empty: engines in the
+    trainer's own processes."""
+    staleness: CountOrZero = 0
+    """Steps by which the weights that write a token may be behind: so many steps are rolled out ahead, while others train, and go on with
+    new weights as these come. 0: each step with the weights before it. Above 0 it needs `servers` and `loss.importance_cap`."""
+    request_limit_s: Positive = 3600.0
+    """Seconds one response of a server may take. Over it: another server is asked."""
+    server_limit_s: Positive = 300.0
+    """Seconds a server may take for a part of a refit, and a run goes on without any server."""
+
+    @field_validator("servers")
+    @classmethod
+    def _are_addresses(cls, servers: list[str]) -> list[str]:
+        for url in servers:
+            if not re.fullmatch(r"http://[^/:\s]+:\d{1,5}", url):
+                raise ValueError(f"rollout.servers has {url!r}: give addresses such as http://node1:8000")
+        if len(set(servers)) < len(servers):
+            raise ValueError(f"rollout.servers is {servers}: it names a server twice")
+        return servers
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Rollout:
+        if self.fork_temperature and self.temperature != 1:
+            raise ValueError(f"rollout.temperature is {self.temperature} beside rollout.fork_temperature, which takes its place: drop one")
+        if self.staleness and not self.servers:
+            raise ValueError(
+                f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes wait for it; "
+                "name servers, or set rollout.staleness=0"
+            )
+        if self.park_training and self.servers:
+            raise ValueError("rollout.park_training is true with rollout.servers: these leave the trainer its GPUs; set it to false")
+        return self
