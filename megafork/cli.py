@@ -29,6 +29,10 @@ Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write
 Dtype = Annotated[Literal["keep", "fp32", "bf16"], typer.Option(help="Of the weights written.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor and the logits of both; takes the whole model's memory.")]
 
+Columns = Annotated[str, typer.Option(help="Which column holds what, as {prompt: problem, answer: gold}.", show_default="by name")]
+ChatTemplateArgs = Annotated[str, typer.Option(help="Variables of the chat template, as {enable_thinking: false}.", show_default="none")]
+AddBos = Annotated[str, typer.Option(help="auto (as the tokenizer begins raw text), true or false.")]
+
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -72,6 +76,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Responses to each problem.")] = 16,
     k: Annotated[list[int] | None, typer.Option(help="k of pass@k and maj@k; may be repeated. None: as many as samples.")] = None,
     template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
+    columns: Columns = "",
+    chat_template_args: ChatTemplateArgs = "",
+    add_bos: AddBos = "auto",
     verifier: Annotated[str, typer.Option(help="exact, math, reasoning_gym, or FILE.py:FUNCTION.")] = "math",
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="1")] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
@@ -101,6 +108,9 @@ def evaluate(
         ks=tuple(k or ()),
         max_tokens=max_tokens,
         template=template,
+        columns=columns,
+        chat_template_args=chat_template_args,
+        add_bos=add_bos,
         verifier=verifier,
         limit=limit,
         seed=seed,
@@ -135,6 +145,9 @@ def analyze(
     samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
+    columns: Columns = "",
+    chat_template_args: ChatTemplateArgs = "",
+    add_bos: AddBos = "auto",
     temperature: Annotated[float, typer.Option(help="Of the sampling and of the entropies.")] = 1.0,
     max_tokens: Annotated[int | None, typer.Option(help="Of a response. None: 20480, or what the model's positions leave.")] = None,
     rho: Annotated[float, typer.Option(help="Share of the positions that count as forks in the overlap.")] = 0.2,
@@ -159,6 +172,9 @@ def analyze(
         samples=samples,
         limit=limit,
         template=template,
+        columns=columns,
+        chat_template_args=chat_template_args,
+        add_bos=add_bos,
         temperature=temperature,
         max_tokens=max_tokens,
         rho=rho,

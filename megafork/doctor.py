@@ -21,7 +21,9 @@ from packaging.specifiers import SpecifierSet
 from rich.table import Table
 
 from megafork.data.hub import is_hub_name
-from megafork.recipe import Recipe
+from megafork.data.row_files import data_files
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe.data import Source
 
 PYTHON = ">=3.11"
 MEGATRON = ">=0.16.1,<0.20"
@@ -97,7 +99,8 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         _ranks(recipe),
         _memory(recipe),
         _model(recipe.model.path),
-        *(_data(f"data.{name}", source) for name, source in (("train", recipe.data.train), ("eval", recipe.data.eval)) if source),
+        *(_data("data.train", source) for source in _each(recipe.data.train)),
+        *(_data("data.eval", source) for source in _each(recipe.data.eval)),
         *_verifier(recipe.reward.verifier),
         *map(_server, recipe.rollout.servers),
         *_wandb(recipe.log.wandb),
@@ -150,9 +153,15 @@ def _data(field: str, source: str) -> Finding:
         version = _version("reasoning-gym")
         found = f"{source} (reasoning-gym {version})" if version else None
         return Finding(field, found, version is not None, "pip install reasoning-gym", needed=True)
-    there = Path(source).expanduser().is_file()
-    cost = f"{field} is {source!r}: no such file, give a .jsonl or .parquet file"
-    return Finding(field, source if there else None, there, cost, needed=True)
+    try:
+        files = data_files(source, field)
+    except RecipeError as error:
+        return Finding(field, None, False, str(error), needed=True)
+    return Finding(field, source if len(files) == 1 else f"{source}: {len(files)} files", True, "", needed=True)
+
+
+def _each(source: Source | None) -> list[str]:
+    return [source] if isinstance(source, str) else source or []
 
 
 def _verifier(verifier: str) -> list[Finding]:

@@ -44,6 +44,7 @@ def run(command: Command, recipe: Recipe) -> int:
     if done >= recipe.train.steps and not _unfinished(recipe):
         ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
         return DONE
+    _say(inputs.remarks)
     return ranks.do(partial(_train, command, recipe, inputs if joined else None), world, recipe.run_folder)
 
 
@@ -57,13 +58,21 @@ def ablate(settings: AblationSettings) -> tuple[int, AblationResults]:
         raise RecipeError("megafork ablate starts ranks itself: call it outside of torchrun and srun, or `megafork train` in them")
     from megafork.ablation.results import summarise
     from megafork.ablation.settings import check_begun
+    from megafork.data.prompts import problems
 
     trials = settings.trials()
+    held_out: dict[str, str] = {}
     for trial in trials:
         if trial.begun:
             check_begun(trial)
         elif trial.seed == settings.seeds[0]:
-            preflight("train", trial.recipe, _ranks_here(trial.recipe))
+            inputs, _ = preflight("train", trial.recipe, _ranks_here(trial.recipe))
+            held_out[problems(inputs.held_out)] = trial.name
+    if len(held_out) > 1:
+        raise RecipeError(
+            f"data.eval shares prompts with data.train, and not the same ones in {' and '.join(held_out.values())}, so that their held-out "
+            "prompts differ: hold out prompts that none of them trains on"
+        )
     failed: dict[Trial, str] = {}
     for number, trial in enumerate(trials, 1):
         left = "done before" if trial.finished else str(trial.recipe.run_folder)
@@ -83,6 +92,7 @@ def evaluate(settings: Settings) -> tuple[int, Results | None]:
     from megafork.evaluation.work import prepare
 
     work = prepare(settings)
+    _say(work.remarks)
     job = work.job()
     if any(job.missing()):
         job.describe()
@@ -102,6 +112,7 @@ def analyze(settings: StudySettings) -> tuple[int, StudyResults | None]:
     from megafork.study.work import prepare
 
     work = prepare(settings)
+    _say(work.remarks)
     world = settings.ranks or _gpus(settings.model_size)
     if any(work.job.missing()):
         work.job.describe()
@@ -154,6 +165,12 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     if command == "sft":
         examples(inputs.train, inputs.tokenizer, recipe)
     return inputs, check_resume(recipe, inputs)
+
+
+def _say(remarks: list[str]) -> None:
+    """Once, whoever started the ranks."""
+    for remark in remarks if ranks.is_main() else ():
+        ranks.say(remark)
 
 
 def _with_local_model(recipe: Recipe) -> Recipe:

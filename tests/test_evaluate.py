@@ -37,7 +37,7 @@ from megafork.evaluation.metrics import estimate, majority_at, pass_at
 from megafork.evaluation.run import score
 from megafork.evaluation.settings import Decoding, Settings, decodings
 from megafork.evaluation.work import prepare
-from megafork.recipe import RecipeError, Reward
+from megafork.recipe import Data, RecipeError, Reward
 from megafork.rollout.engine import Completion
 from megafork.rollout.store import Store
 from megafork.rollout.temperature import ForkTemperature, sweep
@@ -214,7 +214,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 def test_files_of_the_hubs_schemas(ending: str, task: Path, tmp_path: Path) -> None:
     words = [f"{name}={_rows(tmp_path / f'{name}.{ending}', [row, row])}" for name, row in SCHEMAS.items()]
     tokenizer = load_tokenizer(str(task / "model"))
-    found = load_benchmarks((*words,), template="plain", limit=None, needs=("answer",), longest=8, tokenizer=tokenizer)
+    data = Data(train="unused", max_prompt_length=8)
+    found = load_benchmarks((*words,), data, limit=None, needs=("answer",), tokenizer=tokenizer)
     assert [benchmark.name for benchmark in found] == list(SCHEMAS)
     assert [len(benchmark.problems) for benchmark in found] == [2, 2, 2, 2], "a benchmark keeps its size"
     assert [benchmark.problems[0].row["answer"] for benchmark in found] == ["2", 2.0, "2", "1, 2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 
 from megafork.recipe import Recipe
@@ -58,6 +58,10 @@ def _type(kind: Any, metadata: list[Any]) -> str:
     if origin in (tuple, list):
         parts = [_type(part, metadata) for part in arguments if part is not ...]
         return "list of " + (parts[0] if len(set(parts)) == 1 else "; ".join(parts))
+    if origin is dict:
+        return f"mapping of {_type(arguments[0], [])} to {_type(arguments[1], [])}"
+    if kind is JsonValue:
+        return "any value"
     name = {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
     return " ".join([name, *_bounds(metadata)])
 

@@ -33,6 +33,8 @@ class Measured:
     """Of ACCURACIES and OTHERS, and "seconds" in steps. Without entropy where no step had tokens to learn from."""
     prompts: np.ndarray
     """Accuracy of each held-out prompt after the last step, float64."""
+    problems: str | None
+    """Which these are; None in what an older version wrote."""
 
 
 def measure(trial: Trial) -> Measured:
@@ -50,7 +52,8 @@ def measure(trial: Trial) -> Measured:
     if entropies := known_values(metrics, "entropy/mean"):
         values["entropy"] = entropies[-1]
     last = json.loads((folder / "evaluations" / f"step_{curve[-1][0]:06d}.json").read_text())
-    return Measured(trial, {name: float(value) for name, value in values.items()}, np.array(last["accuracies"], np.float64))
+    accuracies_of_prompts = np.array(last["accuracies"], np.float64)
+    return Measured(trial, {name: float(value) for name, value in values.items()}, accuracies_of_prompts, last.get("problems"))
 
 
 def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> Results:
@@ -60,7 +63,7 @@ def summarise(settings: Settings, trials: Sequence[Trial], failed: Mapping[Trial
     `Measured`}], each value's {"mean", "sd"} over seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`},
     "end" also: {"prompts": `Paired`}}], "failed": [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its
     accuracies averaged over the seeds. A recipe without a finished run is in "failed" alone; one that shares no seed with the first is not
-    compared. Raises RecipeError when the runs have not answered equally many prompts.
+    compared. Raises RecipeError when the runs have not answered the same prompts.
     """
     runs: dict[str, dict[int, Measured]] = {}
     for trial in trials:
@@ -90,6 +93,11 @@ def _check_alike(measured: Sequence[Measured]) -> None:
         if len(one.prompts) != len(measured[0].prompts):
             both = (f"{str(run.trial.recipe.run_folder)!r} answered {len(run.prompts)} held-out prompts" for run in (measured[0], one))
             raise RecipeError(f"data.eval has changed between runs: {' and '.join(both)}; delete one, or choose another --out")
+        if one.problems != measured[0].problems:
+            both = " and ".join(repr(str(run.trial.recipe.run_folder)) for run in (measured[0], one))
+            raise RecipeError(
+                f"data.eval has changed between runs: {both} answered different prompts; delete one, or hold out prompts that none trains on"
+            )
 
 
 def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:

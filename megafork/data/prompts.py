@@ -1,8 +1,8 @@
-"""Prompts of a run: rows checked, put into the template, de-duplicated, tokenised; and the order in which a run takes them."""
+"""Prompts of a run: rows read, put into the template, de-duplicated, tokenised; and the order in which a run takes them."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -10,49 +10,88 @@ from dataclasses import dataclass
 from typing import Any
 
 from megafork import recipe
+from megafork.data.messages import RowError
+from megafork.data.rows import read_row
 from megafork.data.sources import read_rows
+from megafork.data.templates import first_tokens, renderer
 from megafork.data.tokenizer import Tokenizer
 from megafork.recipe import RecipeError
+from megafork.recipe.data import Source
+
+Remark = Callable[[str], None]
+"""Takes a line for people: what was left out of a dataset, and how much of it."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: `text` is what the model reads (template applied), `tokens` its ids, `row` the data's row with `prompt` and `answer`."""
+    """One prompt: `text` is what the model reads (template applied), `tokens` its ids, `row` the data's row as `rows.read_row` reads it."""
 
     index: int
     """Position in the list that `load_prompts` returned."""
     text: str
     tokens: tuple[int, ...]
     row: dict[str, Any]
+    place: str = ""
+    """Where the row stands, as in `train.jsonl line 7`."""
 
 
 def load_prompts(
-    source: str, data: recipe.Data, tokenizer: Tokenizer, *, needs: tuple[str, ...] = ("answer",), field: str = "data.train"
+    source: Source,
+    data: recipe.Data,
+    tokenizer: Tokenizer,
+    *,
+    needs: tuple[str, ...] = ("answer",),
+    field: str = "data.train",
+    remark: Remark = lambda line: None,
 ) -> list[Prompt]:
-    """Read `source` (forms: see `recipe.Data.train`); the same list on every rank and in every run.
+    """Read `source` (forms: `recipe.Data.train`; rows: docs/data.md); the same list on every rank and in every run.
 
-    Rows are {"prompt", "answer"} (the prompt may be called `question` or `problem`), {"prompt", "response"} for supervised training, or
-    DAPO-Math's (`prompt` a list of chat messages, `reward_model.ground_truth` the answer). `needs` names the fields that no row may lack;
-    `field` is the recipe key that holds `source`. Raises RecipeError for the first wrong row, and for an empty dataset.
+    `needs` names the fields that no row may lack; `field` is the recipe key or the option that holds `source`. Of training data repeated
+    prompts are dropped if `data.deduplicate` says so; of anything else a prompt with its answer counts once, however often it is there.
+    Raises RecipeError for the first wrong row, and for an empty dataset.
     """
-    render = _template(data.template, tokenizer)
+    training = field == "data.train"
+    render, first = renderer(data, tokenizer), first_tokens(data, tokenizer)
     prompts: list[Prompt] = []
-    seen: set[str] = set()
+    repeats, overlong = _Repeats(by_answer=not training or "response" in needs), _Overlong(data, field)
     for place, raw in read_rows(source, field):
         try:
-            row = _normalise(raw, needs)
+            row = read_row(raw, needs, data.columns, everywhere=training)
             text = render(row["prompt"])
-            if data.deduplicate and text in seen:
+            if repeats.has(text, row, place) and (data.deduplicate or not training):
                 continue
-            seen.add(text)
-            tokens = tuple(tokenizer.encode(text))
-            _check_length(tokens, data.max_prompt_length)
-        except _RowError as error:
+            tokens = tuple(tokenizer.encode(text, first=first))
+            if not tokens:
+                raise RowError("has a prompt that gives no tokens: does the tokenizer belong to this data?")
+            if overlong.leaves_out(tokens):
+                continue
+        except RowError as error:
             raise RecipeError(f"{field}: {place} {error}") from None
-        prompts.append(Prompt(len(prompts), text, tokens, row))
+        prompts.append(Prompt(len(prompts), text, tokens, row, place))
+    for line in (*(repeats.said(field, training) if data.deduplicate or not training else ()), *overlong.said(repeats.rows)):
+        remark(line)
     if not prompts:
-        raise RecipeError(f"{field} is {source!r}: it has no rows; give a dataset with at least one prompt")
+        left = "no rows that are short enough" if overlong.lengths else "no rows"
+        raise RecipeError(f"{field} is {source!r}: it has {left}; give a dataset with at least one prompt")
     return prompts
+
+
+def without_training_prompts(held_out: Sequence[Prompt], train: Sequence[Prompt], source: Source, remark: Remark) -> list[Prompt]:
+    """The held-out prompts that the model does not also train on, numbered anew. Raises RecipeError when none is left."""
+    trained = {prompt.tokens: prompt.place for prompt in train}
+    shared = [prompt for prompt in held_out if prompt.tokens in trained]
+    if shared and len(shared) == len(held_out):
+        raise RecipeError(
+            f"data.eval is {source!r}: all its {len(held_out)} prompts are training prompts too ({shared[0].place} is "
+            f"{trained[shared[0].tokens]}): hold others out, or leave data.eval empty"
+        )
+    if shared:
+        remark(
+            f"data.eval: {len(shared)} of {len(held_out)} prompts are training prompts too and are left out (the first: {shared[0].place} "
+            f"is {trained[shared[0].tokens]})"
+        )
+    left = [prompt for prompt in held_out if prompt.tokens not in trained]
+    return [dataclasses.replace(prompt, index=index) for index, prompt in enumerate(left)]
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -62,6 +101,12 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
         said = [prompt.text, prompt.tokens, prompt.row.get("answer"), prompt.row.get("response")]
         digest.update(json.dumps(said, default=str).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def problems(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits of the problems and their answers, whatever template they are in."""
+    said = [[prompt.row["prompt"], prompt.row.get("answer")] for prompt in prompts]
+    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
 
 
 class PromptOrder:
@@ -105,75 +150,67 @@ class PromptOrder:
         self._epoch, self._position = epoch, 0
 
 
-class _RowError(ValueError):
-    """What is wrong with one row; the message continues `FILE line N ...`."""
+@dataclass
+class _Repeats:
+    """Rows whose prompt was there before."""
+
+    by_answer: bool
+    """A prompt with another answer, or response, is another one."""
+    rows: int = 0
+    again: int = 0
+    differing: int = 0
+    """Repeated prompts with another answer."""
+    first: str = ""
+    seen: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """What each prompt was answered."""
+
+    def has(self, text: str, row: dict[str, Any], place: str) -> bool:
+        self.rows += 1
+        answer = row.get("response", row.get("answer"))
+        before = self.seen.setdefault(text, [])
+        known = answer in before
+        repeated = known if self.by_answer else bool(before)
+        if before and not known:
+            self.differing += 1
+            self.first = self.first or place
+        if not known:
+            before.append(answer)
+        self.again += repeated
+        return repeated
+
+    def said(self, field: str, training: bool) -> list[str]:
+        if not training:
+            counted = f"{field}: {self.again} of {self.rows} rows repeat a prompt with its answer and do not count again"
+            return [counted] if self.again else []
+        what = "a prompt with its response" if self.by_answer else "a prompt"
+        conflict = (
+            f", {self.differing} of them with another answer (the first: {self.first})" if self.differing and not self.by_answer else ""
+        )
+        counted = f"{field}: {self.again} of {self.rows} rows repeat {what} and are left out{conflict}"
+        return [counted] if self.again else []
 
 
-def _normalise(raw: dict[str, Any], needs: tuple[str, ...]) -> dict[str, Any]:
-    row = {**raw, "prompt": _plain(_prompt_of(raw))}
-    reward_model = raw.get("reward_model")
-    if raw.get("answer") is None and isinstance(reward_model, dict):
-        row["answer"] = reward_model.get("ground_truth")
-    for name in needs:
-        value = row.get(name)
-        if value is None and name == "answer" and _generated(row):
-            continue  # some reasoning-gym tasks have many right answers and a scorer that needs none
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise _RowError(f'has no {name} ({name} is {value!r}): give it an "{name}", or delete the row')
-    if "response" in needs and not isinstance(row["response"], str):
-        raise _RowError(f"has a response that is a {type(row['response']).__name__}: it must be text")
-    return row
+@dataclass
+class _Overlong:
+    """Prompts over the limit, under `data.overlong_prompts`."""
 
+    data: recipe.Data
+    field: str
+    lengths: list[int] = dataclasses.field(default_factory=list)
 
-def _generated(row: dict[str, Any]) -> bool:
-    metadata = row.get("metadata")
-    return isinstance(metadata, dict) and "source_dataset" in metadata
+    def leaves_out(self, tokens: tuple[int, ...]) -> bool:
+        """Raises RowError where they are not to be left out."""
+        limit = self.data.max_prompt_length
+        if len(tokens) <= limit:
+            return False
+        if self.data.overlong_prompts == "refuse":
+            is_key = self.field.startswith("data.")
+            over = f"data.max_prompt_length={limit}: raise the limit, set data.overlong_prompts=drop" if is_key else f"the limit of {limit}"
+            raise RowError(f"has a prompt of {len(tokens)} tokens, over {over}{', or' if is_key else ':'} delete the row")
+        self.lengths.append(len(tokens))
+        return True
 
-
-def _prompt_of(raw: dict[str, Any]) -> Any:
-    if raw.get("prompt") is not None:
-        return raw["prompt"]
-    names = [name for name in ("question", "problem") if raw.get(name) is not None]
-    if len(names) > 1:
-        raise _RowError('has a "question" and a "problem": rename the one that is meant to "prompt"')
-    if not names:
-        raise _RowError(f'has no prompt (its fields: {", ".join(map(str, raw)) or "none"}): give it a "prompt"')
-    return raw[names[0]]
-
-
-def _plain(prompt: Any) -> str | list[dict[str, str]]:
-    """Checked; a single user message becomes its text, so that it works with every template."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    ):
-        raise _RowError('has a prompt that is neither text nor a list of {"role": ..., "content": text} messages: make it one of them')
-    if not any(message["content"].strip() for message in messages):
-        raise _RowError("has an empty prompt: fill it in, or delete the row")
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    return messages
-
-
-def _template(template: str | None, tokenizer: Tokenizer) -> Callable[[str | list[dict[str, str]]], str]:
-    """From a row's prompt to the text that the model reads."""
-    if template == "chat":
-        chat = functools.cache(tokenizer.chat)  # a dataset of repeats is rendered once
-        return lambda prompt: chat(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
-    if template is not None and "{prompt}" not in template:
-        raise RecipeError(f"data.template is {template!r}: write {{prompt}} where the prompt goes, or set data.template=chat")
-
-    def insert(prompt: str | list[dict[str, str]]) -> str:
-        if not isinstance(prompt, str):
-            raise _RowError(f"has {len(prompt)} chat messages: only data.template=chat can join them")
-        return prompt if template is None else template.replace("{prompt}", prompt)  # not str.format: \boxed{} stays
-
-    return insert
-
-
-def _check_length(tokens: tuple[int, ...], limit: int) -> None:
-    if not tokens:
-        raise _RowError("has a prompt that gives no tokens: does the tokenizer belong to this data?")
-    if len(tokens) > limit:
-        raise _RowError(f"has a prompt of {len(tokens)} tokens, over data.max_prompt_length={limit}: raise the limit, or delete the row")
+    def said(self, rows: int) -> list[str]:
+        limit = self.data.max_prompt_length
+        counted = f"{self.field}: {len(self.lengths)} of {rows} rows have prompts over data.max_prompt_length={limit} and are left out"
+        return [f"{counted} (the longest: {max(self.lengths)} tokens)"] if self.lengths else []

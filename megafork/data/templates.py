@@ -1,7 +1,14 @@
-"""The texts that a problem is put into, by their names."""
+"""From a row's prompt to what the model reads: a text with {prompt} in it, or the tokenizer's chat template; and how it begins and ends."""
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from megafork import recipe
+from megafork.data.messages import Message, RowError
 from megafork.data.tokenizer import Tokenizer
 from megafork.recipe import RecipeError
 
@@ -12,6 +19,8 @@ _TEMPLATES = {
     "plain": "{prompt}",
 }
 _QWEN_MARK = "<|im_start|>"
+_MARK = "the_end_of_a_turn"
+_OURS = ("messages", "add_generation_prompt", "chat_template", "continue_final_message", "tokenize")
 
 
 def template_text(template: str, tokenizer: Tokenizer) -> str:
@@ -23,3 +32,73 @@ def template_text(template: str, tokenizer: Tokenizer) -> str:
     if template == "qwen" and _QWEN_MARK not in tokenizer.backend.get_vocab():
         raise RecipeError(f"--template is 'qwen' but {_QWEN_MARK} is not a token of {tokenizer.path!r}: choose paper, or chat")
     return _TEMPLATES[template]
+
+
+def renderer(data: recipe.Data, tokenizer: Tokenizer) -> Callable[[str | list[Message]], str]:
+    """The text of a row's prompt under `data.template`. Raises RecipeError for a template that cannot be used; what it returns raises
+    RowError for a prompt that it does not take."""
+    if data.template == "chat":
+        _check_chat(data, tokenizer)
+        chat = functools.cache(lambda prompt: tokenizer.chat(prompt, data.chat_template_args))  # a dataset of repeats is rendered once
+        return lambda prompt: chat(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt, data.chat_template_args)
+    if data.template is not None and "{prompt}" not in data.template:
+        raise RecipeError(f"data.template is {data.template!r}: write {{prompt}} where the prompt goes, or set data.template=chat")
+
+    def insert(prompt: str | list[Message]) -> str:
+        if not isinstance(prompt, str):
+            raise RowError(f"has {len(prompt)} chat messages: only data.template=chat can join them")
+        return prompt if data.template is None else data.template.replace("{prompt}", prompt)  # not str.format: \boxed{} stays
+
+    return insert
+
+
+def first_tokens(data: recipe.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What a prompt begins with under `data.add_bos`, unless its text says so itself. Raises RecipeError without such a token."""
+    if data.add_bos == "auto":
+        return () if data.template == "chat" else tokenizer.first_ids
+    if not data.add_bos:
+        return ()
+    if tokenizer.backend.bos_token_id is None:
+        raise RecipeError(
+            f"data.add_bos is true but the tokenizer of {tokenizer.path!r} names no beginning-of-sequence token: leave it out"
+        )
+    return (tokenizer.backend.bos_token_id,)
+
+
+def last_token(data: recipe.Data, tokenizer: Tokenizer) -> int:
+    """What ends a supervised response: of the ids at which roll-outs stop the one with which the chat template ends a turn, else the
+    first."""
+    first, *_ = tokenizer.eos_ids
+    if data.template != "chat":
+        return first
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    try:
+        said = tokenizer.chat(turns, data.chat_template_args, answer_follows=False)
+    except RowError:  # a template of prompts alone
+        return first
+    after = tokenizer.encode(said.rpartition(_MARK)[2], first=())
+    return next((token for token in after if token in tokenizer.eos_ids), first)
+
+
+def _check_chat(data: recipe.Data, tokenizer: Tokenizer) -> None:
+    template: Any = tokenizer.backend.chat_template
+    if template is None:
+        raise RecipeError(
+            f"data.template is 'chat' but the tokenizer of {tokenizer.path!r} has no chat template: give a text with {{prompt}} instead"
+        )
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise RecipeError(
+                f"data.template is 'chat' but the tokenizer of {tokenizer.path!r} has several chat templates "
+                f"({', '.join(sorted(template))}) and none is called default: keep one of them in tokenizer_config.json, or give a text "
+                "with {prompt} instead"
+            )
+        template = template["default"]
+    for name in data.chat_template_args:
+        if name in _OURS:
+            raise RecipeError(f"data.chat_template_args has {name!r}, which megafork itself sets: leave it out")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise RecipeError(
+                f"data.chat_template_args has {name!r}, which the chat template of {tokenizer.path!r} does not read: leave it out, or "
+                "write it as the template does"
+            )

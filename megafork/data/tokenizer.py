@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import cached_file
 
+from megafork.data.messages import Message, RowError
 from megafork.recipe import RecipeError
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
@@ -29,20 +29,60 @@ class Tokenizer:
     path: str
     backend: Any
     eos_ids: tuple[int, ...]
-    """Ids that end a response: the tokenizer's own, then those of generation_config.json. Empty if neither names one."""
+    """Ids that end a response: the tokenizer's own, then the model's. Empty if neither names one."""
+    first_ids: tuple[int, ...] = ()
+    """What the tokenizer puts before raw text: its beginning-of-sequence token, or nothing."""
+
+    @functools.cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset([*self.backend.get_vocab().values(), *getattr(self.backend, "added_tokens_decoder", ())])
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, added ones included. The model's embedding may have more rows."""
-        return len(self.backend)
+        """One more than the largest id, added tokens included. The model's embedding may have more rows."""
+        return max(self._known) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of exactly this text; no special token is added."""
-        return self.backend.encode(text, add_special_tokens=False, verbose=False)
+    def check(self, vocab: int, named: str) -> None:
+        """Raise RecipeError, beginning with `named`, unless a model with `vocab` rows in its embedding can read and end all that this
+        tokenizer writes."""
+        if self.vocab_size > vocab:
+            raise RecipeError(
+                f"{named}: its tokenizer has ids up to {self.vocab_size - 1} but the model only {vocab} tokens: give a folder whose "
+                "tokenizer belongs to the model"
+            )
+        if not self.eos_ids:
+            raise RecipeError(f"{named}: neither its tokenizer nor generation_config.json or config.json names an end-of-sequence token")
+        if max(self.eos_ids) >= vocab:
+            raise RecipeError(
+                f"{named}: its eos_token_id {max(self.eos_ids)} is beyond the model's {vocab} tokens: correct it in "
+                "generation_config.json, or in config.json where there is none"
+            )
+
+    def encode(self, text: str, *, first: tuple[int, ...] | None = None) -> list[int]:
+        """Token ids of raw text, which begin with `first_ids` once, whether the text spells them or not.
+
+        `first` in their place: () for a part of a sequence, such as a response, or for what a chat template wrote.
+        """
+        first = self.first_ids if first is None else first
+        ids = self.backend.encode(text, add_special_tokens=False, verbose=False)
+        return ids if tuple(ids[: len(first)]) == first else [*first, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Text of the ids without those that ended it. What is inside stays, special tokens such as </think> too: verifiers look for it."""
+        ends = {*self.eos_ids, self.backend.pad_token_id}
+        length = len(ids)
+        while length and ids[length - 1] in ends:
+            length -= 1
+        return self._with_special(ids[:length])
+
+    def without_end(self, text: str) -> tuple[str, int | None]:
+        """A response's text without the end tokens that it spells out last, with whatever space is after them; and the first of these,
+        at which a roll-out would have stopped."""
+        ends = {self._text([token]): token for token in self.eos_ids}
+        found = None
+        while end := next((end for end in ends if end and text.rstrip().endswith(end)), None):
+            text, found = text.rstrip().removesuffix(end), ends[end]
+        return text, found
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Display text of each token, special ones included. Joined they are the whole text.
@@ -71,20 +111,25 @@ class Tokenizer:
         text = self._with_special([token] if before is None else [before, token])
         return None if text.endswith(_UNFINISHED) or known.endswith(_UNFINISHED) else text[len(known) :]
 
-    def chat(self, prompt: str | list[dict[str, str]]) -> str:
-        """A user's prompt, or whole messages, in the chat template, up to where the assistant begins. Raises RecipeError."""
+    def chat(self, prompt: str | list[Message], arguments: Mapping[str, Any] | None = None, *, answer_follows: bool = True) -> str:
+        """A user's prompt, or whole messages, in the chat template, up to where the assistant begins if an answer follows.
+
+        `arguments`: variables of the template. Raises RowError for whatever goes wrong in it.
+        """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self.backend.chat_template is None:
-            raise RecipeError(
-                f"data.template is 'chat' but the tokenizer of {self.path!r} has no chat template: give a text with {{prompt}} instead"
-            )
         try:
-            return self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise RecipeError(f"data.template is 'chat' but the chat template of {self.path!r} refuses a prompt: {error}") from None
+            return self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows, **(arguments or {}))
+        except Exception as error:  # noqa: BLE001 - the template is a program of the model's folder and may raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise RowError(f"has a prompt that the chat template of {self.path!r} refuses ({type(error).__name__}: {reason})") from None
 
     def _with_special(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """The whole text; ids that only the model's padded embedding has as `<id 27>`, so that no one takes them for nothing."""
+        runs = itertools.groupby(ids, key=self._known.__contains__)
+        return "".join(self._text(list(run)) if known else "".join(f"<id {token}>" for token in run) for known, run in runs)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
@@ -126,7 +171,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         reason = " ".join(str(error).split())[:200]
         mend = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
         raise RecipeError(f"model.path is {path!r}: its tokenizer could not be loaded; {mend} ({type(error).__name__}: {reason})") from None
-    return Tokenizer(path, backend, _eos_ids(path, backend, local))
+    return Tokenizer(path, backend, _eos_ids(path, backend, local), _first_ids(backend))
 
 
 def _load_sentence_piece(path: str, **options: Any) -> SentencePieceTokenizer:
@@ -140,15 +185,42 @@ def _load_sentence_piece(path: str, **options: Any) -> SentencePieceTokenizer:
     return backend
 
 
+def _first_ids(backend: Any) -> tuple[int, ...]:
+    plain, whole = (backend.encode("a", add_special_tokens=special, verbose=False) for special in (False, True))
+    starts = range(len(whole) - len(plain) + 1)
+    return tuple(whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)])
+
+
 def _eos_ids(path: str, backend: Any, local: bool) -> tuple[int, ...]:
+    """The tokenizer's, then those of generation_config.json, in whose absence transformers and vLLM read config.json's."""
     ids = [] if backend.eos_token_id is None else [backend.eos_token_id]
-    try:
-        found = cached_file(path, "generation_config.json", local_files_only=local)
-    except OSError:  # a model need not have one
-        return tuple(ids)
-    try:
-        more = json.loads(Path(found).read_text()).get("eos_token_id")
-    except ValueError as error:
-        raise RecipeError(f"model.path is {path!r}: its generation_config.json is not valid JSON; restore or delete it ({error})") from None
-    ids += [more] if isinstance(more, int) else more or []
+    for name in ("generation_config.json", "config.json"):
+        config = _config(path, name, local)
+        if config is not None:
+            ids += _listed(config.get("eos_token_id"), f"model.path is {path!r}: the eos_token_id of its {name}")
+            break
     return tuple(dict.fromkeys(ids))
+
+
+def _config(path: str, name: str, local: bool) -> dict[str, Any] | None:
+    try:
+        found = cached_file(path, name, local_files_only=local)
+    except OSError:  # a model need not have one
+        return None
+    if found is None:
+        return None
+    try:
+        config = json.loads(Path(found).read_text())
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"model.path is {path!r}: its {name} is not valid JSON; restore or delete it ({error})") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"model.path is {path!r}: its {name} holds a {type(config).__name__}, not an object; restore or delete it")
+    return config
+
+
+def _listed(said: Any, named: str) -> list[int]:
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    for one in ids:
+        if type(one) is not int or one < 0:  # true is an int to Python
+            raise RecipeError(f"{named} is {said!r}: it must be token ids, whole numbers from 0")
+    return ids

@@ -19,6 +19,8 @@ Verifier = Callable[[str, Row], Any]
 
 _ACCEPTS_ANY_TEXT = ("game_of_life_halting",)
 """Tasks whose own scorer is wrong in reasoning-gym 0.1.25: it compares bool(text), so that every answer is right."""
+_TUPLES = ("arc_agi", "rearc")
+"""Tasks whose scorer compares tuples, which in JSON and parquet are lists: no answer would be right."""
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError, ValueError)
 
 
@@ -52,6 +54,8 @@ def reasoning_gym(response: str, row: Row) -> float:
     if not isinstance(metadata, dict) or "source_dataset" not in metadata:
         raise ValueError("the row has no metadata.source_dataset: verifier `reasoning_gym` needs data from reasoning_gym:TASK")
     task, answer = metadata["source_dataset"], final_answer(response)
+    if task in _TUPLES:
+        metadata = {**metadata, "output": tuple(map(tuple, metadata["output"]))}
     if task in _ACCEPTS_ANY_TEXT:
         return float(answer == row["answer"])
     try:

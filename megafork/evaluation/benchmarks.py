@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megafork.data.prompts import Prompt, load_prompts
-from megafork.data.templates import template_text
+from megafork.data.prompts import Prompt, Remark, load_prompts
 from megafork.data.tokenizer import Tokenizer
 from megafork.recipe import Data, RecipeError
 
@@ -21,12 +19,12 @@ KNOWN = {
     "minerva": "hub:math-ai/minervamath:test",
     "olympiad": "hub:math-ai/olympiadbench:test",
 }
-"""Where each benchmark of the paper lies. Their problems are called `problem` or `question`, their answers `answer` or `final_answer`."""
+"""Where each benchmark of the paper lies."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems under a name. Every row has its `answer`, unless the verifier needs none."""
+    """Problems under a name, each once. Every row has its `answer`, unless the verifier needs none."""
 
     name: str
     source: str
@@ -34,19 +32,28 @@ class Benchmark:
 
 
 def load_benchmarks(
-    words: tuple[str, ...], *, template: str, limit: int | None, needs: tuple[str, ...], longest: int, tokenizer: Tokenizer
+    words: tuple[str, ...],
+    data: Data,
+    *,
+    limit: int | None,
+    needs: tuple[str, ...],
+    tokenizer: Tokenizer,
+    remark: Remark = lambda line: None,
 ) -> list[Benchmark]:
-    """Read each of `words` (`evaluation.settings.Settings.benchmarks`); `longest`: tokens of a prompt; `needs`: the verifier's fields.
+    """Read each of `words` (`evaluation.settings.Settings.benchmarks`) as `data` says; `needs`: the verifier's fields.
 
-    Problems that a benchmark repeats stay, so that it has its published size. Raises RecipeError, naming the benchmark and the problem.
+    A problem that a benchmark repeats, as some files of AIME do, is one problem: more rows of it say nothing about other problems, which
+    is what an interval is about. Raises RecipeError, naming the benchmark and the problem.
     """
-    text = template_text(template, tokenizer)
     named = [_named(word) for word in words]
     names = [name for name, _ in named]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RecipeError(f"--benchmarks names {twice!r} twice: give one of them another name, as in NAME=SOURCE")
-    return [_load(name, source, text, limit, needs, longest, tokenizer) for name, source in named]
+    return [
+        Benchmark(name, source, load_prompts(source, data, tokenizer, needs=needs, field=f"--benchmarks {name}", remark=remark)[:limit])
+        for name, source in named
+    ]
 
 
 def _named(word: str) -> tuple[str, str]:
@@ -55,33 +62,12 @@ def _named(word: str) -> tuple[str, str]:
         return name, source
     if word in KNOWN:
         return word, KNOWN[word]
-    if ":" in word or Path(word).suffix:
-        return word if ":" in word else Path(word).stem, word
+    if ":" in word:
+        return word, word
+    if Path(word).suffix or "/" in word or "*" in word or os.path.isdir(os.path.expanduser(word)):
+        return Path(word).stem, word
     close = difflib.get_close_matches(word, KNOWN, n=1, cutoff=0.4)
-    mend = f"did you mean {close[0]!r}? Known are" if close else "known are"
-    raise RecipeError(f"--benchmarks names {word!r}: {mend} {', '.join(KNOWN)}, and files that end in .jsonl or .parquet")
-
-
-def _load(
-    name: str, source: str, template: str, limit: int | None, needs: tuple[str, ...], longest: int, tokenizer: Tokenizer
-) -> Benchmark:
-    data = Data(train=source, template=template, max_prompt_length=longest, deduplicate=False)
-    others = tuple(field for field in needs if field != "answer")  # an answer may have another name
-    problems = []
-    for prompt in load_prompts(source, data, tokenizer, needs=others, field=f"--benchmarks {name}")[:limit]:
-        answer = _answer(prompt.row)
-        if answer is None and needs == ("answer",):  # a task of reasoning-gym may have many right answers and name none
-            raise RecipeError(
-                f"--benchmarks {name}: problem {prompt.index + 1} of {source!r} has no answer (its fields: {', '.join(prompt.row)}): "
-                'give it an "answer", or delete the row'
-            )
-        problems.append(dataclasses.replace(prompt, row={**prompt.row, "answer": answer}))
-    return Benchmark(name, source, problems)
-
-
-def _answer(row: dict[str, Any]) -> Any:
-    """The row's answer, None for none; OlympiadBench lists several, each between dollar signs."""
-    answer = row["final_answer"] if row.get("answer") is None and "final_answer" in row else row.get("answer")
-    if isinstance(answer, list):
-        answer = ", ".join(str(part).strip().strip("$") for part in answer)
-    return None if isinstance(answer, str) and not answer.strip() else answer
+    fix = f"did you mean {close[0]!r}? Known are" if close else "known are"
+    raise RecipeError(
+        f"--benchmarks names {word!r}: {fix} {', '.join(KNOWN)}, and files that end in .jsonl, .json or .parquet, or folders of them"
+    )

@@ -67,6 +67,12 @@ class Settings:
     """Of a response. None: 20,480, or what the model's positions leave."""
     template: str = "paper"
     """`paper`, `qwen`, `chat` (the tokenizer's), `plain`, or a text with {prompt}."""
+    columns: str = ""
+    """As `data.columns` in a recipe, in YAML: {answer: gold}."""
+    chat_template_args: str = ""
+    """As `data.chat_template_args`, in YAML: {enable_thinking: false}."""
+    add_bos: str = "auto"
+    """As `data.add_bos`."""
     verifier: str = "math"
     """As `reward.verifier` in a recipe."""
     workers: int = 0

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megafork.data import reward as verifiers
+from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.evaluation.benchmarks import Benchmark, load_benchmarks
 from megafork.evaluation.settings import Decoding, Settings
 from megafork.recipe import Recipe, Reward
+from megafork.recipe.file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
@@ -30,6 +32,8 @@ class Work:
     reward: Reward
     max_tokens: int
     dtype: str
+    remarks: list[str]
+    """What of the benchmarks does not count, a line each."""
 
     @property
     def folder(self) -> Path:
@@ -73,9 +77,16 @@ def prepare(settings: Settings) -> Work:
     reward = Reward(verifier=settings.verifier, workers=settings.workers or min(os.cpu_count() or 1, 8), overlong="none")
     verifiers.check(reward)
     needs = verifiers.needs(reward)
-    benchmarks = load_benchmarks(
-        settings.benchmarks, template=settings.template, limit=settings.limit, needs=needs, longest=LONGEST_PROMPT, tokenizer=tokenizer
+    remarks: list[str] = []
+    data = data_of_options(
+        settings.benchmarks[0],
+        LONGEST_PROMPT,
+        template_text(settings.template, tokenizer),
+        settings.columns,
+        settings.chat_template_args,
+        settings.add_bos,
     )
+    benchmarks = load_benchmarks(settings.benchmarks, data, limit=settings.limit, needs=needs, tokenizer=tokenizer, remark=remarks.append)
     longest = max(len(problem.tokens) for benchmark in benchmarks for problem in benchmark.problems)
     return Work(
         settings=settings,
@@ -86,4 +97,5 @@ def prepare(settings: Settings) -> Work:
         reward=reward,
         max_tokens=response_limit(settings.max_tokens, shape, longest),
         dtype=settings.dtype or model.dtype,
+        remarks=remarks,
     )

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from megafork.recipe.kinds import Count, Positive, Section
 
+Source = str | list[str]
+Meaning = Literal["prompt", "answer", "response"]
+
 
 class Data(Section):
-    train: str
-    """Prompts to train on: a .jsonl or .parquet file, `hub:NAME[@SUBSET][:SPLIT]` for a Hugging Face one (`hub:openai/gsm8k@main:test`),
-    or `reasoning_gym:TASK[:SIZE[:SEED]]` for generated tasks."""
-    eval: str | None = None
-    """Held-out prompts, same forms as `train`. Empty: no evaluation."""
+    train: Source
+    """Prompts to train on: a .jsonl, .json or .parquet file, a folder or a glob of them, `hub:NAME[@SUBSET][:SPLIT]` for a Hugging Face
+    one (`hub:openai/gsm8k@main:test`), `reasoning_gym:TASK[:SIZE[:SEED]]` for generated tasks, or a list of these."""
+    eval: Source | None = None
+    """Held-out prompts, same forms as `train`. Those that are training prompts too are left out, and repeats count once. Empty: no
+    evaluation."""
+    columns: dict[Meaning, str] = Field(default={})
+    """Which column holds what, as `{prompt: problem, answer: reward_model.ground_truth}`, where their names do not tell (docs/data.md).
+    Held-out rows that lack the column are read by the usual names."""
     template: str | None = None
     """Text with `{prompt}` that each prompt is put into. `chat` applies the tokenizer's chat template. Empty: the prompt as it is."""
+    chat_template_args: dict[str, JsonValue] = Field(default={})
+    """Variables for the chat template, as `{enable_thinking: false}`. Only with `template: chat`, and only those that it reads."""
+    add_bos: Literal["auto"] | bool = "auto"
+    """Begin each prompt with the beginning-of-sequence token, never twice. `auto`: as the tokenizer begins raw text, and with
+    `template: chat` as the chat template says."""
     max_prompt_length: Count = 2048
-    """Tokens. A longer prompt stops the run before it starts."""
+    """Tokens of a prompt at most, template included."""
+    overlong_prompts: Literal["refuse", "drop"] = "refuse"
+    """A longer prompt stops the run before it starts, or is left out and counted."""
     deduplicate: bool = True
-    """Drop rows whose prompt occurred before (DAPO-Math's public file repeats rows)."""
+    """Drop training rows whose prompt occurred before, for sft whose prompt and response did (DAPO-Math's public file repeats rows)."""
 
     @model_validator(mode="after")
-    def _held_out(self) -> Data:
-        if self.eval is not None and Path(self.eval).resolve() == Path(self.train).resolve():
+    def _consistent(self) -> Data:
+        if self.eval is not None and _paths(self.eval) == _paths(self.train):
             raise ValueError(f"data.eval is {self.eval!r}, the same as data.train: hold other prompts out, or leave data.eval empty")
+        for name, source in (("train", self.train), ("eval", self.eval)):
+            if source in ("", []):
+                raise ValueError(f"data.{name} is {source!r}: name a file, a folder, a hub: or a reasoning_gym: source")
+        if self.chat_template_args and self.template != "chat":
+            raise ValueError(
+                f"data.chat_template_args is {self.chat_template_args} but data.template is {self.template!r}: only data.template=chat "
+                "reads them"
+            )
         return self
 
 
@@ -44,3 +66,7 @@ class Reward(Section):
     """Long responses: a penalty growing over the last `overlong_buffer` tokens, no loss on truncated ones, or nothing."""
     overlong_buffer: Count = 4096
     """Tokens before max_response_length over which the penalty grows from 0 to -1."""
+
+
+def _paths(source: Source) -> list[str]:
+    return [os.path.abspath(os.path.expanduser(one)) for one in ([source] if isinstance(source, str) else source)]

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Data, Recipe, RecipeError
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -25,6 +25,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply(values, override)
     return _validate(values)
+
+
+def data_of_options(source: str, max_prompt_length: int, template: str, columns: str, chat_template_args: str, add_bos: str) -> Data:
+    """The section `data` as `megafork eval` and `analyze` say it in options; mappings are YAML text. Raises RecipeError."""
+    values: dict[str, Any] = {"train": source, "template": template, "max_prompt_length": max_prompt_length}
+    recipe: dict[str, Any] = {"model": {"path": "given apart"}, "data": values}
+    for key, text in (("columns", columns), ("chat_template_args", chat_template_args), ("add_bos", add_bos)):
+        if text:
+            _apply(recipe, f"data.{key}={text}")
+    return _validate(recipe).data
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,21 +90,27 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
-    if value is not None and _takes_text(section, key) and not isinstance(value, str):
+    kinds = _kinds(section, key)
+    if value is not None and str in kinds and not (isinstance(value, str) or (list in kinds and isinstance(value, list))):
         value = text  # data.template={prompt} is no mapping, run.name=7 no number
-    inner = values.setdefault(section, {})
-    if not isinstance(inner, dict):
-        raise RecipeError(f"{section} is {inner!r}: it must be a section with keys below it")
-    inner[key] = value
+    mapping, dot, entry = key.partition(".")
+    path = [section, mapping, entry] if dot and dict in _kinds(section, mapping) else [section, key]  # data.columns.prompt=problem
+    *sections, key = path
+    for name in sections:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{name} is {values!r}: it must be a section with keys below it")
+    values[key] = value
 
 
-def _takes_text(section: str, key: str) -> bool:
+def _kinds(section: str, key: str) -> tuple[Any, ...]:
+    """Types that a key takes, `list` for a list of any; none for an unknown one."""
     known = Recipe.model_fields.get(section)
     field = known and _keys(section).get(key)
     if field is None:
-        return False
+        return ()
     kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else (field.annotation,)
-    return str in kinds
+    return tuple(get_origin(kind) or kind for kind in kinds)
 
 
 def _validate(values: dict[str, Any]) -> Recipe:
@@ -145,6 +161,10 @@ def _wanted(schema: dict[str, Any]) -> str:
     """What a JSON schema asks for, such as `a number above 0 and at most 1`."""
     if "anyOf" in schema:
         return " or ".join(_wanted(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "propertyNames" in schema:
+        return "a mapping of " + " or ".join(schema["propertyNames"]["enum"]) + " to " + _wanted(schema["additionalProperties"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "prefixItems" in schema:
@@ -152,7 +172,14 @@ def _wanted(schema: dict[str, Any]) -> str:
         return f"a list of {len(items)}" + (f", each {items[0]}" if len(set(items)) == 1 else f" ({'; '.join(items)})")
     if schema.get("type") == "array":
         return f"a list, each {_wanted(schema['items'])}"
-    kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "null": "null"}
+    kinds = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+        "object": "a mapping",
+    }
     words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
     bounds = [f"{word} {schema[key]:g}" for key, word in words.items() if key in schema]
     return kinds[schema["type"]] + (", " + " and ".join(bounds) if bounds else "")

@@ -26,6 +26,12 @@ class Settings:
     """Only the first prompts."""
     template: str = "paper"
     """As in `megafork eval`."""
+    columns: str = ""
+    """As `data.columns` in a recipe, in YAML: {answer: gold}."""
+    chat_template_args: str = ""
+    """As `data.chat_template_args`, in YAML: {enable_thinking: false}."""
+    add_bos: str = "auto"
+    """As `data.add_bos`."""
     temperature: float = 1.0
     """Of sampling; entropies are taken at it as well."""
     max_tokens: int | None = None

@@ -11,7 +11,8 @@ from pathlib import Path
 from megafork.data.prompts import load_prompts
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import Data, Recipe, RecipeError
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe.file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
@@ -34,6 +35,8 @@ class Work:
     vocab: int
     job: SampleJob
     """The responses."""
+    remarks: list[str]
+    """What of the prompts does not count, a line each."""
 
     @property
     def folder(self) -> Path:
@@ -75,8 +78,16 @@ def prepare(settings: Settings) -> Work:
                 f"--against {other} ({models[other].said!r}) is of another shape than {label}: compare checkpoints of one model"
             )
         _same_vocabulary(other, models[other].tokenizer(), tokenizer)
-    data = Data(train=settings.prompts, template=template_text(settings.template, tokenizer), max_prompt_length=LONGEST_PROMPT)
-    prompts = load_prompts(settings.prompts, data, tokenizer, needs=(), field="--prompts")[: settings.limit]
+    remarks: list[str] = []
+    data = data_of_options(
+        settings.prompts,
+        LONGEST_PROMPT,
+        template_text(settings.template, tokenizer),
+        settings.columns,
+        settings.chat_template_args,
+        settings.add_bos,
+    )
+    prompts = load_prompts(settings.prompts, data, tokenizer, needs=(), field="--prompts", remark=remarks.append)[: settings.limit]
     longest = max(len(prompt.tokens) for prompt in prompts)
     max_tokens = response_limit(settings.max_tokens, shape, longest)
     recipe = Recipe.model_validate(
@@ -101,7 +112,7 @@ def prepare(settings: Settings) -> Work:
     sampling = Sampling(max_tokens, settings.temperature, stop=tokenizer.eos_ids)
     by_key = {prompt_key(prompt.tokens): prompt.tokens for prompt in prompts}
     job = SampleJob(recipe, by_key, settings.samples, (sampling,), Path(settings.out) / "completions" / digests[label])
-    return Work(settings, models, digests, tokenizer, shape.vocab, job)
+    return Work(settings, models, digests, tokenizer, shape.vocab, job, remarks)
 
 
 def _models(settings: Settings) -> dict[str, NamedModel]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megafork.data import reward
-from megafork.data.prompts import Prompt, fingerprint, load_prompts
+from megafork.data.prompts import Prompt, fingerprint, load_prompts, without_training_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Recipe, RecipeError
 from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape
@@ -26,6 +26,8 @@ class Inputs:
     tokenizer: Tokenizer
     train: list[Prompt]
     held_out: list[Prompt]
+    remarks: list[str] = field(default_factory=list)
+    """What was left out of the data, a line each."""
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -44,19 +46,15 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     weights = HuggingFaceWeights(folder)
     weights.check(shape)
     tokenizer = load_tokenizer(recipe.model.path)
-    if tokenizer.vocab_size > shape.vocab:
-        raise RecipeError(
-            f"model.path is {recipe.model.path!r}: its tokenizer has {tokenizer.vocab_size} tokens but the model only {shape.vocab}: "
-            "give a folder whose tokenizer belongs to the model"
-        )
-    if not tokenizer.eos_ids:
-        raise RecipeError(
-            f"model.path is {recipe.model.path!r}: neither its tokenizer nor generation_config.json names an end-of-sequence token"
-        )
+    tokenizer.check(shape.vocab, f"model.path is {recipe.model.path!r}")
     needs = ("response",) if supervised else reward.needs(recipe.reward)
-    train = load_prompts(recipe.data.train, recipe.data, tokenizer, needs=needs)
-    held_out = load_prompts(recipe.data.eval, recipe.data, tokenizer, needs=needs, field="data.eval") if recipe.data.eval else []
-    return Inputs(supervised, shape, weights, tokenizer, train, held_out)
+    remarks: list[str] = []
+    train = load_prompts(recipe.data.train, recipe.data, tokenizer, needs=needs, remark=remarks.append)
+    held_out: list[Prompt] = []
+    if recipe.data.eval is not None and not supervised:
+        held_out = load_prompts(recipe.data.eval, recipe.data, tokenizer, needs=needs, field="data.eval", remark=remarks.append)
+        held_out = without_training_prompts(held_out, train, recipe.data.eval, remarks.append)
+    return Inputs(supervised, shape, weights, tokenizer, train, held_out, remarks)
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:

@@ -171,7 +171,7 @@ class Trainer:
             return {}
         found = self.ahead.evaluate(self.inputs.held_out)
         if self.mesh.is_rank_zero:
-            write_evaluation(self.recipe.run_folder, step, found.accuracies)
+            write_evaluation(self.recipe.run_folder, step, found.accuracies, self.inputs.held_out)
         return dict(found.metrics)
 
     def close(self) -> None:

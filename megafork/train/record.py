@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from megafork.data.prompts import Prompt, problems
 from megafork.files import whole
 from megafork.parallel.mesh import Mesh
 from megafork.rl.batch import MicroBatch
@@ -62,12 +63,13 @@ def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inpu
         temporary.rename(file)
 
 
-def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float]) -> None:
-    """evaluations/step_000012.json: {"step", "accuracies"}, these in the order of the held-out prompts. Appears when whole. Rank 0 only."""
+def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], held_out: Sequence[Prompt]) -> None:
+    """evaluations/step_000012.json: {"step", "accuracies", "problems"}: the accuracies in the order of the held-out prompts, and which
+    these are (`prompts.problems`). Appears when whole. Rank 0 only."""
     file = run_folder / "evaluations" / f"step_{step:06d}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as unfinished:
-        unfinished.write_text(json.dumps({"step": step, "accuracies": list(accuracies)}) + "\n")
+        unfinished.write_text(json.dumps({"step": step, "accuracies": list(accuracies), "problems": problems(held_out)}) + "\n")
 
 
 def _receive(rows: list[dict[str, Any]], source: int, mesh: Mesh) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megafork.data.prompts import Prompt, PromptOrder
+from megafork.data.templates import last_token
 from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
@@ -49,14 +50,15 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
 
 
 def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> list[Response]:
-    """Each row as a response that ends with the end-of-sequence token. Raises RecipeError for one that is too long."""
-    limit, end = recipe.rollout.max_response_length, tokenizer.eos_ids[0]
+    """Each row as a response that ends with one end-of-sequence token. Raises RecipeError for one that is too long."""
+    limit, end = recipe.rollout.max_response_length, last_token(recipe.data, tokenizer)
     rows = []
     for prompt in prompts:
-        tokens = [*tokenizer.encode(str(prompt.row["response"])), end]
+        text, own_end = tokenizer.without_end(prompt.row["response"])
+        tokens = [*tokenizer.encode(text, first=()), end if own_end is None else own_end]
         if len(tokens) > limit:
             raise RecipeError(
-                f"data.train: row {prompt.index + 1} has a response of {len(tokens)} tokens with its end, "
+                f"data.train: {prompt.place} has a response of {len(tokens)} tokens with its end, "
                 f"rollout.max_response_length is {limit}: raise the limit or shorten the row"
             )
         rows.append(

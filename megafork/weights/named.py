@@ -48,15 +48,9 @@ class NamedModel:
         return shape
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises RecipeError for one that has more tokens than the model, or names no end."""
-        tokenizer, vocab = load_tokenizer(str(self.folder)), read_shape(self.folder).vocab
-        if tokenizer.vocab_size > vocab:
-            raise RecipeError(
-                f"MODEL is {self.said!r}: its tokenizer has {tokenizer.vocab_size} tokens but the model only {vocab}: they are of "
-                "different vocabularies, give a folder whose tokenizer belongs to the model"
-            )
-        if not tokenizer.eos_ids:
-            raise RecipeError(f"MODEL is {self.said!r}: neither its tokenizer nor generation_config.json names an end-of-sequence token")
+        """Its tokenizer. Raises RecipeError for one that does not fit the model, or names no end."""
+        tokenizer = load_tokenizer(str(self.folder))
+        tokenizer.check(read_shape(self.folder).vocab, f"MODEL is {self.said!r}")
         return tokenizer
 
     @property
@@ -116,6 +110,9 @@ def as_options() -> Iterator[None]:
         "parallel.": "--",
         "rollout.tp": "--tp",
         "data.template": "--template",
+        "data.chat_template_args": "--chat-template-args",
+        "data.add_bos": "--add-bos",
+        "data.columns": "--columns",
     }
     try:
         yield

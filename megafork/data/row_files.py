@@ -1,0 +1,167 @@
+"""Rows of files: which files a path, a folder or a glob names, and reading jsonl, json and parquet."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from megafork.data.plain_json import parse
+from megafork.recipe import RecipeError
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+FORMS = "give a .jsonl, .json or .parquet file, a folder or a glob of them, hub:NAME[@SUBSET][:SPLIT], or reasoning_gym:TASK[:SIZE[:SEED]]"
+LONGEST_LINE = 64 * 2**20
+"""Bytes of a line of JSON. A longer one is no row but a file of another form."""
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_IN_FOLDERS = (".jsonl", ".parquet")  # a folder's .json files mostly describe it
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+_BOM = b"\xef\xbb\xbf"
+_UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError, NotImplementedError)
+
+
+def data_files(source: str, field: str) -> list[Path]:
+    """The files that a path, a folder or a glob names, sorted; `~` is the home folder.
+
+    Raises RecipeError where there are none, and for a folder whose files are of several splits or forms: which are meant must be said.
+    """
+    shown = source if len(source) <= 200 else source[:200] + "..."
+    path = Path(os.path.expanduser(source))
+    mode = _mode(path, shown, field)
+    if mode is None and re.search(r"[*?\[]", source):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(_SUFFIXES))
+        files = [file for file in found if stat.S_ISREG(_mode(file, str(file), field) or 0)]
+        if not files:
+            raise RecipeError(f"{field} is {shown!r}: no .jsonl, .json or .parquet file has such a name")
+        return files
+    if mode is not None and stat.S_ISDIR(mode):
+        return _of_folder(path, shown, field)
+    if path.suffix not in _SUFFIXES:
+        raise RecipeError(f"{field} is {shown!r}: unknown form of data; {FORMS}")
+    if mode is None:
+        raise RecipeError(f"{field} is {shown!r}: no such file; {FORMS}")
+    if not stat.S_ISREG(mode):
+        raise RecipeError(f"{field} is {shown!r}: not a regular file, and data is read by every rank; write it to a file first")
+    return [path]
+
+
+def read_file(path: Path, place: str, field: str) -> Rows:
+    """Yield (place, row): `place`, which names the file, with the number of the line or row, from 1. Raises RecipeError."""
+    if path.suffix == ".parquet":
+        return _parquet(path, place, field)
+    if path.suffix == ".json" and _is_array(path, field):
+        return _json_array(path, place, field)
+    return _json_lines(path, place, field)
+
+
+def _mode(path: Path, shown: str, field: str) -> int | None:
+    """What kind of file it is; None where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # a name too long, a circle of links, no permission
+        raise RecipeError(f"{field} is {shown!r}: {error.strerror or error}; {FORMS}") from None
+    except ValueError as error:  # a NUL in it
+        raise RecipeError(f"{field} is {shown!r}: no path ({error}); {FORMS}") from None
+
+
+def _of_folder(folder: Path, shown: str, field: str) -> list[Path]:
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.suffix in _IN_FOLDERS and not path.name.startswith("."))
+    except OSError as error:
+        raise RecipeError(f"{field} is {shown!r}: {error.strerror}") from None
+    files = [path for path in inside if path.is_file()]
+    if not files:
+        raise RecipeError(f"{field} is {shown!r}, a folder without .jsonl or .parquet files: name another, or a glob such as FOLDER/*/*")
+    splits = sorted({match[1] for path in files if (match := _SPLIT.match(path.stem.lower()))})
+    if len(splits) > 1:
+        raise RecipeError(
+            f"{field} is {shown!r}, a folder with files of several splits ({', '.join(splits)}): say which are meant by a glob such as "
+            f"{os.path.join(shown, splits[0] + '*')}"
+        )
+    if len({path.suffix for path in files}) > 1:
+        raise RecipeError(f"{field} is {shown!r}, a folder with .jsonl and .parquet files: say which are meant by a glob such as *.parquet")
+    return files
+
+
+def _json_lines(path: Path, place: str, field: str) -> Rows:
+    number = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise RecipeError(f"{field}: {place} line {number} has over {LONGEST_LINE >> 20} MiB: write one JSON object a line")
+                text = _decoded(line.removeprefix(_BOM) if number == 1 else line, f"{field}: {place} line {number}")
+                if text.strip():
+                    yield (
+                        f"{place} line {number}",
+                        _row(_parsed(text, f"{field}: {place} line {number}"), f"{field}: {place} line {number}"),
+                    )
+    except OSError as error:
+        raise RecipeError(f"{field}: {place} cannot be read after line {number}: {error.strerror}") from None
+
+
+def _is_array(path: Path, field: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+    except OSError as error:
+        raise RecipeError(f"{field}: {path.name} cannot be read: {error.strerror}") from None
+
+
+def _json_array(path: Path, place: str, field: str) -> Rows:
+    """One array of objects, as Alpaca's and ShareGPT's files are."""
+    rows = _parsed(_decoded(path.read_bytes().removeprefix(_BOM), f"{field}: {place}"), f"{field}: {place}")
+    for number, row in enumerate(rows, start=1):
+        yield f"{place} row {number}", _row(row, f"{field}: {place} row {number}")
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where} is not valid JSON: it is not UTF-8, save the file as UTF-8 ({error})") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise RecipeError(f"{where} is not valid JSON: fix or delete it ({error})") from None
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RecipeError(f'{where} is a {type(row).__name__}: it must be one JSON object such as {{"prompt": ...}}')
+    return row
+
+
+def _parquet(path: Path, place: str, field: str) -> Rows:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):  # DAPO-Math's public file has 1.8 million rows, most of them repeats
+                for row in _rows_of(batch):
+                    number += 1
+                    yield f"{place} row {number}", row
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"{field} is {str(path)!r}: not a readable parquet file after row {number}; write it again ({reason})") from None
+
+
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any]]:
+    """One by one where together they cannot be read, up to the one that is to blame: text that is not UTF-8, a date beyond year 9999."""
+    try:
+        rows = batch.to_pylist()
+    except _UNREADABLE:
+        rows = (batch.slice(place, 1).to_pylist()[0] for place in range(len(batch)))
+    yield from rows
