@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 LEAST = "model: {path: m}\ndata: {train: d.jsonl}\n"
 
@@ -208,5 +208,5 @@ def test_every_key_says_what_it_means() -> None:
 
 
 def test_a_wrong_recipe_is_answered_without_torch(recipe: Path) -> None:
-    program = "import sys; from megafork.recipe.file import load_recipe; load_recipe(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    program = "import sys; from megafork.recipe_file import load_recipe; load_recipe(sys.argv[1]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program, str(recipe)], check=False).returncode == 0

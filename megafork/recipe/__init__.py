@@ -1,6 +1,6 @@
 """The recipe: one YAML file that says all of a run.
 
-Every key is declared in the file of its section, with what it means; `file.py` reads a recipe. Paths in a recipe are relative to the
+Every key is declared in the file of its section, with what it means; `recipe_file.py` reads a recipe. Paths in a recipe are relative to the
 directory in which the command runs.
 
 This package imports neither torch nor megatron, so that a wrong recipe is answered in a fraction of a second.
