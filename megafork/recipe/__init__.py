@@ -107,7 +107,7 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.run.folder) / self.run.name
+        return Path(self.run.folder).expanduser() / self.run.name
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=140)

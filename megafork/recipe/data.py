@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from megafork.recipe.kinds import Count, Positive, Section
+from megafork.recipe.kinds import Seconds, Section, Tokens
 
 
 class Data(Section):
@@ -18,7 +18,7 @@ class Data(Section):
     """Held-out prompts, same forms as `train`. Empty: no evaluation."""
     template: str | None = None
     """Text with `{prompt}` that each prompt is put into. `chat` applies the tokenizer's chat template. Empty: the prompt as it is."""
-    max_prompt_length: Count = 2048
+    max_prompt_length: Tokens = 2048
     """Tokens. A longer prompt stops the run before it starts."""
     deduplicate: bool = True
     """Drop rows whose prompt occurred before (DAPO-Math's public file repeats rows)."""
@@ -36,11 +36,11 @@ class Reward(Section):
     scorer), or `FILE.py:FUNCTION` called as f(response_text, row) -> accuracy in [0, 1]."""
     scale: Literal["0/1", "+-1"] = "0/1"
     """Reward of a wrong and a right response."""
-    timeout_s: Positive = 10.0
+    timeout_s: Seconds = 10.0
     """Seconds one verdict may take. Over it: scored 0, counted and reported."""
-    workers: Count = 1
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Verifier processes a rank."""
     overlong: Literal["shaping", "filter", "none"] = "shaping"
     """Long responses: a penalty growing over the last `overlong_buffer` tokens, no loss on truncated ones, or nothing."""
-    overlong_buffer: Count = 4096
+    overlong_buffer: Tokens = 4096
     """Tokens before max_response_length over which the penalty grows from 0 to -1."""
