@@ -81,11 +81,8 @@ def train(folder: Path, *overrides: str) -> tuple[int, str, list[dict[str, Any]]
     ended = megafork("train", "recipe.yaml", *overrides, cwd=folder)
     name = next((o.removeprefix("run.name=") for o in overrides if o.startswith("run.name=")), "run")
     file = folder / "runs" / name / "metrics.jsonl"
-    return (
-        ended.returncode,
-        ended.stdout + ended.stderr,
-        [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [],
-    )
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return ended.returncode, ended.stdout + ended.stderr, [row for row in rows if row["step"]]
 
 
 @pytest.mark.slow
