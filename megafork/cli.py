@@ -12,7 +12,7 @@ from rich.console import Console
 
 from megafork.ranks import Interrupted
 from megafork.recipe import RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from megafork.weights.convert import Converted, Tick

@@ -28,7 +28,7 @@ from megafork.plan.hardware import Gpu, gpu_here
 from megafork.plan.planner import make_plan
 from megafork.plan.table import verdict
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.shape import read_shape
 
 FREE_GPU = 0.9

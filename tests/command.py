@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 from megafork import launch
 from megafork.recipe import Recipe
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 WITH_ENGINES = ("train", "eval", "analyze", "ablate")
 

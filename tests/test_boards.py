@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megafork.doctor import can_run, examine
 from megafork.recipe import Log, Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.train.boards import TensorBoard, WeightsAndBiases, check
 
 

@@ -18,7 +18,7 @@ from tiny import save_model
 
 from megafork.launch import preflight
 from megafork.recipe import RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 
 @pytest.fixture

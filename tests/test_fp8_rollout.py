@@ -20,7 +20,7 @@ from training import Rig
 from megafork.launch import preflight
 from megafork.model.fp8 import Quantized
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.weights.bridge import Bridge
 from megafork.weights.convert import megatron_to_hf

@@ -20,7 +20,7 @@ from megafork.plan.hardware import gpu_named
 from megafork.plan.models import KNOWN
 from megafork.plan.planner import make_plan
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.rl.packing import pack
 
 ROOT = Path(__file__).parent.parent

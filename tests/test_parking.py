@@ -16,7 +16,7 @@ from megafork.plan.mends import mends
 from megafork.plan.models import KNOWN
 from megafork.plan.planner import make_plan
 from megafork.recipe import Recipe
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.train.parking import Parking
 from megafork.weights.checkpoint import Checkpoints
 

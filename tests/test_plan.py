@@ -38,7 +38,7 @@ from megafork.plan.refit import COMPARED, count_refit, refits
 from megafork.plan.search import proposals
 from megafork.plan.table import render
 from megafork.recipe import Parallel, Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer
 from megafork.shape import Shape, read_shape

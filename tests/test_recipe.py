@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 LEAST = "model: {path: m}\ndata: {train: d.jsonl}\n"
 
@@ -51,7 +53,7 @@ WRONG = {
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
     "model.path=null": "model.path is null: must be text",
     "data.eval=./d.jsonl": "data.eval is './d.jsonl', the same as data.train: hold other prompts out, or leave data.eval empty",
-    "run.name=../x": "run.name is '../x': it names a folder, use letters, digits, `_`, `-` and `.`",
+    "run.name=../x": "run.name is '../x': it names a folder, use up to 128 letters, digits, `_`, `-` and `.`",
     "rollout.servers=http://a:8000": "rollout.servers is 'http://a:8000': must be a list, each text",
     "rollout.servers=[a:8000]": "rollout.servers has 'a:8000': give addresses such as http://node1:8000",
     "rollout.servers=[http://a:1,http://a:1]": "rollout.servers is ['http://a:1', 'http://a:1']: it names a server twice",
@@ -60,6 +62,23 @@ WRONG = {
     "tran.steps=5": "unknown section 'tran': did you mean 'train'?",
     "zzz.steps=5": "unknown section 'zzz': known are run, model, parallel, data",
     "train.steps": "override 'train.steps' is not of the form section.key=value, for example train.steps=5",
+    "train.steps=2024-99-99": "train.steps is '2024-99-99': must be a whole number, at least 1",
+    "train.steps=2024-09-09": "train.steps is '2024-09-09': must be a whole number, at least 1",
+    "train.steps=!!int abc": "train.steps is '!!int abc': must be a whole number, at least 1",
+    "train.steps=1:30": "train.steps is '1:30': must be a whole number, at least 1",
+    "train.steps=0x10": "train.steps is '0x10': must be a whole number, at least 1",
+    "train.steps=" + "9" * 5000: f"train.steps is '{'9' * 99}...{'9' * 19}': must be a whole number, at least 1",
+    "train.steps=" + "[" * 2000: f"train.steps is '{'[' * 99}...{'[' * 19}': must be a whole number, at least 1",
+    "train.steps=2147483648": "train.steps is 2147483648: must be a whole number, at least 1",
+    "run.seed=9223372036854775808": "run.seed is 9223372036854775808: must be a whole number, at least 0 and at most 9223372036854775807",
+    "run.seed=18446744073709551616": "run.seed is 18446744073709551616: must be a whole number",
+    "run.ranks=100000": "run.ranks is 100000: must be a whole number, at least 1 and at most 1024 or null",
+    "run.name=" + "a" * 300: f"run.name is '{'a' * 99}...{'a' * 19}': it names a folder, use up to 128 letters",
+    "parallel.tp=1000000000": "parallel.tp is 1000000000: must be a whole number, at least 1 and at most 65536",
+    "rollout.prompts=1000000000000": "rollout.prompts is 1000000000000: must be a whole number, at least 1 and at most 1048576",
+    "rollout.samples=60000": "rollout.prompts x rollout.samples is 512 x 60000: a step of more than 10,000,000 responses",
+    "rollout.max_response_length=99999999999": "rollout.max_response_length is 99999999999: must be a whole number, at least 1 and at most",
+    "reward.timeout_s=1e300": "reward.timeout_s is 1e+300: must be a number, above 0 and at most 31536000",
     "steps=5": "override 'steps=5' is not of the form section.key=value",
 }
 
@@ -85,6 +104,13 @@ RIGHT: dict[str, Any] = {
     "train.micro_batch_tokens=null": None,
     "parallel.tp=4": 4,
     "forks.select=all": "all",
+    "data.template=2024-06-01": "2024-06-01",
+    "run.name=no": "no",
+    "run.name=0x1F": "0x1F",
+    "run.name=1_0": "1_0",
+    "run.seed=010": 10,
+    "train.steps=1_000": 1000,
+    "run.seed=9223372036854775807": 2**63 - 1,
     "rollout.servers=[http://a:8000,http://10.0.0.1:8001]": ["http://a:8000", "http://10.0.0.1:8001"],
 }
 
@@ -118,6 +144,23 @@ FILES = {
     LEAST + "rollout: {temperature: 0.5, fork_temperature: [0.5, 1, 0.6]}\n": (
         "rollout.temperature is 0.5 beside rollout.fork_temperature, which takes its place: drop one"
     ),
+    LEAST + "train: {steps: !!int abc}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !!int: leave it out, in",
+    LEAST + "train: {steps: !steps 5}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !steps: leave it out, in",
+    LEAST + "run: {name: !!python/object/apply:os.system [ls]}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !!python",
+    LEAST + "train: {steps: 2024-99-99}\n": "train.steps is '2024-99-99': must be a whole number, at least 1",
+    LEAST + f"train: {{steps: {'9' * 5000}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has a number of too many digits",
+    LEAST + f"train: {{steps: {'[' * 3000 + ']' * 3000}}}\n": "recipe 'recipe.yaml' is not valid YAML: its values are nested too deeply",
+    LEAST + f"train: {{steps: {'[' * 30 + ']' * 30}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has values nested over 16 deep",
+    LEAST + "train: &train {steps: [*train]}\n": "recipe 'recipe.yaml' is not valid YAML: it has values nested over 16 deep",
+    "x: &a [1, 1, 1, 1]\n" + "".join(f"x{n}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for n, (a, b) in enumerate(pairwise("abcdefghijk"))): (
+        "recipe 'recipe.yaml' is not valid YAML: it has more than 10,000 values, aliases included"
+    ),
+    LEAST + "train: {[1]: 2}\n": "recipe 'recipe.yaml' is not valid YAML: while constructing a mapping",
+    LEAST + "1: {2: 3}\n": "unknown section 1",
+    LEAST + "train: {steps: 1}\n---\nmodel: {}\n": "recipe 'recipe.yaml' is not valid YAML: expected a single document",
+    "#" * (1 << 20) + "\n" + LEAST: "recipe 'recipe.yaml' is larger than 1 MiB",
+    'extends: "a\\0b"\n': "recipe ",
+    f"extends: {'y' * 400}\n": "recipe ",
     LEAST + "optimizer: {lr: fast}\ntrain: {steps: 0}\n": "optimizer.lr is 'fast': must be a number, above 0; train.steps is 0: must be",
 }
 
@@ -140,6 +183,33 @@ def test_no_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "binary.yaml")
 
 
+def test_a_recipe_that_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "a.yaml").symlink_to("b.yaml")
+    (tmp_path / "b.yaml").symlink_to("a.yaml")
+    for name in ("pipe.yaml", "a.yaml", "nul\0.yaml", "y" * 400, "pipe.yaml/x.yaml", "/dev/zero"):
+        with pytest.raises(RecipeError, match=r"is not a readable text file: give the path of a \.yaml file$"):
+            load_recipe(tmp_path / name)
+
+
+def test_text_is_text_in_a_file_as_in_an_override(recipe: Path) -> None:
+    recipe.write_text("model: {path: 007}\ndata: {train: 2024-06-01, eval: no}\nrun: {name: 1e5, seed: 010}\nrollout: {servers: []}\n")
+    loaded = load_recipe(recipe)
+    assert (loaded.model.path, loaded.data.train, loaded.data.eval) == ("007", "2024-06-01", "no")
+    assert (loaded.run.name, loaded.run.seed) == ("1e5", 10)
+
+
+def test_aliases_and_merge_keys(recipe: Path) -> None:
+    recipe.write_text(LEAST + "train: &t {steps: &n 7}\ncheckpoint: {every: *n}\nrollout: {prompts: *n}\nforks: {<<: {select: all}}\n")
+    loaded = load_recipe(recipe)
+    assert (loaded.train.steps, loaded.checkpoint.every, loaded.rollout.prompts, loaded.forks.select) == (7, 7, 7, "all")
+
+
+def test_a_home_folder_is_found(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    assert load_recipe("~/recipe.yaml", ["run.folder=~/x"]).run_folder == recipe.parent / "x/run"
+
+
 def test_an_empty_section_is_its_defaults(recipe: Path) -> None:
     recipe.write_text(LEAST + "forks:\nloss:\n")
     assert load_recipe(recipe) == Recipe.model_validate(yaml.safe_load(LEAST))
@@ -159,6 +229,10 @@ def test_extends_merges_key_by_key_from_file_to_file(tmp_path: Path) -> None:
 
 
 def test_extends_in_a_circle_or_to_nowhere(tmp_path: Path) -> None:
+    for n in range(40):
+        (tmp_path / f"chain{n}.yaml").write_text(f"extends: chain{n + 1}.yaml\n")
+    with pytest.raises(RecipeError, match=r"^extends: chain0.yaml extends a chain of more than 32 recipes: join some of them$"):
+        load_recipe(tmp_path / "chain0.yaml")
     for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("self", "self"), ("lost", "nowhere")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
     with pytest.raises(RecipeError, match=r"^extends: a.yaml extends itself by way of c.yaml: break the circle$"):
@@ -175,7 +249,7 @@ def test_extends_in_a_circle_or_to_nowhere(tmp_path: Path) -> None:
     template=st.none() | st.text(max_size=12).map(lambda text: text + "{prompt}"),
     lr=st.floats(min_value=1e-300, max_value=1e300),
     betas=st.tuples(*[st.floats(0.0, 1.0, exclude_max=True)] * 2),
-    seed=st.integers(0, 2**70),
+    seed=st.integers(0, 2**63 - 1),
 )
 def test_what_is_written_down_reads_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, name: str, template: str | None, lr: float, betas: tuple[float, float], seed: int
@@ -208,5 +282,5 @@ def test_every_key_says_what_it_means() -> None:
 
 
 def test_a_wrong_recipe_is_answered_without_torch(recipe: Path) -> None:
-    program = "import sys; from megafork.recipe.file import load_recipe; load_recipe(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    program = "import sys; from megafork.recipe_file import load_recipe; load_recipe(sys.argv[1]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program, str(recipe)], check=False).returncode == 0

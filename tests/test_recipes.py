@@ -19,7 +19,7 @@ from megafork.plan.hardware import gpu_named
 from megafork.plan.models import shape_for
 from megafork.plan.planner import Plan, gpus_for, make_plan
 from megafork.recipe import Recipe
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 
 from megafork.recipe import Recipe
+from megafork.recipe.kinds import MOST, limit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/recipes.md"
 _INTRODUCTION = """# Recipes
@@ -73,7 +74,8 @@ def _flat(metadata: Any) -> list[Any]:
 def _bounds(metadata: list[Any]) -> list[str]:
     words = {annotated_types.Gt: ("above", "gt"), annotated_types.Ge: ("from", "ge")}
     words |= {annotated_types.Lt: ("below", "lt"), annotated_types.Le: ("up to", "le")}
-    return [f"{words[type(bound)][0]} {getattr(bound, words[type(bound)][1]):g}" for bound in metadata if type(bound) in words]
+    bounds = [(words[type(bound)][0], getattr(bound, words[type(bound)][1])) for bound in metadata if type(bound) in words]
+    return [f"{word} {limit(value)}" for word, value in bounds if value != MOST]
 
 
 def _value(value: Any) -> str:

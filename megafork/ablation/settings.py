@@ -9,7 +9,7 @@ from typing import Any
 
 from megafork.analysis.run_folder import read_recipe
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 _OF_THE_TRIAL = ("run.name", "run.folder", "run.seed")
 _OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")

@@ -12,7 +12,7 @@ from megafork.data.tokenizer import Tokenizer
 from megafork.evaluation.benchmarks import Benchmark, load_benchmarks
 from megafork.evaluation.settings import Decoding, Settings
 from megafork.recipe import Recipe, Reward
-from megafork.recipe.file import data_of_options
+from megafork.recipe_file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key

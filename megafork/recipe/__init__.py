@@ -1,6 +1,6 @@
 """The recipe: one YAML file that says all of a run.
 
-Every key is declared in the file of its section, with what it means; `file.py` reads a recipe. Paths in a recipe are relative to the
+Every key is declared in the file of its section, with what it means; `recipe_file.py` reads a recipe. Paths in a recipe are relative to the
 directory in which the command runs.
 
 This package imports neither torch nor megatron, so that a wrong recipe is answered in a fraction of a second.
@@ -107,7 +107,7 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.run.folder) / self.run.name
+        return Path(self.run.folder).expanduser() / self.run.name
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=140)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from megafork.recipe.kinds import Count, Positive, Section
+from megafork.recipe.kinds import Seconds, Section, Tokens
 
 Source = str | list[str]
 Meaning = Literal["prompt", "answer", "response"]
@@ -30,7 +30,7 @@ class Data(Section):
     add_bos: Literal["auto"] | bool = "auto"
     """Begin each prompt with the beginning-of-sequence token, never twice. `auto`: as the tokenizer begins raw text, and with
     `template: chat` as the chat template says."""
-    max_prompt_length: Count = 2048
+    max_prompt_length: Tokens = 2048
     """Tokens of a prompt at most, template included."""
     overlong_prompts: Literal["refuse", "drop"] = "refuse"
     """A longer prompt stops the run before it starts, or is left out and counted."""
@@ -58,13 +58,13 @@ class Reward(Section):
     scorer), or `FILE.py:FUNCTION` called as f(response_text, row) -> accuracy in [0, 1]."""
     scale: Literal["0/1", "+-1"] = "0/1"
     """Reward of a wrong and a right response."""
-    timeout_s: Positive = 10.0
+    timeout_s: Seconds = 10.0
     """Seconds one verdict may take. Over it: scored 0, counted and reported."""
-    workers: Count = 1
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Verifier processes a rank."""
     overlong: Literal["shaping", "filter", "none"] = "shaping"
     """Long responses: a penalty growing over the last `overlong_buffer` tokens, no loss on truncated ones, or nothing."""
-    overlong_buffer: Count = 4096
+    overlong_buffer: Tokens = 4096
     """Tokens before max_response_length over which the penalty grows from 0 to -1."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -22,12 +23,30 @@ AboveOne = Annotated[float, Field(gt=1.0), _from_text]
 Positive = Annotated[float, Field(gt=0.0), _from_text]
 NonNegative = Annotated[float, Field(ge=0.0), _from_text]
 Temperature = Annotated[float, Field(ge=0.01, le=100.0), _from_text]  # vLLM takes what is lower for 0.01
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+MOST = 2**31 - 1
+"""The largest whole number of any key that names no limit of its own."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
+Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
+Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
+Seconds = Annotated[float, Field(gt=0.0, le=31_536_000.0), _from_text]
 
 
 class RecipeError(ValueError):
     """The input of a run is wrong. The message is one line: field, value, and how to mend it. Exit code 2."""
+
+
+def limit(bound: float) -> str:
+    """A bound as people write it."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
+
+
+def shown(value: Any) -> str:
+    """As YAML or Python writes it, cut where nobody reads on."""
+    written = json.dumps(value) if isinstance(value, bool | None) else repr(value)
+    return written if len(written) <= 200 else f"{written[:100]}...{written[-20:]}"
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from megafork.recipe.kinds import Count, Section
+from megafork.recipe.kinds import Count, Ranks, Section
 
 
 class Model(Section):
@@ -17,13 +17,13 @@ class Model(Section):
 
 
 class Parallel(Section):
-    tp: Count = 1
+    tp: Ranks = 1
     """Tensor parallel size: ranks that share each layer's weights."""
-    pp: Count = 1
+    pp: Ranks = 1
     """Pipeline parallel size: stages of consecutive layers."""
-    vpp: Count = 1
+    vpp: Ranks = 1
     """Virtual pipeline size: model chunks a stage holds (interleaved schedule)."""
-    cp: Count = 1
+    cp: Ranks = 1
     """Context parallel size: ranks that share each sequence's tokens."""
     sp: bool = False
     """Sequence parallel: split norms and residuals over the TP ranks (needs tp > 1)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megafork.recipe.kinds import AboveOne, BelowOne, Count, CountOrZero, Fraction, NonNegative, Positive, Section
+from megafork.recipe.kinds import AboveOne, BelowOne, CountOrZero, Fraction, Megabytes, NonNegative, Positive, Section
 
 
 class Forks(Section):
@@ -53,7 +53,7 @@ class Loss(Section):
     response (GRPO)."""
     normalize_advantage: bool = True
     """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
-    head_memory_mb: Count = 256
+    head_memory_mb: Megabytes = 256
     """MiB for the one [chunk, vocabulary / TP] fp32 buffer of the log-prob and entropy head."""
 
 

@@ -7,28 +7,48 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from megafork.recipe.kinds import Count, CountOrZero, Fraction, NonNegative, Positive, Section, Temperature
+from megafork.recipe.kinds import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Megabytes,
+    NonNegative,
+    Positive,
+    Ranks,
+    Seconds,
+    Section,
+    Temperature,
+    Tokens,
+)
+
+MOST_RESPONSES = 10_000_000
+"""Of a step."""
 
 
 class Rollout(Section):
-    prompts: Count = 512
-    """Prompts a step."""
-    samples: Count = 16
+    prompts: Annotated[int, Field(ge=1, le=1 << 20)] = 512
+    """Prompts per step."""
+    samples: Annotated[int, Field(ge=1, le=1 << 16)] = 16
     """G, responses to each prompt."""
-    max_response_length: Count = 20480
+    max_response_length: Tokens = 20480
     """Tokens of a response at most, end-of-sequence included."""
     temperature: Temperature = 1.0
     """T of the roll-out; log-probs and entropies are taken at it as well."""
     fork_temperature: Annotated[tuple[Temperature, Temperature, NonNegative], Field(strict=False)] | None = None
     """[low, high, threshold], in the place of `temperature`: `high` where the entropy of the next token at temperature 1 is above
     `threshold` nats (the paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
-    tp: Count = 1
+    tp: Ranks = 1
     """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
     dynamic_sampling: bool = True
     """Drop groups whose responses are all right or all wrong, and sample others."""
     max_refills: CountOrZero = 10
     """Rounds of dynamic sampling after the first before the step trains on what there is."""
-    kv_cache_mb: Count | None = None
+    max_empty_steps: Count = 3
+    """Steps in a row without a response to learn from (each group all right or all wrong) after which the run ends, with a checkpoint."""
+    max_mismatch: Positive | None = None
+    """KL between vLLM's and the trainer's log-probs at equal weights, in nats per token, over which the first step stops the run before it
+    trains. Unset: 1e-4 in fp32, 0.01 in bf16, 0.05 where FP8 takes part."""
+    kv_cache_mb: Megabytes | None = None
     """KV cache of an engine in MiB. Empty: `gpu_memory_fraction` of the GPU, or 256 without one."""
     gpu_memory_fraction: Fraction = 0.6
     """Share of a GPU's memory for vLLM's weights and KV cache."""
@@ -43,9 +63,9 @@ class Rollout(Section):
     staleness: CountOrZero = 0
     """Steps by which the weights that write a token may be behind: so many steps are rolled out ahead, while others train, and go on with
     new weights as these come. 0: each step with the weights before it. Above 0 it needs `servers` and `loss.importance_cap`."""
-    request_limit_s: Positive = 3600.0
+    request_limit_s: Seconds = 3600.0
     """Seconds one response of a server may take. Over it: another server is asked."""
-    server_limit_s: Positive = 300.0
+    server_limit_s: Seconds = 300.0
     """Seconds a server may take for a part of a refit, and a run goes on without any server."""
 
     @field_validator("servers")
@@ -60,6 +80,11 @@ class Rollout(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Rollout:
+        if self.prompts * self.samples > MOST_RESPONSES:
+            raise ValueError(
+                f"rollout.prompts x rollout.samples is {self.prompts} x {self.samples}: a step of more than {MOST_RESPONSES:,} responses "
+                "is surely a slip; choose fewer"
+            )
         if self.fork_temperature and self.temperature != 1:
             raise ValueError(f"rollout.temperature is {self.temperature} beside rollout.fork_temperature, which takes its place: drop one")
         if self.staleness and not self.servers:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from megafork.recipe.kinds import Count, CountOrZero, Fraction, NonNegative, Section
+from megafork.recipe.kinds import Count, CountOrZero, Fraction, NonNegative, Section, Seed, Tokens, shown
 
 
 class Run(Section):
@@ -14,18 +15,18 @@ class Run(Section):
     """Name of the run; its folder is `<folder>/<name>`."""
     folder: str = "runs"
     """Where run folders lie."""
-    seed: CountOrZero = 1
+    seed: Seed = 1
     """The one seed. Roll-outs, data order and `select: random` derive from it."""
-    ranks: Count | None = None
+    ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that `megafork train` starts on this machine. Empty: one a GPU, or tp x pp x cp without GPUs. Ignored under torchrun
     or Slurm, which have started the ranks already."""
 
     @field_validator("name")
     @classmethod
     def _is_a_file_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
             raise ValueError(
-                f"run.name is {name!r}: it names a folder, use letters, digits, `_`, `-` and `.`, and do not begin with `-` or `.`"
+                f"run.name is {shown(name)}: it names a folder, use up to 128 letters, digits, `_`, `-` and `.`, none of `-` and `.` first"
             )
         return name
 
@@ -35,7 +36,7 @@ class Train(Section):
     """Steps of the run (sft: optimizer updates)."""
     minibatches: Count = 1
     """Optimizer updates a step; the step's prompts are divided evenly among them."""
-    micro_batch_tokens: Count | None = None
+    micro_batch_tokens: Tokens | None = None
     """Tokens packed into a micro-batch at most. Empty: just enough for the longest possible sequence."""
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from megafork.recipe import RecipeError
 from megafork.rollout.temperature import ForkTemperature
 
 
@@ -47,6 +49,13 @@ class Completion:
     log_probs: list[float]
     truncated: bool
     versions: list[int]
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(sum(self.log_probs)):
+            raise RecipeError(
+                "model.path: the model's log-probs are not numbers (NaN or infinite), so its weights are damaged or its activations "
+                "overflow: restore the weights, try precision.dtype=fp32, or, where training made them, a smaller optimizer.lr"
+            )
 
 
 class Engine(Protocol):

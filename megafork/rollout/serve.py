@@ -24,7 +24,7 @@ import typer
 from megafork.compat import vllm as vllm_fixes
 from megafork.model.fp8 import CONFIG
 from megafork.recipe import Recipe
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 
 _LOOK_S = 0.5
 _STOP_LIMIT_S = 20.0

@@ -12,7 +12,7 @@ from megafork.data.prompts import load_prompts
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.file import data_of_options
+from megafork.recipe_file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key

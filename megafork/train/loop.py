@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -29,7 +29,8 @@ from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
 from megafork.train.parking import Parking
 from megafork.train.record import write_evaluation, write_rollouts
-from megafork.train.run import Metrics, Run, build_learner
+from megafork.train.remarks import Remarks, all_failed, mismatch
+from megafork.train.run import Metrics, Run, Stopped, build_learner
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import entropy_metrics, staleness, update_metrics
 from megafork.train.update import Learner
@@ -65,13 +66,17 @@ class Trainer:
         """Where the prompts' order stood after the last step's responses; a checkpoint keeps it."""
         self.reward_error: str | None = None
         """Why a response could not be judged, for the first that could not; every rank knows it."""
+        self.example = ""
+        """A prompt of the last step and a response to it; on rank 0."""
+        self._compared = False
+        """Whether roll-out and trainer were found to compute the same model."""
 
     def step(self, step: int) -> Metrics:
         """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
         clock = Clock()
         with clock("rollout"):
             collected = self.ahead.collect(step)
-            self.order = collected.order
+            self.order, self.example = collected.order, collected.example
             self.engine.sleep()
             self.parking.unpark()
         minibatches = self.place(collected)
@@ -82,6 +87,7 @@ class Trainer:
             with clock("score"):
                 self.learner.score(everything)
                 entropies = entropy_metrics(everything, self.groups, self.mesh)
+                self.compare(entropies, step)
             with clock("update"):
                 if self.recipe.forks.scope == "batch":
                     thresholds.append(self.select(everything, step))
@@ -121,6 +127,12 @@ class Trainer:
         packed = packer(self.recipe, self.mesh)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
+    def compare(self, metrics: Mapping[str, float], step: int) -> None:
+        """Raise Stopped where the first scored step shows that roll-out and trainer do not compute the same model."""
+        if not self._compared and (reason := mismatch(metrics, self.recipe)):
+            raise Stopped(f"step {step}: {reason}")
+        self._compared = True
+
     def select(self, micros: list[MicroBatch], step: int) -> Threshold:
         """Set the masks; the threshold is known to every rank."""
         found = (
@@ -146,22 +158,22 @@ class Trainer:
 
     def sample_metrics(self, collected: Collected, micros: list[MicroBatch]) -> Metrics:
         outcomes = collected.outcomes
-        errors, padding, tokens = over_world(
-            [collected.errors, sum(m.padding for m in micros), sum(sum(m.lengths) for m in micros)], self.mesh
+        helpful = sum(response.advantage != 0.0 for response in collected.responses)
+        errors, padding, tokens, learned = over_world(
+            [collected.errors, sum(m.padding for m in micros), sum(sum(m.lengths) for m in micros), helpful], self.mesh
         )
         if errors and self.reward_error is None:
-            first: list[str | None] = [None] * self.mesh.world
-            dist.all_gather_object(first, collected.first_error)
-            self.reward_error = next(error for error in first if error)
-        kept = max(len(outcomes), 1)
+            self.reward_error = self._first(collected.first_error)
         return {
             "accuracy/mean": collected.sampled_accuracy,
-            "reward/mean": sum(outcome.reward for outcome in outcomes) / kept,
+            "reward/mean": sum(outcome.reward for outcome in outcomes) / len(outcomes) if outcomes else None,
             "reward/errors": errors,
-            "response_length/mean": sum(outcome.tokens for outcome in outcomes) / kept,
-            "response_length/truncated": sum(outcome.truncated for outcome in outcomes) / kept,
+            "response_length/mean": collected.sampled_tokens / collected.sampled,
+            "response_length/truncated": collected.sampled_truncated / collected.sampled,
+            "sampling/responses": collected.sampled,
             "sampling/refills": collected.refills,
             "sampling/groups": len(collected.groups),
+            "sampling/with_advantage": learned,
             "packing/padding": padding / max(tokens, 1),
         }
 
@@ -170,9 +182,17 @@ class Trainer:
         if not self.inputs.held_out:
             return {}
         found = self.ahead.evaluate(self.inputs.held_out)
+        if found.metrics["eval/errors"] == found.responses:
+            raise Stopped(all_failed(found.responses, self._first(found.first_error)))
         if self.mesh.is_rank_zero:
             write_evaluation(self.recipe.run_folder, step, found.accuracies, self.inputs.held_out)
         return dict(found.metrics)
+
+    def _first(self, error: str | None) -> str:
+        """The first rank's that has one, on every rank."""
+        errors: list[str | None] = [None] * self.mesh.world
+        dist.all_gather_object(errors, error)
+        return next(error for error in errors if error)
 
     def close(self) -> None:
         if self.verifiers is not None:
@@ -208,25 +228,16 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     if run.start == 0:
         run.log({"step": 0, **trainer.evaluate(0)})
     last: Metrics = {}
+    remarks = Remarks(recipe)
     for step in run.steps:
-        told = trainer.reward_error
         last = {"step": step, **trainer.step(step)}
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate(step)
-        remarks = _remarks(last, first=step == run.start + 1, error=trainer.reward_error if trainer.reward_error != told else None)
-        run.end_step(last, {"order": trainer.order, "rng": torch.get_rng_state()}, remarks)
+        told = list(remarks.after(last, first=step == run.start + 1, error=trainer.reward_error, example=trainer.example))
+        run.end_step(last, {"order": trainer.order, "rng": torch.get_rng_state()}, told, stop=remarks.stop)
     run.close()
     trainer.close()
     return last
-
-
-def _remarks(metrics: Metrics, *, first: bool, error: str | None) -> Iterator[str]:
-    """What is worth a line on the screen besides the numbers."""
-    if first and "entropy/p80" in metrics:
-        low, p80 = metrics["entropy/share_below_0.05"], metrics["entropy/p80"]
-        yield f"{low:.0%} of the tokens are under 0.05 nats, the 80th percentile is {p80:.2f}"
-    if error is not None:
-        yield f"{metrics['reward/errors']:.0f} responses could not be judged and count as wrong: {error}"
 
 
 def _split(groups: list[int], parts: int) -> list[set[int]]:

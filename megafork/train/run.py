@@ -67,22 +67,26 @@ class Run:
             for remark in remarks:
                 self._log.note(remark)
 
-    def end_step(self, metrics: Metrics, state: Mapping[str, Any], remarks: Iterable[str] = ()) -> None:
+    def end_step(self, metrics: Metrics, state: Mapping[str, Any], remarks: Iterable[str] = (), *, stop: str | None = None) -> None:
         """Log the step, and save a checkpoint where one is due; `state`: what besides the weights and the optimizer the next step needs.
 
-        Raises Stopped, with a checkpoint, when gradients were not finite `SKIPS_IN_A_ROW` times or the batch job asks for it.
+        Raises Stopped, with a checkpoint, when gradients were not finite `SKIPS_IN_A_ROW` times, for the reason `stop`, or when the batch
+        job asks for it.
         """
         step, steps, every = int(metrics["step"] or 0), self.recipe.train.steps, self.recipe.checkpoint.every
         self.log(metrics, remarks)  # before the checkpoint: a run killed in between repeats the step and its line
         skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
         asked = self.job.wants_stop() and step < steps
-        if skipping or asked or step == steps or (every and step % every == 0):
+        ending = skipping or asked or stop is not None
+        if ending or step == steps or (every and step % every == 0):
             self._save(step, state)
-        self.checkpoints.settle(wait=skipping or asked)
+        self.checkpoints.settle(wait=ending)
         self.job.beat(step)
         if asked:
             self.job.stopped(step)
             raise Stopped(f"step {step}: stopped because the batch job asked for it, with a checkpoint; the same command continues")
+        if stop is not None:
+            raise Stopped(f"step {step}: {stop}. The weights are saved; the same command continues")
         if skipping:
             raise Stopped(
                 f"step {step}: gradients were not finite {self.learner.skips_in_a_row} updates in a row. These were skipped, and the "

@@ -17,6 +17,7 @@ from megafork.data.reward import Verifiers
 from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
+from megafork.recipe.kinds import shown
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rollout.engine import Engine, Request, Sampling, request_seed
@@ -49,6 +50,9 @@ class Collected:
     sampled_accuracy: float = 0.0
     """Mean accuracy of all of them: dynamic sampling does not flatter it."""
     sampled_tokens: int = 0
+    sampled_truncated: int = 0
+    example: str = ""
+    """The first prompt and the first response to it; empty on ranks that judge nothing."""
     refills: int = 0
     errors: int = 0
     """Responses whose verifier raised, hung or died; they count as wrong."""
@@ -69,6 +73,9 @@ class Evaluation:
     metrics: dict[str, float]
     accuracies: list[float]
     """Each prompt's, in their order: the mean over its `eval.samples` responses."""
+    responses: int
+    first_error: str | None
+    """Why a response could not be judged, for the first that this rank's verifiers failed on."""
 
 
 class Sampler:
@@ -107,6 +114,7 @@ class Sampler:
             accuracy_sum += sum(outcome.accuracy for outcome in outcomes)
             done.sampled += len(outcomes)
             done.sampled_tokens += sum(outcome.tokens for outcome in outcomes)
+            done.sampled_truncated += sum(outcome.truncated for outcome in outcomes)
             kept += self._mixed(outcomes) if spec.dynamic_sampling else outcomes
             mine += held
         done.sampled_accuracy = accuracy_sum / max(done.sampled, 1)
@@ -131,6 +139,8 @@ class Sampler:
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
         done.first_error = done.first_error or (failed[0] if failed else None)
+        if texts and not done.example:
+            done.example = f"the response to {shown(keys[0][1].text)} was {shown(texts[0])}"
         return [
             Response(
                 group=group,
@@ -176,6 +186,7 @@ class Sampler:
         requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for _, prompt, sample in keys]
         sampling = Sampling(self.recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=self.tokenizer.eos_ids)
         completions = engine.generate(requests, sampling)
+        first_error = None
         sums, right_of = torch.zeros(5, dtype=torch.float64), torch.zeros(len(prompts), dtype=torch.float64)
         if self.verifiers is not None:
             texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
@@ -187,6 +198,7 @@ class Sampler:
             sums[2] = sum(len(completion.tokens) for completion in completions)
             sums[3] = sum(completion.truncated for completion in completions)
             sums[4] = sum(verdict.error is not None for verdict in verdicts)
+            first_error = next((verdict.error for verdict in verdicts if verdict.error), None)
         dist.all_reduce(sums, group=self.group)
         dist.all_reduce(right_of, group=self.group)
         count, right, tokens, truncated, errors = sums.tolist()
@@ -196,4 +208,4 @@ class Sampler:
             "eval/truncated": truncated / count,
             "eval/errors": errors,
         }
-        return Evaluation(metrics, (right_of / spec.samples).tolist())
+        return Evaluation(metrics, (right_of / spec.samples).tolist(), int(count), first_error)

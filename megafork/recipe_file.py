@@ -1,22 +1,26 @@
 """Reading a recipe: the YAML file, the recipes it `extends:`, overrides from the command line, and what is wrong in plain words.
 
 `extends:` names a base recipe that is read first, relative to the file it stands in; overrides (`section.key=value`) come last.
-Unknown keys are refused and the nearest known key is named.
+Unknown keys are refused and the nearest known key is named. How YAML is read: `recipe_yaml.py`.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Hashable
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from megafork.recipe import Data, Recipe, RecipeError
+from megafork.recipe.kinds import MOST, limit, shown
+from megafork.recipe_yaml import kind_of, parse, parse_value
+
+_LARGEST = 1 << 20
+"""Bytes of a recipe file."""
+_LONGEST_CHAIN = 32
+"""Recipes that extend each other."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -29,36 +33,22 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def data_of_options(source: str, max_prompt_length: int, template: str, columns: str, chat_template_args: str, add_bos: str) -> Data:
     """The section `data` as `megafork eval` and `analyze` say it in options; mappings are YAML text. Raises RecipeError."""
-    values: dict[str, Any] = {"train": source, "template": template, "max_prompt_length": max_prompt_length}
-    recipe: dict[str, Any] = {"model": {"path": "given apart"}, "data": values}
+    data: dict[str, Any] = {"train": source, "template": template, "max_prompt_length": max_prompt_length}
+    values: dict[str, Any] = {"model": {"path": "given apart"}, "data": data}
     for key, text in (("columns", columns), ("chat_template_args", chat_template_args), ("add_bos", add_bos)):
         if text:
-            _apply(recipe, f"data.{key}={text}")
-    return _validate(recipe).data
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} is given twice, {str(node.start_mark).strip()}")
-        return super().construct_mapping(node, deep)
+            _apply(values, f"data.{key}={text}")
+    return _validate(values).data
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+    text, path = _text(path, f", which {seen[-1].name} extends," if seen else "")
     if path in seen:
         raise RecipeError(f"extends: {path.name} extends itself by way of {seen[-1].name}: break the circle")
-    by = f", which {seen[-1].name} extends," if seen else ""
+    if len(seen) == _LONGEST_CHAIN:
+        raise RecipeError(f"extends: {seen[0].name} extends a chain of more than {_LONGEST_CHAIN} recipes: join some of them")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {str(path)!r}{by} does not exist: give the path of a .yaml file") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError, UnicodeDecodeError):
-        raise RecipeError(f"recipe {str(path)!r}{by} is not a readable text file: give the path of a .yaml file") from None
+        values = parse(text) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path.name!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -68,8 +58,27 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return sections
     if not isinstance(base, str):
-        raise RecipeError(f"extends is {base!r}: give one recipe's path, relative to {path.name!r}")
+        raise RecipeError(f"extends is {shown(base)}: give one recipe's path, relative to {path.name!r}")
     return _merge(_read(path.parent / base, (*seen, path)), sections)
+
+
+def _text(path: Path, by: str) -> tuple[str, Path]:
+    """The file's text, and its path without links."""
+    try:
+        path = path.expanduser().resolve()
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise IsADirectoryError
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise RecipeError(f"recipe {path.name!r}{by} is larger than {_LARGEST >> 20} MiB: give the path of a .yaml file")
+        return data.decode("utf-8-sig"), path
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {shown(str(path))}{by} does not exist: give the path of a .yaml file") from None
+    except RecipeError:
+        raise
+    except (OSError, ValueError, RuntimeError):  # no text, a NUL in the name, a loop of links, a name too long
+        raise RecipeError(f"recipe {shown(str(path))}{by} is not a readable text file: give the path of a .yaml file") from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -87,30 +96,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not dot or not key:
         raise RecipeError(f"override {override!r} is not of the form section.key=value, for example train.steps=5")
     try:
-        value = yaml.load(text, _Loader)
+        value = parse_value(text, section, key)
     except yaml.YAMLError:
         value = text
-    kinds = _kinds(section, key)
-    if value is not None and str in kinds and not (isinstance(value, str) or (list in kinds and isinstance(value, list))):
-        value = text  # data.template={prompt} is no mapping, run.name=7 no number
     mapping, dot, entry = key.partition(".")
-    path = [section, mapping, entry] if dot and dict in _kinds(section, mapping) else [section, key]  # data.columns.prompt=problem
-    *sections, key = path
-    for name in sections:
+    names = [section, mapping, entry] if dot and get_origin(kind_of(section, mapping)) is dict else [section, key]
+    for name in names[:-1]:  # data.columns.prompt=problem gives one entry of a mapping
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"{name} is {values!r}: it must be a section with keys below it")
-    values[key] = value
-
-
-def _kinds(section: str, key: str) -> tuple[Any, ...]:
-    """Types that a key takes, `list` for a list of any; none for an unknown one."""
-    known = Recipe.model_fields.get(section)
-    field = known and _keys(section).get(key)
-    if field is None:
-        return ()
-    kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else (field.annotation,)
-    return tuple(get_origin(kind) or kind for kind in kinds)
+            raise RecipeError(f"{name} is {shown(values)}: it must be a section with keys below it")
+    values[names[-1]] = value
 
 
 def _validate(values: dict[str, Any]) -> Recipe:
@@ -126,10 +121,10 @@ def _refuse_unknown(values: dict[str, Any]) -> None:
         if section not in Recipe.model_fields:
             raise RecipeError(f"unknown section {section!r}{_nearest(str(section), list(Recipe.model_fields))}")
         if not isinstance(inner, dict):
-            raise RecipeError(f"{section} is {inner!r}: it must be a section with keys below it")
+            raise RecipeError(f"{section} is {shown(inner)}: it must be a section with keys below it")
         for key, value in inner.items():
             if key not in _keys(section):
-                raise RecipeError(f"unknown key {section}.{key} = {value!r}{_nearest(str(key), list(_keys(section)))}")
+                raise RecipeError(f"unknown key {section}.{key} = {shown(value)}{_nearest(str(key), list(_keys(section)))}")
 
 
 def _keys(section: str) -> dict[str, Any]:
@@ -153,8 +148,7 @@ def _explain(item: Any) -> str:
         return f"{field} is missing: add it to the recipe or give {field}=..."
     schema = Recipe.model_json_schema()
     wanted = schema["$defs"][Recipe.model_fields[section].annotation.__name__]["properties"][rest[0]]  # type: ignore[union-attr]
-    value = json.dumps(item["input"]) if isinstance(item["input"], bool | None) else repr(item["input"])
-    return f"{field} is {value}: must be {_wanted(wanted)}"
+    return f"{field} is {shown(item['input'])}: must be {_wanted(wanted)}"
 
 
 def _wanted(schema: dict[str, Any]) -> str:
@@ -164,7 +158,7 @@ def _wanted(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if "propertyNames" in schema:
-        return "a mapping of " + " or ".join(schema["propertyNames"]["enum"]) + " to " + _wanted(schema["additionalProperties"])
+        return f"a mapping of {' or '.join(schema['propertyNames']['enum'])} to {_wanted(schema['additionalProperties'])}"
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "prefixItems" in schema:
@@ -181,5 +175,5 @@ def _wanted(schema: dict[str, Any]) -> str:
         "object": "a mapping",
     }
     words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
-    bounds = [f"{word} {schema[key]:g}" for key, word in words.items() if key in schema]
+    bounds = [f"{word} {limit(schema[key])}" for key, word in words.items() if schema.get(key, MOST) != MOST]
     return kinds[schema["type"]] + (", " + " and ".join(bounds) if bounds else "")

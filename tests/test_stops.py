@@ -1,0 +1,136 @@
+"""A run that trains nothing, or another model than it rolls out with, says so and ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import megafork
+from safetensors.torch import load_file, save_file
+from task import make_task, write_recipe
+
+from megafork.recipe import Recipe
+from megafork.train.remarks import MISMATCH, Remarks, mismatch
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "d.jsonl"}, **sections})
+
+
+def step(*, accuracy: float = 0.5, with_advantage: int = 8, errors: int = 0) -> dict[str, float | None]:
+    return {
+        "accuracy/mean": accuracy,
+        "reward/errors": errors,
+        "sampling/responses": 16,
+        "sampling/with_advantage": with_advantage,
+        "entropy/p80": None,
+    }
+
+
+def after(remarks: Remarks, metrics: dict[str, float | None], error: str | None = None) -> list[str]:
+    return list(remarks.after(metrics, first=False, error=error, example="EXAMPLE"))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "why"), [(0.0, "every response is wrong"), (1.0, "every response is right"), (0.4, "no prompt has both right and wrong")]
+)
+def test_the_first_step_without_anything_to_learn_from_is_told_and_some_in_a_row_end_the_run(accuracy: float, why: str) -> None:
+    remarks = Remarks(recipe(rollout={"max_empty_steps": 3}))
+    empty = step(accuracy=accuracy, with_advantage=0)
+    for metrics in (step(), empty, empty, step()):  # two in a row are one too few
+        told = after(remarks, metrics)
+    assert told == [] and remarks.stop is None
+    (told_first,) = after(remarks, empty)
+    assert why in told_first and "EXAMPLE" in told_first
+    assert after(remarks, empty) == [] and remarks.stop is None
+    assert after(remarks, empty) == []
+    assert remarks.stop is not None and why in remarks.stop and "3 steps in a row" in remarks.stop and "max_empty_steps" in remarks.stop
+
+
+def test_a_verifier_that_fails_on_every_response_ends_the_run_at_once() -> None:
+    remarks = Remarks(recipe())
+    assert after(remarks, step(errors=15), "KeyError: 'x'") == ["15 responses could not be judged and count as wrong: KeyError: 'x'"]
+    assert after(remarks, step(errors=3), "KeyError: 'x'") == [] and remarks.stop is None  # once is enough
+    after(remarks, step(errors=16, with_advantage=0), "KeyError: 'x'")
+    assert remarks.stop is not None and remarks.stop.startswith("the verifier failed on all 16 responses (KeyError: 'x')")
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [({"dtype": "fp32"}, "fp32"), ({"dtype": "bf16"}, "bf16"), ({"rollout_fp8": True}, "fp8"), ({"train_fp8": True}, "fp8")],
+)
+def test_how_much_of_a_mismatch_a_precision_explains(precision: dict[str, Any], kind: str) -> None:
+    spec = recipe(precision=precision, loss={"importance_cap": 2.0})
+    for kl, fine in ((0.0, True), (MISMATCH[kind], True), (MISMATCH[kind] * 1.01, False), (float("nan"), False), (3.97, False)):
+        assert (mismatch({"rollout_mismatch/kl": kl, "rollout_mismatch/max": 1.0}, spec) is None) == fine
+    own = recipe(precision=precision, loss={"importance_cap": 2.0}, rollout={"max_mismatch": 4.0})
+    assert mismatch({"rollout_mismatch/kl": 3.97, "rollout_mismatch/max": 1.0}, own) is None
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+def train(folder: Path, *overrides: str) -> tuple[int, str, list[dict[str, Any]]]:
+    """Exit code, what was written for people, and the metrics of each step."""
+    write_recipe(folder, rollout={"max_refills": 0})
+    ended = megafork("train", "recipe.yaml", *overrides, cwd=folder)
+    name = next((o.removeprefix("run.name=") for o in overrides if o.startswith("run.name=")), "run")
+    file = folder / "runs" / name / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return ended.returncode, ended.stdout + ended.stderr, [row for row in rows if row["step"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", ["true", "false"])
+def test_answers_that_are_never_right(dynamic: str, task: Path) -> None:
+    rows = [{**json.loads(line), "answer": "no such word"} for line in (task / "train.jsonl").read_text().splitlines()]
+    (task / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (f"run.name=wrong-{dynamic}", "data.train=wrong.jsonl", "data.eval=null", f"rollout.dynamic_sampling={dynamic}")
+    code, said, metrics = train(task, *words, "rollout.max_empty_steps=2", "train.steps=4")
+    assert code == 1 and "Traceback" not in said
+    assert said.count("nothing to learn from: every response is wrong") == 1 and "for example, the response to 'max " in said
+    assert "step 2: 2 steps in a row had nothing to learn from (rollout.max_empty_steps): every response is wrong" in said
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(1.0 <= row["response_length/mean"] <= 4.0 and 0.0 < row["response_length/truncated"] < 1.0 for row in metrics)
+    if dynamic == "true":
+        code, _, metrics = train(task, *words, "rollout.max_empty_steps=9", "train.steps=3")
+        assert code == 0 and [row["step"] for row in metrics] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out", ["held_out.jsonl", "null"])
+def test_a_verifier_that_always_fails(held_out: str, task: Path) -> None:
+    (task / "verifier.py").write_text("def score(response, row):\n    return row['no such field']\n")
+    name = f"run.name=fails-{held_out[0]}"
+    code, said, metrics = train(task, name, "reward.verifier=verifier.py:score", f"data.eval={held_out}")
+    assert code == 1 and "Traceback" not in said and "the verifier failed on all " in said and "KeyError: 'no such field'" in said
+    assert [row["step"] for row in metrics] == ([1] if held_out == "null" else [])
+
+
+@pytest.mark.slow
+def test_another_model_than_that_of_the_roll_out_is_not_trained(task: Path) -> None:
+    words = ("run.name=mismatch", "rollout.max_mismatch=1e-30", "rollout.dynamic_sampling=false", "data.eval=null", "parallel.tp=2")
+    code, said, metrics = train(task, *words)
+    assert code == 1 and "Traceback" not in said and metrics == []
+    assert "step 1: at equal weights vLLM's log-probs differ from the trainer's by a KL of " in said and "rollout.max_mismatch" in said
+
+
+@pytest.mark.slow
+def test_logits_that_are_no_numbers(task: Path) -> None:
+    """Each weight is a number, but what the last norm makes of them is infinite."""
+    model = task / "overflowing"
+    model.mkdir()
+    for file in (task / "model").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    for held_out in ("held_out.jsonl", "null"):
+        code, said, metrics = train(task, "run.name=numbers", "model.path=overflowing", f"data.eval={held_out}")
+        assert code == 2 and "Traceback" not in said and metrics == []
+        assert "the model's log-probs are not numbers" in said
