@@ -94,10 +94,8 @@ def _check_alike(measured: Sequence[Measured]) -> None:
             both = (f"{str(run.trial.recipe.run_folder)!r} answered {len(run.prompts)} held-out prompts" for run in (measured[0], one))
             raise RecipeError(f"data.eval has changed between runs: {' and '.join(both)}; delete one, or choose another --out")
         if one.problems != measured[0].problems:
-            both = " and ".join(repr(str(run.trial.recipe.run_folder)) for run in (measured[0], one))
-            raise RecipeError(
-                f"data.eval has changed between runs: {both} answered different prompts; delete one, or hold out prompts that none trains on"
-            )
+            runs = " and ".join(repr(str(run.trial.recipe.run_folder)) for run in (measured[0], one))
+            raise RecipeError(f"data.eval has changed between runs: {runs} answered other prompts; delete one, or choose another --out")
 
 
 def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:

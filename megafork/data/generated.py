@@ -11,6 +11,7 @@ import sys
 
 from megafork.data.row_files import FORMS, Rows
 from megafork.recipe import RecipeError
+from megafork.recipe.kinds import shown
 
 MOST_ROWS = 2**20
 """Rows of one source, and how far apart two seeds are."""
@@ -38,12 +39,11 @@ def generated_rows(source: str, field: str) -> Rows:
 def _parts(source: str, field: str) -> tuple[str, int, int]:
     _, task, *numbers = source.split(":")
     size, seed = [*numbers, *("500", "0")[len(numbers) :]][:2]
-    shown = source if len(source) <= 200 else source[:200] + "..."
     if len(numbers) > 2 or not all(re.fullmatch("[0-9]+", number) for number in (size, seed)) or not size.strip("0"):
-        raise RecipeError(f"{field} is {shown!r}: SIZE must be a whole number above 0 and SEED one of at least 0; {FORMS}")
+        raise RecipeError(f"{field} is {shown(source)}: SIZE must be a whole number above 0 and SEED one of at least 0; {FORMS}")
     for name, number, most in (("SIZE", size, MOST_ROWS), ("SEED", seed, 2**32 - 1)):
         if len(number) > 20 or int(number) > most:
-            raise RecipeError(f"{field} is {shown!r}: {name} is at most {most:,}; choose a smaller one")
+            raise RecipeError(f"{field} is {shown(source)}: {name} is at most {most:,}; choose a smaller one")
     return task, int(size), int(seed)
 
 

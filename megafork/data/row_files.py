@@ -15,6 +15,7 @@ import pyarrow.parquet
 
 from megafork.data.plain_json import parse
 from megafork.recipe import RecipeError
+from megafork.recipe.kinds import shown
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 FORMS = "give a .jsonl, .json or .parquet file, a folder or a glob of them, hub:NAME[@SUBSET][:SPLIT], or reasoning_gym:TASK[:SIZE[:SEED]]"
@@ -32,23 +33,22 @@ def data_files(source: str, field: str) -> list[Path]:
 
     Raises RecipeError where there are none, and for a folder whose files are of several splits or forms: which are meant must be said.
     """
-    shown = source if len(source) <= 200 else source[:200] + "..."
-    path = Path(os.path.expanduser(source))
-    mode = _mode(path, shown, field)
+    path, named = Path(os.path.expanduser(source)), f"{field} is {shown(source)}"
+    mode = _mode(path, named)
     if mode is None and re.search(r"[*?\[]", source):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(_SUFFIXES))
-        files = [file for file in found if stat.S_ISREG(_mode(file, str(file), field) or 0)]
+        files = [file for file in found if stat.S_ISREG(_mode(file, named) or 0)]
         if not files:
-            raise RecipeError(f"{field} is {shown!r}: no .jsonl, .json or .parquet file has such a name")
+            raise RecipeError(f"{named}: no .jsonl, .json or .parquet file has such a name")
         return files
     if mode is not None and stat.S_ISDIR(mode):
-        return _of_folder(path, shown, field)
+        return _of_folder(path, named)
     if path.suffix not in _SUFFIXES:
-        raise RecipeError(f"{field} is {shown!r}: unknown form of data; {FORMS}")
+        raise RecipeError(f"{named}: unknown form of data; {FORMS}")
     if mode is None:
-        raise RecipeError(f"{field} is {shown!r}: no such file; {FORMS}")
+        raise RecipeError(f"{named}: no such file; {FORMS}")
     if not stat.S_ISREG(mode):
-        raise RecipeError(f"{field} is {shown!r}: not a regular file, and data is read by every rank; write it to a file first")
+        raise RecipeError(f"{named}: not a regular file, and data is read by every rank; write it to a file first")
     return [path]
 
 
@@ -61,35 +61,37 @@ def read_file(path: Path, place: str, field: str) -> Rows:
     return _json_lines(path, place, field)
 
 
-def _mode(path: Path, shown: str, field: str) -> int | None:
+def _mode(path: Path, named: str) -> int | None:
     """What kind of file it is; None where there is nothing."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:  # a name too long, a circle of links, no permission
-        raise RecipeError(f"{field} is {shown!r}: {error.strerror or error}; {FORMS}") from None
+        raise RecipeError(f"{named}: {error.strerror or error}; {FORMS}") from None
     except ValueError as error:  # a NUL in it
-        raise RecipeError(f"{field} is {shown!r}: no path ({error}); {FORMS}") from None
+        raise RecipeError(f"{named}: no path ({error}); {FORMS}") from None
 
 
-def _of_folder(folder: Path, shown: str, field: str) -> list[Path]:
+def _of_folder(folder: Path, named: str) -> list[Path]:
     try:
         inside = sorted(path for path in folder.iterdir() if path.suffix in _IN_FOLDERS and not path.name.startswith("."))
     except OSError as error:
-        raise RecipeError(f"{field} is {shown!r}: {error.strerror}") from None
-    files = [path for path in inside if path.is_file()]
-    if not files:
-        raise RecipeError(f"{field} is {shown!r}, a folder without .jsonl or .parquet files: name another, or a glob such as FOLDER/*/*")
-    splits = sorted({match[1] for path in files if (match := _SPLIT.match(path.stem.lower()))})
+        raise RecipeError(f"{named}: {error.strerror}") from None
+    if not inside:
+        raise RecipeError(f"{named}, a folder without .jsonl or .parquet files: name another, or a glob such as FOLDER/*/*")
+    for path in inside:
+        if not stat.S_ISREG(_mode(path, f"{named}, with {path.name!r}") or 0):
+            raise RecipeError(f"{named}, a folder whose {path.name!r} is not a file: restore it, or name the files by a glob")
+    splits = sorted({match[1] for path in inside if (match := _SPLIT.match(path.stem.lower()))})
     if len(splits) > 1:
         raise RecipeError(
-            f"{field} is {shown!r}, a folder with files of several splits ({', '.join(splits)}): say which are meant by a glob such as "
-            f"{os.path.join(shown, splits[0] + '*')}"
+            f"{named}, a folder with files of several splits ({', '.join(splits)}): say which are meant by a glob such as "
+            f"{folder / (splits[0] + '*')}"
         )
-    if len({path.suffix for path in files}) > 1:
-        raise RecipeError(f"{field} is {shown!r}, a folder with .jsonl and .parquet files: say which are meant by a glob such as *.parquet")
-    return files
+    if len({path.suffix for path in inside}) > 1:
+        raise RecipeError(f"{named}, a folder with .jsonl and .parquet files: say which are meant by a glob such as *.parquet")
+    return inside
 
 
 def _json_lines(path: Path, place: str, field: str) -> Rows:

@@ -165,13 +165,15 @@ def load_tokenizer(path: str) -> Tokenizer:
         load = AutoTokenizer.from_pretrained
     if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise RecipeError(f"model.path is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
+    ends = _ends_of_model(path, local)  # first, as transformers would blame the tokenizer
     try:
         backend = load(path, local_files_only=local)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a file it cannot read
         reason = " ".join(str(error).split())[:200]
-        mend = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
-        raise RecipeError(f"model.path is {path!r}: its tokenizer could not be loaded; {mend} ({type(error).__name__}: {reason})") from None
-    return Tokenizer(path, backend, _eos_ids(path, backend, local), _first_ids(backend))
+        fix = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
+        raise RecipeError(f"model.path is {path!r}: its tokenizer could not be loaded; {fix} ({type(error).__name__}: {reason})") from None
+    own = () if backend.eos_token_id is None else (backend.eos_token_id,)
+    return Tokenizer(path, backend, tuple(dict.fromkeys((*own, *ends))), _first_ids(backend))
 
 
 def _load_sentence_piece(path: str, **options: Any) -> SentencePieceTokenizer:
@@ -191,15 +193,13 @@ def _first_ids(backend: Any) -> tuple[int, ...]:
     return tuple(whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)])
 
 
-def _eos_ids(path: str, backend: Any, local: bool) -> tuple[int, ...]:
-    """The tokenizer's, then those of generation_config.json, in whose absence transformers and vLLM read config.json's."""
-    ids = [] if backend.eos_token_id is None else [backend.eos_token_id]
+def _ends_of_model(path: str, local: bool) -> list[int]:
+    """The end tokens of generation_config.json, in whose absence transformers and vLLM read config.json's."""
     for name in ("generation_config.json", "config.json"):
         config = _config(path, name, local)
         if config is not None:
-            ids += _listed(config.get("eos_token_id"), f"model.path is {path!r}: the eos_token_id of its {name}")
-            break
-    return tuple(dict.fromkeys(ids))
+            return _listed(config.get("eos_token_id"), f"model.path is {path!r}: the eos_token_id of its {name}")
+    return []
 
 
 def _config(path: str, name: str, local: bool) -> dict[str, Any] | None:
