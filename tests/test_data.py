@@ -20,7 +20,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megafork.data import verifiers
 from megafork.data.prompts import Prompt, PromptOrder, fingerprint, load_prompts, without_training_prompts
-from megafork.data.sources import read_rows
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Data, RecipeError
 
@@ -159,17 +158,14 @@ def test_a_tokenizer_is_checked_against_the_models_rows(tmp_path: Path) -> None:
 
 
 def test_the_largest_id_counts_not_how_many_there_are(tmp_path: Path) -> None:
-    path = write_tokenizer(tmp_path)
-    rules = json.loads((tmp_path / "tokenizer.json").read_text())
-    count = len(load_tokenizer(path).backend)
-    rules["added_tokens"].append({**rules["added_tokens"][0], "id": 1000, "content": "<far>"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
-    tokenizer = load_tokenizer(path)
-    (far,) = tokenizer.encode("<far>", first=())
-    if far < count + 1:
-        pytest.skip("this tokenizers library numbers added tokens itself")
-    with pytest.raises(RecipeError, match=f"ids up to {far}"):
-        tokenizer.check(count + 10, "MODEL is 'm'")
+    words = Backend(models.WordLevel({"<|end|>": 0, "a": 1, "far": 50}, unk_token="<|end|>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(tokenizer.backend) == 3 and tokenizer.vocab_size == 51
+    with pytest.raises(RecipeError, match="its tokenizer has ids up to 50 but the model only 50 tokens"):
+        tokenizer.check(50, "MODEL is 'm'")
 
 
 def test_chat_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -420,52 +416,6 @@ def test_a_template_changes_nothing_but_its_mark(
     assert load(source, tokenizer, template=before + "{prompt}" + after)[0].text == before + prompt + after
 
 
-def test_hub_dataset_by_split(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` loads a local folder by the same call as a hub name."""
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "set"
-    folder.mkdir()
-    write(folder / "train.jsonl", [{"prompt": f"{i}?", "answer": i} for i in range(3)])
-    write(folder / "test.jsonl", [{"prompt": "7?", "answer": 7}])
-    assert [p.row["answer"] for p in load(f"hub:{folder}", tokenizer)] == ["0", "1", "2"]
-    assert [p.row["answer"] for p in load(f"hub:{folder}:test", tokenizer)] == ["7"]
-    assert [p.row["answer"] for p in load(f"hub:{folder}:train[:2]", tokenizer)] == ["0", "1"]
-    files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "test"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
-    assert [p.row["answer"] for p in load(f"hub:{folder}@test:train", tokenizer)] == ["7"], "a subset's only split is called train"
-    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}"):
-        with pytest.raises(
-            RecipeError, match=r"^data.train is 'hub:.*: the dataset could not be loaded; check its name, subset, split and the network"
-        ):
-            load(wrong, tokenizer)
-
-
-def test_hub_without_the_package_says_what_to_install() -> None:
-    script = (
-        "import sys; sys.modules['datasets'] = None; from megafork.data.sources import read_rows; next(read_rows('hub:a/b', 'data.eval'))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "RecipeError: data.eval is 'hub:a/b': the package `datasets` is missing; pip install 'megafork[hub]'" in result.stderr
-
-
-def test_reasoning_gym_rows(tokenizer: Tokenizer) -> None:
-    prompts = load("reasoning_gym:chain_sum:5:3", tokenizer, ("answer", "metadata"))
-    assert len(prompts) == 5 and all(p.row["metadata"]["source_dataset"] == "chain_sum" for p in prompts)
-    (cube,) = load("reasoning_gym:rubiks_cube:1", tokenizer, ("answer", "metadata"))
-    assert cube.row["answer"] is None, "tasks with many right answers pass without one"
-
-
-@pytest.mark.parametrize("task", ["word_ladder", "list_functions"])
-def test_reasoning_gym_rows_do_not_depend_on_the_process(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made in the process that asks, the first would depend on Python's hash seed and the second on the global random state."""
-    made = []
-    for hash_seed in ("1", "2"):
-        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
-        made.append(list(read_rows(f"reasoning_gym:{task}:10:3", "data.train")))
-    assert made[0] == made[1]
-
-
 # ---------------------------------------------------------------- wrong data
 
 
@@ -508,41 +458,6 @@ def test_the_length_limit_counts_the_template(tokenizer: Tokenizer, tmp_path: Pa
     assert len(load(source, tokenizer, template="34{prompt}", max_prompt_length=5)[0].tokens) == 5, "it begins with a token of its own"
     with pytest.raises(RecipeError, match=r"prompt of 6 tokens, over data.max_prompt_length=5"):
         load(source, tokenizer, template="345{prompt}", max_prompt_length=5)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("missing.jsonl", "no such file"),
-        ("rows.csv", "unknown form of data; give a .jsonl, .json or .parquet file, a folder or a glob of them, hub:NAME[@SUBSET]"),
-        ("gsm8k", "unknown form of data"),
-        ("hub:", "unknown form of data"),
-        ("torn.parquet", "not a readable parquet file after row 0"),
-        ("empty.parquet", "it has no rows"),
-        ("reasoning_gym:chain_sun", "reasoning_gym has no task 'chain_sun': did you mean 'chain_sum'?"),
-        ("reasoning_gym:chain_sum:many", "SIZE must be a whole number above 0"),
-        ("reasoning_gym:chain_sum:0", "SIZE must be a whole number above 0"),
-        ("reasoning_gym:chain_sum:5:-1", "SEED one of at least 0"),
-        ("reasoning_gym:chain_sum:5:1:2", "SIZE must be a whole number above 0"),
-        ("reasoning_gym:composite:5", "cannot be made with its default settings"),
-    ],
-)
-def test_a_wrong_source_is_one_recipe_error(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("rows.csv").write_text("prompt,answer\n")
-    Path("torn.parquet").write_bytes(Path(write(tmp_path / "whole.parquet", DAPO)).read_bytes()[:-20])
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), "empty.parquet")
-    with pytest.raises(RecipeError) as caught:
-        load(source, tokenizer)
-    assert str(caught.value).startswith(f"data.train is {source!r}: ") and message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_parquet_rows_count_on_over_batches(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.parquet", [{"prompt": str(i)} for i in range(5000)])
-    places = [(place, row["prompt"]) for place, row in read_rows(source, "data.train")]
-    assert places == [(f"rows.parquet row {i + 1}", str(i)) for i in range(5000)]
 
 
 def test_a_template_without_its_mark_is_refused_before_the_data_is_read(tokenizer: Tokenizer) -> None:

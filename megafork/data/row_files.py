@@ -34,7 +34,7 @@ def data_files(source: str, field: str) -> list[Path]:
     Raises RecipeError where there are none, and for a folder whose files are of several splits or forms: which are meant must be said.
     """
     path, named = Path(os.path.expanduser(source)), f"{field} is {shown(source)}"
-    mode = _mode(path, named)
+    mode = _mode(path, named) if source else None
     if mode is None and re.search(r"[*?\[]", source):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(_SUFFIXES))
         files = [file for file in found if stat.S_ISREG(_mode(file, named) or 0)]

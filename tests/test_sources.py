@@ -1,0 +1,313 @@
+"""Where rows come from: files, shards, the hub and reasoning-gym; and every wrong source by one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megafork.data import verifiers
+from megafork.data.row_files import LONGEST_LINE
+from megafork.data.rows import read_row
+from megafork.data.sources import read_rows
+from megafork.recipe import Data, RecipeError
+from megafork.recipe_file import load_recipe
+
+ROWS = [{"prompt": f"{n}?", "answer": n} for n in range(3)]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def answers(source: Any) -> list[Any]:
+    return [row["answer"] for _, row in read_rows(source, "data.train")]
+
+
+# ---------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_folder_a_glob_and_a_list_are_their_files_in_order(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [write(tmp_path / "set" / f"train-0000{n}-of-00003.{ending}", [row]) for n, row in enumerate(ROWS)]
+    (tmp_path / "set" / "README.md").write_text("about it")
+    write(tmp_path / "other" / f"train-00000-of-00003.{ending}", [{"prompt": "9?", "answer": 9}])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (
+        f"{tmp_path}/set",
+        f"{tmp_path}/set/",
+        f"{tmp_path}/set/*.{ending}",
+        f"{tmp_path}/s*/**/train-*",
+        "~/set",
+        "~/set/*",
+        shards,
+    ):
+        assert answers(source) == [0, 1, 2], source
+    assert answers([shards[2], shards[0]]) == [2, 0], "a list keeps its order"
+    assert answers([shards[1], f"{tmp_path}/set"]) == [1, 0, 2], "each file once"
+    assert answers(f"{tmp_path}/*/*") == [9, 0, 1, 2]
+    places = [place for place, _ in read_rows(f"{tmp_path}/*/*", "data.train")]
+    what = "line" if ending == "jsonl" else "row"
+    assert places[0].endswith(f"other/train-00000-of-00003.{ending} {what} 1") and places[2] == f"train-00001-of-00003.{ending} {what} 1"
+
+
+def test_a_list_comes_from_a_recipe_and_from_an_override(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {path: m}\ndata: {train: [a.jsonl, 'b/*.parquet'], columns: {answer: gold}}\n")
+    assert load_recipe(file).data.train == ["a.jsonl", "b/*.parquet"]
+    changed = load_recipe(file, ["data.train=[c.jsonl,hub:x/y]", "data.columns.prompt=problem", "data.eval=*.jsonl", "data.add_bos=false"])
+    assert changed.data.train == ["c.jsonl", "hub:x/y"] and changed.data.eval == "*.jsonl" and changed.data.add_bos is False
+    assert changed.data.columns == {"answer": "gold", "prompt": "problem"}
+    for override, reason in {
+        "data.columns.reply=x": r"data.columns is 'reply': must be a mapping of prompt or answer or response to text",
+        "data.columns=7": r"data.columns is 7: must be a mapping",
+        "data.add_bos=maybe": r"data.add_bos is 'maybe': must be auto or true or false",
+        "data.train=[]": r"data.train is \[\]: name a file",
+        "data.eval=[a.jsonl,'b/*.parquet']": r"data.eval is .*, the same as data.train",
+    }.items():
+        with pytest.raises(RecipeError, match=reason):
+            load_recipe(file, [override])
+
+
+def test_a_folder_of_several_splits_or_forms_is_not_guessed_at(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "test-0.jsonl"):
+        write(tmp_path / "splits" / name, ROWS)
+    with pytest.raises(RecipeError, match=r"a folder with files of several splits \(test, train\): say which are meant by a glob"):
+        answers(str(tmp_path / "splits"))
+    write(tmp_path / "forms" / "a.jsonl", ROWS), write(tmp_path / "forms" / "a.parquet", ROWS)
+    with pytest.raises(RecipeError, match=r"a folder with .jsonl and .parquet files"):
+        answers(str(tmp_path / "forms"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(RecipeError, match=r"a folder without .jsonl or .parquet files"):
+        answers(str(tmp_path / "none"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train-0.parquet").symlink_to("not downloaded")
+    with pytest.raises(RecipeError, match=r"a folder whose 'train-0.parquet' is not a file"):
+        answers(str(tmp_path / "broken"))
+    with pytest.raises(RecipeError, match=r"no .jsonl, .json or .parquet file has such a name"):
+        answers(str(tmp_path / "none" / "*.jsonl"))
+
+
+def test_a_json_file_may_be_one_array(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(ROWS, indent=2))
+    assert [place for place, _ in read_rows(str(tmp_path / "rows.json"), "data.train")] == [f"rows.json row {n}" for n in (1, 2, 3)]
+    (tmp_path / "rows.json").write_text("[1]")
+    with pytest.raises(RecipeError, match=r"rows.json row 1 is a int: it must be one JSON object"):
+        answers(str(tmp_path / "rows.json"))
+
+
+def test_byte_order_mark_carriage_returns_and_empty_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes("\ufeff".encode() + b'{"answer": 1}\r\n\r\n   \r\n{"answer": "\xe6\x95\xb0"}')
+    assert answers(str(tmp_path / "rows.jsonl")) == [1, "数"]
+
+
+# ---------------------------------------------------------------- wrong files
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("rows.csv", "unknown form of data; give a .jsonl, .json or .parquet file, a folder or a glob of them, hub:NAME[@SUBSET]"),
+        ("gsm8k", "unknown form of data"),
+        ("hub:", "unknown form of data"),
+        ("torn.parquet", "not a readable parquet file after row 0"),
+        ("reasoning_gym:chain_sun", "reasoning_gym has no task 'chain_sun': did you mean 'chain_sum'?"),
+        ("reasoning_gym:chain_sum:many", "SIZE must be a whole number above 0"),
+        ("reasoning_gym:chain_sum:0", "SIZE must be a whole number above 0"),
+        ("reasoning_gym:chain_sum:5:-1", "SEED one of at least 0"),
+        ("reasoning_gym:chain_sum:5:1:2", "SIZE must be a whole number above 0"),
+        ("reasoning_gym:chain_sum:٣", "SIZE must be a whole number above 0"),
+        ("reasoning_gym:chain_sum:1000000000000", "SIZE is at most 1,048,576"),
+        ("reasoning_gym:chain_sum:5:4294967296", "SEED is at most 4,294,967,295"),
+        ("reasoning_gym:pool_matrix:5:5000", "cannot be made with its default settings and this seed"),
+        ("reasoning_gym:composite:5", "cannot be made with its default settings"),
+    ],
+)
+def test_a_wrong_source_is_one_recipe_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("prompt,answer\n")
+    Path("torn.parquet").write_bytes(Path(write(tmp_path / "whole.parquet", ROWS)).read_bytes()[:-20])
+    with pytest.raises(RecipeError) as caught:
+        list(read_rows(source, "data.train"))
+    assert str(caught.value).startswith(f"data.train is {source!r}: ") and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parquet_rows_count_on_over_batches(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.parquet", [{"prompt": str(i)} for i in range(5000)])
+    places = [(place, row["prompt"]) for place, row in read_rows(source, "data.train")]
+    assert places == [(f"rows.parquet row {i + 1}", str(i)) for i in range(5000)]
+
+
+def odd_paths(folder: Path) -> dict[str, str]:
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "l1.jsonl").symlink_to("l2.jsonl"), (folder / "l2.jsonl").symlink_to("l1.jsonl")
+    (folder / "file").write_text("")
+    return {
+        str(folder / "pipe.jsonl"): "not a regular file",
+        "/dev/null": "unknown form of data",
+        str(folder / "l1.jsonl"): "Too many levels of symbolic links",
+        str(folder / ("z" * 300 + ".jsonl")): "File name too long",
+        str(folder / "a\0.jsonl"): "no path",
+        str(folder / "*\0.jsonl"): "no path",
+        str(folder / "file" / "rows.jsonl"): "no such file",
+        "~nobody-by-that-name/rows.jsonl": "no such file",
+        "": "unknown form of data",
+    }
+
+
+def test_odd_paths_are_one_line_and_nothing_waits(tmp_path: Path) -> None:
+    for source, reason in odd_paths(tmp_path).items():
+        if source:
+            Data(train=source, eval=source + "x")
+        with pytest.raises(RecipeError, match=f"^data.train is .*{reason}") as caught:
+            answers(source)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "half \\ud83d"}', "half of a surrogate pair"),
+        (b'{"other": ["\\uDC00"]}', "half of a surrogate pair"),
+        (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8"),
+        ("{}".encode("utf-16"), "not UTF-8"),
+        (b'{"x": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+        (b'{"x": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b"\0\0\0", "Expecting value"),
+        (b"null", "is a NoneType: it must be one JSON object"),
+        (b'"text"', "is a str: it must be one JSON object"),
+    ],
+)
+def test_a_line_that_cannot_travel_on_is_named(line: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": 1}\n' + line + b"\n")
+    with pytest.raises(RecipeError, match=f"^data.train: rows.jsonl line 2 .*{reason}"):
+        answers(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"answer": "\\ud83d\\ude00"}')
+    assert answers(str(tmp_path / "rows.jsonl")) == ["😀"]
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        file.truncate(LONGEST_LINE * 1000)  # a hole, which takes no room
+    with pytest.raises(RecipeError, match=r"rows.jsonl line 1 has over 64 MiB"):
+        answers(str(tmp_path / "rows.jsonl"))
+
+
+def test_what_arrow_cannot_hand_over_is_named_by_its_row(tmp_path: Path) -> None:
+    bad_text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(struct.pack("<3i", 0, 1, 2)), pyarrow.py_buffer(b"a\xff")]
+    )
+    late = pyarrow.array([0, 2**62], type=pyarrow.timestamp("us"))
+    for column in (bad_text, late):
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["?", "?"], "answer": column}), tmp_path / "rows.parquet")
+        with pytest.raises(RecipeError, match="not a readable parquet file after row 1; write it again"):
+            answers(str(tmp_path / "rows.parquet"))
+
+
+# ---------------------------------------------------------------- hub
+
+
+def test_hub_dataset_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` loads a local folder by the same call as a hub name."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", [{"prompt": f"{i}?", "answer": i} for i in range(3)])
+    write(folder / "test.jsonl", [{"prompt": "7?", "answer": 7}])
+    assert answers(f"hub:{folder}") == [0, 1, 2]
+    assert answers(f"hub:{folder}:test") == [7]
+    assert answers(f"hub:{folder}:train[:2]") == [0, 1]
+    files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "test"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    assert answers(f"hub:{folder}@test:train") == [7], "a subset's only split is called train"
+    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}"):
+        with pytest.raises(
+            RecipeError, match=r"^data.train is 'hub:.*: the dataset could not be loaded; check its name, subset, split and the network"
+        ):
+            answers(wrong)
+
+
+def test_hub_without_the_package_says_what_to_install() -> None:
+    script = (
+        "import sys; sys.modules['datasets'] = None; from megafork.data.sources import read_rows; next(read_rows('hub:a/b', 'data.eval'))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "RecipeError: data.eval is 'hub:a/b': the package `datasets` is missing; pip install 'megafork[hub]'" in result.stderr
+
+
+# ---------------------------------------------------------------- reasoning-gym
+
+
+def test_reasoning_gym_rows() -> None:
+    rows = [read_row(row, ("answer", "metadata"), {}) for _, row in read_rows("reasoning_gym:chain_sum:5:3", "data.train")]
+    assert len(rows) == 5 and all(row["metadata"]["source_dataset"] == "chain_sum" for row in rows)
+
+
+@pytest.mark.parametrize("task", ["word_ladder", "list_functions"])
+def test_reasoning_gym_rows_do_not_depend_on_the_process(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in the process that asks, the first would depend on Python's hash seed and the second on the global random state."""
+    made = []
+    for hash_seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
+        made.append(list(read_rows(f"reasoning_gym:{task}:10:3", "data.train")))
+    assert made[0] == made[1]
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megafork.data import tasks
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("task", "alike"), [("chain_sum", 3), ("knights_knaves", 0), ("countdown", 0), ("word_ladder", 0), ("pool_matrix", 0)]
+)
+def test_no_two_seeds_share_items_whatever_the_sizes(task: str, alike: int, tasks: Any) -> None:
+    """reasoning-gym alone draws item i from seed + i, and all of these would be shared. Of sums as short as 3 + 4 there are few."""
+    trained = {row["prompt"] for row in tasks.make(task, 300, 0)["rows"]}
+    for seed in (1, 7, 299):
+        held_out = [row["prompt"] for row in tasks.make(task, 50, seed)["rows"]]
+        assert sum(prompt in trained for prompt in held_out) <= alike, seed
+
+
+@pytest.mark.slow
+def test_every_tasks_own_answer_is_right_after_its_way_through_json(tasks: Any) -> None:
+    """Its own scorer alone gives some texts less, or has none to give; what it gives full marks has them here too."""
+    judged = 0
+    for task in sorted(tasks.DATASETS):
+        made = tasks.make(task, 3, 5)
+        if "rows" not in made:
+            assert task == "composite"
+            continue
+        items = list(made["rows"])
+        for item, line in zip(items, tasks._lines({"rows": items}), strict=True):
+            row = read_row(json.loads(line), ("answer", "metadata"), {})
+            assert row["answer"] == item["answer"]
+            entry = {"question": item["prompt"], "answer": item["answer"], "metadata": item["metadata"]}
+            score = 0.0 if item["answer"] is None else verifiers._scorer(task)(item["answer"].strip(), entry)
+            if score == 1.0 and "<answer>" not in item["answer"]:
+                judged += 1
+                assert verifiers.reasoning_gym(f"<answer>{item['answer']}</answer>", row) == 1.0, task
+    assert judged > 250
