@@ -21,6 +21,7 @@ from rich.console import Console
 from scipy import stats
 from task import make_task, write_recipe
 
+from megafork import launch
 from megafork.ablation.results import summarise
 from megafork.ablation.settings import Settings, Trial, check_begun
 from megafork.ablation.statistics import Paired, Spread, paired, spread
@@ -185,6 +186,28 @@ def test_held_out_prompts_that_changed_between_runs(recipes: list[str]) -> None:
     ):
         summarise(settings, trials, {})
     assert not Path(settings.out, "ablation.json").exists()
+
+
+def test_held_out_prompts_that_are_others_between_runs(recipes: list[str]) -> None:
+    """Recipes with other training data may have other held-out prompts left out, as many as they may be."""
+    settings = Settings.parse(recipes, "1", "out")
+    trials = settings.trials()
+    for trial, problems in zip(trials, ("aa", "bb"), strict=True):
+        write_run(trial, [0.0, 0.5], [0.5, 0.5])
+        [file] = (trial.recipe.run_folder / "evaluations").iterdir()
+        file.write_text(json.dumps({**json.loads(file.read_text()), "problems": problems}))
+    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered other prompts"):
+        summarise(settings, trials, {})
+
+
+def test_recipes_whose_held_out_prompts_would_differ_are_refused_before_any_trains(recipes: list[str], tmp_path: Path) -> None:
+    make_task(tmp_path)
+    held_out = (tmp_path / "held_out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text() + held_out[0])
+    Path("all.yaml").write_text(f"extends: top.yaml\ndata: {{train: {tmp_path / 'more.jsonl'}}}\n")
+    with pytest.raises(RecipeError, match=r"^data.eval shares prompts with data.train, and not the same ones in top and all"):
+        launch.ablate(Settings.parse(recipes, "1", "out"))
+    assert not Path("out").exists()
 
 
 def test_one_seed_and_a_reference_that_failed(recipes: list[str]) -> None:

@@ -380,7 +380,8 @@ def test_a_supervised_row_repeats_another_only_with_its_response(tokenizer: Toke
 def test_held_out_prompts_count_once_and_not_if_they_are_trained_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", [{"prompt": f"{n}?", "answer": n} for n in range(3)])
     held_out = write(tmp_path / "held.jsonl", [{"prompt": f"{n}?", "answer": n} for n in (2, 3, 3, 4, 0)])
-    data, remarks = Data(train=train, eval=held_out, deduplicate=False), []
+    data = Data(train=train, eval=held_out, deduplicate=False)
+    remarks: list[str] = []
     trained = load_prompts(train, data, tokenizer)
     held = load_prompts(held_out, data, tokenizer, field="data.eval", remark=remarks.append)
     left = without_training_prompts(held, trained, held_out, remarks.append)

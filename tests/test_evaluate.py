@@ -217,10 +217,60 @@ def test_files_of_the_hubs_schemas(ending: str, task: Path, tmp_path: Path) -> N
     data = Data(train="unused", max_prompt_length=8)
     found = load_benchmarks((*words,), data, limit=None, needs=("answer",), tokenizer=tokenizer)
     assert [benchmark.name for benchmark in found] == list(SCHEMAS)
-    assert [len(benchmark.problems) for benchmark in found] == [2, 2, 2, 2], "a benchmark keeps its size"
-    assert [benchmark.problems[0].row["answer"] for benchmark in found] == ["2", 2.0, "2", "1, 2"]
-    assert {benchmark.problems[1].text for benchmark in found} == {"max 1 2 ="}
+    assert [len(benchmark.problems) for benchmark in found] == [1, 1, 1, 1]
+    assert [benchmark.problems[0].row["answer"] for benchmark in found] == ["2", "2", "2", "1, 2"]
+    assert {benchmark.problems[0].text for benchmark in found} == {"max 1 2 ="}
     assert len(KNOWN) == 6 and all(source.startswith("hub:") for source in KNOWN.values())
+
+
+def test_a_problem_that_a_file_repeats_is_one_problem(task: Path, tmp_path: Path) -> None:
+    """verl's aime-2024.parquet has each of the 30 problems 32 times: they say no more about other problems than 30 rows do."""
+    rows = [{"prompt": f"max {a} 4 =", "answer": str(max(a, 4))} for a in range(6)]
+    other = {"prompt": "max 0 4 =", "answer": "0"}
+    words = ("once=" + _rows(tmp_path / "once.jsonl", rows), "x32=" + _rows(tmp_path / "x32.jsonl", [*rows * 32, other]))
+    remarks: list[str] = []
+    tokenizer = load_tokenizer(str(task / "model"))
+    once, many = load_benchmarks(words, Data(train="unused"), limit=None, needs=("answer",), tokenizer=tokenizer, remark=remarks.append)
+    assert [(p.text, p.row["answer"]) for p in many.problems[:6]] == [(p.text, p.row["answer"]) for p in once.problems]
+    assert len(many.problems) == 7, "the same prompt with another answer is another problem"
+    assert remarks == ["--benchmarks x32: 186 of 193 rows repeat a prompt with its answer and do not count again"]
+
+
+def test_a_benchmark_is_a_folder_or_a_glob_too(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    for n in range(2):
+        _rows(tmp_path / f"mine/test-{n}.parquet", [{"problem": f"max {n} 4 =", "gold": "4"}])
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(str(task / "model"))
+    for word, name in (("mine", "mine"), ("mine/", "mine"), ("m=mine/test-*.parquet", "m"), (str(tmp_path / "mine"), "mine")):
+        [found] = load_benchmarks(
+            (word,), Data(train="unused", columns={"answer": "gold"}), limit=None, needs=("answer",), tokenizer=tokenizer
+        )
+        assert (found.name, [p.row["answer"] for p in found.problems]) == (name, ["4", "4"])
+
+
+def test_prompts_are_encoded_as_the_options_say(task: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(task / "model", tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"bos_token": "max", "chat_template": "{{ messages[0].content }}{% if short %} 1{% endif %}"})
+    )
+    odd = _rows(tmp_path / "odd.jsonl", [{"task": "1 2 =", "gold": 2}])
+    asked = {"model": str(model), "benchmarks": (odd,), "columns": "{prompt: task, answer: gold}"}
+
+    def prompt(**options: Any) -> tuple[str, int]:
+        problem = prepare(_settings(task, **asked, **options)).benchmarks[0].problems[0]
+        return problem.text, problem.tokens.count(1)
+
+    assert prompt() == ("1 2 =", 0) and prompt(add_bos="true") == ("1 2 =", 1)
+    assert prompt(template="chat", chat_template_args="{short: true}") == ("1 2 = 1", 0)
+    for options, message in (
+        ({"chat_template_args": "{short: true}"}, r"--chat-template-args is \{'short': True\} but --template is '{prompt}'"),
+        ({"template": "chat", "chat_template_args": "{long: true}"}, "--chat-template-args has 'long', which the chat template of"),
+        ({"add_bos": "perhaps"}, "--add-bos is 'perhaps': must be auto or true or false"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            prompt(**options)
 
 
 def test_templates_are_the_papers_and_qwens(task: Path, tmp_path: Path) -> None:
@@ -304,8 +354,8 @@ def test_wrong_files(task: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("")
     for changes, message in (
-        ({"benchmarks": (unanswered,)}, r"--benchmarks mine: problem 2 of .* has no answer \(its fields: question, level, prompt\)"),
-        ({"model": str(other)}, "tokenizer has 14 tokens but the model only 13: they are of different vocabularies"),
+        ({"benchmarks": (unanswered,)}, r"--benchmarks mine: mine.jsonl line 2 has no answer \(its fields: question, level\)"),
+        ({"model": str(other)}, "its tokenizer has ids up to 13 but the model only 13 tokens: give a folder"),
         ({"model": str(mute)}, "the folder has no tokenizer"),
         ({"model": str(tmp_path / "run")}, "it has neither a config.json nor checkpoints; give"),
     ):

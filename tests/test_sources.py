@@ -88,7 +88,8 @@ def test_a_folder_of_several_splits_or_forms_is_not_guessed_at(tmp_path: Path) -
         write(tmp_path / "splits" / name, ROWS)
     with pytest.raises(RecipeError, match=r"a folder with files of several splits \(test, train\): say which are meant by a glob"):
         answers(str(tmp_path / "splits"))
-    write(tmp_path / "forms" / "a.jsonl", ROWS), write(tmp_path / "forms" / "a.parquet", ROWS)
+    write(tmp_path / "forms" / "a.jsonl", ROWS)
+    write(tmp_path / "forms" / "a.parquet", ROWS)
     with pytest.raises(RecipeError, match=r"a folder with .jsonl and .parquet files"):
         answers(str(tmp_path / "forms"))
     (tmp_path / "none").mkdir()
@@ -155,7 +156,8 @@ def test_parquet_rows_count_on_over_batches(tmp_path: Path) -> None:
 
 def odd_paths(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "pipe.jsonl")
-    (folder / "l1.jsonl").symlink_to("l2.jsonl"), (folder / "l2.jsonl").symlink_to("l1.jsonl")
+    (folder / "l1.jsonl").symlink_to("l2.jsonl")
+    (folder / "l2.jsonl").symlink_to("l1.jsonl")
     (folder / "file").write_text("")
     return {
         str(folder / "pipe.jsonl"): "not a regular file",
