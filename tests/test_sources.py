@@ -84,10 +84,12 @@ def test_a_list_comes_from_a_recipe_and_from_an_override(tmp_path: Path) -> None
 
 
 def test_a_folder_of_several_splits_or_forms_is_not_guessed_at(tmp_path: Path) -> None:
-    for name in ("train-0.jsonl", "test-0.jsonl"):
-        write(tmp_path / "splits" / name, ROWS)
-    with pytest.raises(RecipeError, match=r"a folder with files of several splits \(test, train\): say which are meant by a glob"):
-        answers(str(tmp_path / "splits"))
+    for one, other in (("train-0.jsonl", "test-0.jsonl"), ("math_train.jsonl", "Math_TEST.jsonl"), ("0.test.jsonl", "0.train.jsonl")):
+        folder = tmp_path / one.split(".")[0]
+        write(folder / one, ROWS)
+        write(folder / other, ROWS)
+        with pytest.raises(RecipeError, match=r"a folder with files of several splits \(test, train\): say which are meant by a glob"):
+            answers(str(folder))
     write(tmp_path / "forms" / "a.jsonl", ROWS)
     write(tmp_path / "forms" / "a.parquet", ROWS)
     with pytest.raises(RecipeError, match=r"a folder with .jsonl and .parquet files"):

@@ -23,7 +23,7 @@ LONGEST_LINE = 64 * 2**20
 """Bytes of a line of JSON. A longer one is no row but a file of another form."""
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _IN_FOLDERS = (".jsonl", ".parquet")  # a folder's .json files mostly describe it
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _BOM = b"\xef\xbb\xbf"
 _UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError, NotImplementedError)
 
@@ -83,11 +83,11 @@ def _of_folder(folder: Path, named: str) -> list[Path]:
     for path in inside:
         if not stat.S_ISREG(_mode(path, f"{named}, with {path.name!r}") or 0):
             raise RecipeError(f"{named}, a folder whose {path.name!r} is not a file: restore it, or name the files by a glob")
-    splits = sorted({match[1] for path in inside if (match := _SPLIT.match(path.stem.lower()))})
+    splits = sorted({match[1] for path in inside if (match := _SPLIT.search(path.stem.lower()))})
     if len(splits) > 1:
         raise RecipeError(
             f"{named}, a folder with files of several splits ({', '.join(splits)}): say which are meant by a glob such as "
-            f"{folder / (splits[0] + '*')}"
+            f"{folder / f'*{splits[0]}*'}"
         )
     if len({path.suffix for path in inside}) > 1:
         raise RecipeError(f"{named}, a folder with .jsonl and .parquet files: say which are meant by a glob such as *.parquet")

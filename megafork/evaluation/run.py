@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megafork.data.reward import Verifiers
+from megafork.data.tokenizer import Tokenizer
 from megafork.evaluation.judge import Answered, Judged, judge
 from megafork.evaluation.metrics import estimate, majority_at, pass_at
 from megafork.evaluation.work import Work
@@ -31,7 +32,7 @@ def score(work: Work) -> Results:
     rows = []
     with Verifiers(work.reward) as verifiers:
         for decoding in settings.decodings:
-            responses = _responses(job, work.sampling(decoding))
+            responses = _responses(job, work.sampling(decoding), work.tokenizer)
             for benchmark in work.benchmarks:
                 given = [responses[prompt_key(problem.tokens)] for problem in benchmark.problems]
                 judged = judge(benchmark.problems, given, verifiers, settings.verifier)
@@ -45,11 +46,12 @@ def score(work: Work) -> Results:
     return results
 
 
-def _responses(job: SampleJob, sampling: Sampling) -> dict[str, list[Answered]]:
-    """Of each prompt, in the order of the samples; more samples than asked for may be there."""
+def _responses(job: SampleJob, sampling: Sampling, tokenizer: Tokenizer) -> dict[str, list[Answered]]:
+    """Of each prompt, in the order of the samples; more samples than asked for may be there. Their text is that of their tokens: what an
+    older version wrote lacked special tokens."""
     samples = range(job.samples)
     there = {
-        (row["prompt"], row["sample"]): Answered(row["text"], len(row["tokens"]), row["truncated"])
+        (row["prompt"], row["sample"]): Answered(tokenizer.decode(row["tokens"]), len(row["tokens"]), row["truncated"])
         for row in job.store(sampling).rows()
         if row["prompt"] in job.prompts and row["sample"] in samples
     }
