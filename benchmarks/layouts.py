@@ -21,8 +21,8 @@ from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe
 from megafork.rl.batch import Response
 from megafork.shape import read_shape
+from megafork.train.learner import Learner
 from megafork.train.sft import cross_entropy, place
-from megafork.train.update import Learner
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy
 
@@ -85,7 +85,7 @@ def _cost(spec: Recipe, name: str, count: int, longest: int, repeats: int) -> tu
     shape = read_shape(folder)
     chunks = build_policy(shape, spec, mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    learner = Learner(chunks, spec, mesh, updates=100, temperature=1.0)
+    learner = Learner(chunks, spec, mesh, updates=100)
     micros = place(_responses(count, longest), spec, mesh)
     times = interleaved({name: lambda: learner.train(micros, cross_entropy)}, repeats)
     held = sum(p.numel() for chunk in chunks for p in chunk.parameters()) * 8  # fp32 weights and gradients

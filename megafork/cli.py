@@ -223,13 +223,18 @@ def ablate(
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe to check this machine for.")] = None, as_json: Json = False
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe to check this machine for.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
-    """What this machine has, and what each missing part costs."""
-    checked = load_recipe(recipe) if recipe else None
-    from megafork.doctor import can_run, examine, render
+    """What this machine has, what each missing part costs, and whether a recipe can run here."""
+    checked = load_recipe(recipe, overrides) if recipe else None
+    from megafork import launch
+    from megafork.doctor import can_run, examine, of_inputs, render
 
     findings = examine(checked)
+    if checked and can_run(findings) and launch.is_here(checked):
+        findings.append(of_inputs(launch.refusals(checked)))
     console.print(render(findings))
     runs = can_run(findings)
     _finish(as_json, can_run=runs, findings=[vars(finding) for finding in findings])

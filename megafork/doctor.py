@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,13 +22,12 @@ from rich.table import Table
 
 from megafork.data.hub import is_hub_name
 from megafork.data.row_files import data_files
+from megafork.ranks import GB_A_CPU_RANK
 from megafork.recipe import Recipe, RecipeError
-from megafork.recipe.data import Source
+from megafork.recipe.data import listed
 
 PYTHON = ">=3.11"
 MEGATRON = ">=0.16.1,<0.20"
-GB_A_CPU_RANK = 0.8
-"""Memory that Python, torch, megatron-core and vLLM take in a rank before any model, measured without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,15 @@ class Finding:
 def examine(recipe: Recipe | None = None) -> list[Finding]:
     """Look at this machine, and at what `recipe` needs from it when one is given. Never raises for something missing; takes 1-2 s."""
     return [*_software(), *_machine(), *(_for_recipe(recipe) if recipe else [])]
+
+
+def of_inputs(refused: Mapping[str, str]) -> Finding:
+    """What reading model and data found. `refused`: of each command that would refuse the recipe, why. A recipe is for one of the two."""
+    if "train" not in refused:
+        return Finding("recipe", "model, tokenizer, data and layout fit", True, "")
+    if "sft" not in refused:
+        return Finding("recipe", "model, tokenizer, data and layout fit for sft", True, "")
+    return Finding("recipe", "refused", False, refused["train"], needed=True)
 
 
 def can_run(findings: Iterable[Finding]) -> bool:
@@ -99,8 +107,8 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         _ranks(recipe),
         _memory(recipe),
         _model(recipe.model.path),
-        *(_data("data.train", source) for source in _each(recipe.data.train)),
-        *(_data("data.eval", source) for source in _each(recipe.data.eval)),
+        *(_data("data.train", source) for source in listed(recipe.data.train)),
+        *(_data("data.eval", source) for source in listed(recipe.data.eval)),
         *_verifier(recipe.reward.verifier),
         *map(_server, recipe.rollout.servers),
         *_wandb(recipe.log.wandb),
@@ -158,10 +166,6 @@ def _data(field: str, source: str) -> Finding:
     except RecipeError as error:
         return Finding(field, None, False, str(error), needed=True)
     return Finding(field, source if len(files) == 1 else f"{source}: {len(files)} files", True, "", needed=True)
-
-
-def _each(source: Source | None) -> list[str]:
-    return [source] if isinstance(source, str) else source or []
 
 
 def _verifier(verifier: str) -> list[Finding]:

@@ -11,6 +11,7 @@ from megafork import ranks
 from megafork.compat import noise
 from megafork.ranks import DONE, FAILED
 from megafork.recipe import Recipe, RecipeError
+from megafork.recipe.data import listed
 from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from megafork.weights.named import NamedModel
 
 Command = Literal["train", "sft"]
+COMMANDS: tuple[Command, ...] = ("train", "sft")
 
 
 def run(command: Command, recipe: Recipe) -> int:
@@ -40,6 +42,8 @@ def run(command: Command, recipe: Recipe) -> int:
     recipe = _with_local_model(recipe)
     joined = ranks.joined()
     world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
+    if not joined:
+        check_room(world)
     inputs, done = preflight(command, recipe, world)
     if done >= recipe.train.steps and not _unfinished(recipe):
         ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
@@ -131,6 +135,45 @@ def analyze(settings: StudySettings) -> tuple[int, StudyResults | None]:
     results = analyse(work)
     write_page(work, results)
     return DONE, results
+
+
+def is_here(recipe: Recipe) -> bool:
+    """Whether model and data can be read without a network."""
+    return Path(recipe.model.path).expanduser().is_dir() and not any(
+        source.startswith("hub:") for source in (*listed(recipe.data.train), *listed(recipe.data.eval))
+    )
+
+
+def refusals(recipe: Recipe) -> dict[str, str]:
+    """Why `megafork train`, and why `megafork sft`, would refuse the recipe here; without those that would not."""
+    noise.silence()
+    refused: dict[str, str] = {}
+    for command in COMMANDS:
+        try:
+            world = _ranks_here(recipe)
+            check_room(world)
+            preflight(command, _with_local_model(recipe), world)
+        except RecipeError as error:
+            refused[command] = str(error)
+    return refused
+
+
+def check_room(world: int) -> None:
+    """Refuse more ranks than this machine has GPUs or, without any, memory for."""
+    import psutil
+    import torch
+
+    which, elsewhere = (
+        f"run.ranks (or parallel.tp x pp x cp) is {world}",
+        "start fewer, or start them on more machines by Slurm or torchrun",
+    )
+    gpus, memory = torch.cuda.device_count(), psutil.virtual_memory().total / 1e9
+    if gpus and world > gpus:
+        raise RecipeError(f"{which}, but this machine has {gpus} GPUs: {elsewhere}")
+    if not gpus and world * ranks.GB_A_CPU_RANK > memory:
+        raise RecipeError(
+            f"{which}: so many ranks take {world * ranks.GB_A_CPU_RANK:.0f} GB to start and this machine has {memory:.0f} GB: {elsewhere}"
+        )
 
 
 def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:

@@ -30,6 +30,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 Job = Callable[[], int]
 """The work of a rank: joins the others, returns an exit code. Of a module's functions and plain values, so that it can be pickled."""
 _LAUNCHER = "MEGAFORK_LAUNCHER"
+GB_A_CPU_RANK = 0.8
+"""Memory that Python, torch, megatron-core and vLLM take in a rank before any model, measured without a GPU."""
 _STOP_LIMIT_S = 5
 """How long a rank may take to end after SIGTERM before it is killed."""
 

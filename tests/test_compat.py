@@ -34,8 +34,8 @@ from megafork.recipe import Recipe
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.rollout.engine import Request, Sampling, request_seed
 from megafork.shape import read_shape
+from megafork.train.learner import Learner
 from megafork.train.sft import cross_entropy, place
-from megafork.train.update import Learner
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy
@@ -128,7 +128,7 @@ def _learner(spec: Recipe) -> tuple[Learner, Mesh]:
     shape = read_shape(folder)
     chunks = build_policy(shape, spec, mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    return Learner(chunks, spec, mesh, updates=9, temperature=1.0), mesh
+    return Learner(chunks, spec, mesh, updates=9), mesh
 
 
 def _raised(function: Any, *args: Any, **kwargs: Any) -> str:

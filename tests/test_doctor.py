@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from command import megafork
 from packaging.requirements import Requirement
 from rich.console import Console
+from task import make_task, write_recipe
 
 from megafork.doctor import MEGATRON, PYTHON, Finding, can_run, examine, render
 from megafork.recipe import Recipe
@@ -81,7 +84,7 @@ def test_a_recipe_that_fits_can_run(model: Path) -> None:
         ({"data": {"train": "/no/such.jsonl"}}, "data.train", "'/no/such.jsonl': no such file"),
         ({"data": {"eval": "/no/such.parquet"}}, "data.eval", "'/no/such.parquet': no such file"),
         ({"reward": {"verifier": "/no/such.py:score"}}, "reward.verifier", "no such file"),
-        ({"run": {"ranks": 100_000}}, "memory for the ranks", "they need 80000.0 GB"),
+        ({"run": {"ranks": 1000}}, "memory for the ranks", "they need 800.0 GB"),
     ],
 )
 def test_a_recipe_that_cannot_run_names_field_and_mend(model: Path, sections: dict[str, dict[str, Any]], name: str, mend: str) -> None:
@@ -123,6 +126,25 @@ def test_servers_are_looked_for_and_not_needed_yet(model: Path) -> None:
     servers = [finding for finding in findings if finding.name == "rollout.servers"]
     assert [finding.ok for finding in servers] == [True, False] and "http://127.0.0.1:1 does not answer" in servers[1].cost
     assert can_run(without_vllm(findings)), "rollout.tp is the servers' alone"
+
+
+def test_what_train_refuses_the_doctor_refuses_too(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    write_recipe(tmp_path)
+    (tmp_path / "no_answers.jsonl").write_text('{"prompt": "max 1 2 =", "response": "2"}\n')
+
+    def refused(*overrides: str) -> str | None:
+        checked = megafork("doctor", "recipe.yaml", *overrides, "--json", cwd=tmp_path)
+        finding = json.loads(checked.stdout.splitlines()[-1])["findings"][-1]
+        assert finding["name"] == "recipe" and checked.returncode == (0 if finding["ok"] else 1)
+        return None if finding["ok"] else finding["cost"]
+
+    assert refused() is None
+    assert refused("data.train=no_answers.jsonl", "data.eval=null") is None  # for sft
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "max 1 2 ="}\n')
+    assert "data.train: prompts.jsonl line 1 has no answer" in str(refused("data.train=prompts.jsonl"))
+    assert "parallel.pp is 3" in str(refused("parallel.pp=3"))
+    assert megafork("doctor", "recipe.yaml", "train.stps=3", cwd=tmp_path).returncode == 2
 
 
 def test_table_shows_each_finding_with_its_cost_as_it_is_written() -> None:

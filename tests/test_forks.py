@@ -19,13 +19,12 @@ from torch import Tensor
 
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
-from megafork.parallel.quantile import Threshold
 from megafork.recipe import Forks, Recipe
 from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.forks import ForkGroups, select_forks
+from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.packing import pack
 from megafork.shape import read_shape
-from megafork.train.update import Learner
+from megafork.train.learner import Learner
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy
 
@@ -59,7 +58,7 @@ def entropies_of(responses: list[Response], *, seed: int = 1) -> dict[Name, Tens
 
 def select(
     micros: list[MicroBatch], groups: ForkGroups, entropies: dict[Name, Tensor], cases: list[Forks]
-) -> list[tuple[Threshold, dict[Token, bool]]]:
+) -> list[tuple[Selection, dict[Token, bool]]]:
     """Each setting's threshold, and the masks of this rank by token."""
     for micro in micros:
         micro.entropy = spread(micro, entropies)
@@ -73,7 +72,7 @@ def select(
 
 def select_on(
     layout: Layout, responses: list[Response], entropies: dict[Name, Tensor], cases: list[Forks]
-) -> list[tuple[Threshold, dict[Token, bool]]]:
+) -> list[tuple[Selection, dict[Token, bool]]]:
     """Each setting's threshold, which must be the same on every rank, and the masks of all ranks together."""
     ranks = on_layout(layout, select, responses, entropies, cases)
     answers = []
@@ -214,8 +213,8 @@ def _masks_at_temperature(spec: Recipe, responses: list[Response], temperature: 
     shape, folder = read_shape(Path(spec.model.path)), Path(spec.model.path)
     chunks = build_policy(shape, spec, mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    micro = pack(responses)
-    Learner(chunks, spec, mesh, updates=1, temperature=temperature).score([micro])
+    micro = pack(responses, temperature=temperature)
+    Learner(chunks, spec, mesh, updates=1).score([micro])
     threshold = select_forks([micro], spec.forks, ForkGroups(), seed=SEED, step=STEP)
     return micro.entropy, micro.mask, threshold.tau
 

@@ -64,7 +64,9 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
     for ids, wide in zip(tokens, padded, strict=True):
         wanted.append(torch.arange(start, start + len(ids)))
         start += len(wide)
-    request = HeadRequest(torch.cat(wanted), torch.cat([ids.roll(-1) for ids in tokens]), temperature=0.7)
+    request = HeadRequest(
+        torch.cat(wanted), torch.cat([ids.roll(-1) for ids in tokens]), temperature=torch.full((sum(map(len, wanted)),), 0.7)
+    )
     packing = PackedSequences.of([len(ids) for ids in padded], torch.device("cpu"))
     exported = dict(export_policy(chunks, shape, mesh))
     if mesh.is_rank_zero:

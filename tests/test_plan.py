@@ -40,10 +40,10 @@ from megafork.plan.table import render
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rl.batch import MicroBatch, Response
+from megafork.rl.loss import policy_loss
 from megafork.rl.packing import packer
 from megafork.shape import Shape, read_shape
-from megafork.train.loop import policy_loss
-from megafork.train.update import Learner
+from megafork.train.learner import Learner
 from megafork.weights.convert import megatron_to_hf
 from megafork.weights.mapping import huggingface_shapes
 from megafork.weights.reshard import Reshard, needed
@@ -77,7 +77,7 @@ def really_held(spec: Recipe, shape: Shape) -> tuple[int, int, int, int]:
     """Parameters, and bytes of weights, gradients and optimizer state, counted on a rank's storage."""
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     chunks = build_policy(shape, spec, mesh)
-    learner = Learner(chunks, spec, mesh, updates=1, temperature=1.0)
+    learner = Learner(chunks, spec, mesh, updates=1)
     buffers = [buffer for chunk in learner.model for buffer in chunk.buffers]
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for chunk in chunks for p in chunk.parameters()}
     inner = list(getattr(learner.optimizer, "chained_optimizers", [learner.optimizer]))
@@ -158,7 +158,7 @@ def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
     for number in range(RESPONSES):
         prompt, answer = (torch.randint(0, 500, (n,), generator=generator, dtype=torch.int32) for n in (32, TOKENS // RESPONSES - 31))
         responses.append(Response(0, number, 0, prompt, answer, torch.zeros(len(answer)), False, advantage=1.0))
-    micro = packer(spec, mesh)(responses)
+    micro = packer(spec, mesh, temperature=spec.rollout.temperature)(responses)
     count = len(micro.positions)
     micro.old_log_prob, micro.entropy = torch.zeros(count), torch.zeros(count)
     micro.mask = torch.arange(count) % 5 == 0
@@ -172,7 +172,7 @@ def learner_and_micros(spec: Recipe, count: int) -> tuple[Learner, list[MicroBat
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.normal_(0.0, 0.02)
-    return Learner(chunks, spec, mesh, updates=9, temperature=1.0), [micro_batch(spec, mesh, n) for n in range(count)]
+    return Learner(chunks, spec, mesh, updates=9), [micro_batch(spec, mesh, n) for n in range(count)]
 
 
 def forward_backward(learner: Learner, micros: list[MicroBatch], spec: Recipe) -> None:
@@ -182,7 +182,7 @@ def forward_backward(learner: Learner, micros: list[MicroBatch], spec: Recipe) -
 
     for chunk in learner.model:
         chunk.zero_grad_buffer()
-    learner._run(micros, loss, temperature=1.0, forward_only=False, everywhere=False)
+    learner._run(micros, loss, forward_only=False, everywhere=False)
 
 
 def really_allocated(spec: Recipe, count: int) -> int:

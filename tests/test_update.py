@@ -87,6 +87,30 @@ def test_three_steps_equal_the_float64_reference(layout: str, tied: bool, wanted
     compare(on_ranks(world, train_on_rank, specs(folder, sections)), expected, plain)
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "as the paper words it": {"forks": {"entropy_from": "current"}},
+    "one threshold a step": {"forks": {"scope": "batch"}},
+    "as the authors' code": {
+        "forks": {"scope": "microbatch", "entropy_from": "current"},
+        "loss": {"dual_clip": 1.05, "reduction": "official"},
+    },
+    "a mean per response over all its tokens": {"forks": {"normalize_by": "response"}, "loss": {"reduction": "seq-mean"}},
+    "all tokens in the denominator": {"forks": {"normalize_by": "response"}, "rollout": {"temperature": 1.5}},
+}
+
+
+@pytest.mark.parametrize("layout", ["TP2 SP", "DP2", "PP2 VPP2", "CP2"])
+def test_every_switch_equals_the_reference_in_every_layout(layout: str, wanted: Any) -> None:
+    folder, plain, _ = wanted(True)
+    world, sections = LAYOUTS[layout]
+    base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
+    every = [recipe(folder, **base, **switches, **sections) for switches in SWITCHES.values()]
+    expected = [reference(spec, dp=2 if layout == "DP2" else 1) for spec in every]
+    compare(on_ranks(world, train_on_rank, every), expected)
+    for name, result in zip(SWITCHES, expected, strict=True):
+        assert result["history"][-1]["loss/policy"] != pytest.approx(plain[0]["history"][-1]["loss/policy"]), f"{name!r} changes something"
+
+
 def test_truncated_importance_sampling_equals_the_reference(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m")
     pair = specs(folder, {"loss": {"importance_cap": 2.0}, "parallel": {"cp": 2}})
@@ -120,8 +144,8 @@ def _neighbour_labels() -> None:
     """Labels by shifting each CP rank's own tokens: wrong at the edges of its chunks, where the next token is another rank's."""
     from megafork.rl.packing import packer
 
-    def planted(spec: Any, mesh: Any) -> Any:
-        pack = packer(spec, mesh)
+    def planted(spec: Any, mesh: Any, *, temperature: float) -> Any:
+        pack = packer(spec, mesh, temperature=temperature)
 
         def shifted(responses: list[Any]) -> Any:
             micro = pack(responses)

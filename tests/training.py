@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,16 @@ from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe, Rollout
 from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.forks import ForkGroups, select_forks
-from megafork.rl.loss import set_weights
-from megafork.rl.packing import packer, placement
-from megafork.rollout.temperature import fork_temperature
+from megafork.rl.packing import packer, placement, plan
 from megafork.shape import read_shape
-from megafork.train.loop import policy_loss
-from megafork.train.summary import entropy_metrics, update_metrics
-from megafork.train.update import Learner
+from megafork.train.clock import Clock
+from megafork.train.learner import Learner
+from megafork.train.update import update_policy
 from megafork.weights import policy_weights
 from megafork.weights.huggingface import HuggingFaceWeights
 
+Masks = dict[tuple[int, int], torch.Tensor]
+"""Of each response's tokens, by (group, sample)."""
 STEPS = 3
 GROUPS = ((0, 1), (2,))
 """Which prompts make each mini-batch."""
@@ -54,37 +52,25 @@ class Rig:
         self.shape = read_shape(folder)
         chunks = build_policy(self.shape, spec, self.mesh)
         policy_weights.load_policy(chunks, HuggingFaceWeights(folder), self.shape, self.mesh)
-        self.learner = Learner(
-            chunks, spec, self.mesh, updates=100, temperature=spec.rollout.temperature, forks=fork_temperature(spec.rollout)
-        )
-        self.groups = ForkGroups(self.mesh.token_group, self.mesh.cp_group)
+        self.learner = Learner(chunks, spec, self.mesh, updates=100)
         self.every = responses()
 
     def minibatches(self) -> Iterator[list[MicroBatch]]:
-        pack = packer(self.spec, self.mesh)
+        pack = packer(self.spec, self.mesh, temperature=self.spec.rollout.temperature)
         for groups in GROUPS:
             members = [r for r in self.every if r.group in groups]
             placed = placement([r.length for r in members], self.spec, self.mesh)[self.mesh.dp_rank]
             yield [pack([members[n] for n in micro]) for micro in placed]
 
     def step(self, number: int) -> tuple[dict[str, float], dict[tuple[int, ...], bool]]:
-        """The step of `train.loop.Trainer` on the fixed batch: its metrics, and the mask of the tokens that this rank holds."""
+        """The update of `train.loop.Trainer.step` on the fixed batch: its metrics, and the mask of the tokens that this rank holds."""
         minibatches = list(self.minibatches())
-        everything = list(itertools.chain(*minibatches))
-        self.learner.score(everything)
-        metrics = entropy_metrics(everything, self.groups, self.mesh)
-        thresholds, updates, masks = [], [], {}
-        for mini in minibatches:
-            if self.mesh.is_last_stage:
-                thresholds.append(select_forks(mini, self.spec.forks, self.groups, seed=1, step=number))
-                set_weights(mini, self.spec.forks, self.spec.loss, self.groups)
-                for micro in mini:
-                    masks.update(_by_token(micro, number))
-            updates.append(self.learner.train(mini, partial(policy_loss, loss=self.spec.loss)))
-        from megafork.parallel.reduce import from_last_stage
-
-        thresholds = from_last_stage(thresholds, self.mesh)
-        return metrics | update_metrics(everything, thresholds, updates, self.mesh), masks
+        metrics = update_policy(self.learner, minibatches, self.spec, step=number, clock=Clock())
+        masks: dict[tuple[int, ...], bool] = {}
+        if self.mesh.is_last_stage:
+            for micro in itertools.chain(*minibatches):
+                masks.update(_by_token(micro, number))
+        return metrics, masks
 
     def weights(self) -> dict[str, torch.Tensor]:
         self.learner.settle()
@@ -109,8 +95,9 @@ def _by_token(micro: MicroBatch, step: int) -> dict[tuple[int, ...], bool]:
     return {(step, g, s, int(o)): bool(m) for (g, s, o), m in zip(names, micro.mask, strict=True)}
 
 
-def reference(spec: Recipe) -> dict[str, Any]:
-    """The same steps in float64 on transformers with torch's AdamW."""
+def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
+    """The same steps in float64 on transformers with torch's AdamW. `dp` counts where micro-batches do: `scope: microbatch`,
+    `reduction: official`."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, dtype=torch.float64, attn_implementation="eager")
@@ -123,41 +110,87 @@ def reference(spec: Recipe) -> dict[str, Any]:
     every, history, masks = responses(), [], {}
     for step in range(STEPS):
         with torch.no_grad():
-            old = {(r.group, r.sample): _score_as_drawn(model, r, spec.rollout) for r in every}
-        updates = []
+            old = {_name(r): _score_as_drawn(model, r, spec.rollout) for r in every}
+        entropies = {name: entropy for name, (*_, entropy) in old.items()}
+        batch_tau = _tau([entropies[_name(r)] for r in every], spec)
+        updates: list[tuple[float, ...]] = []
         for groups_ in GROUPS:
-            members = [r for r in every if r.group in groups_]
-            entropies = torch.cat([old[r.group, r.sample][2] for r in members])
-            k = math.ceil(len(entropies) * round(spec.forks.top_entropy_quantile * 1000) / 1000)
-            tau = entropies.sort(descending=True).values[k - 1]
-            total = int((entropies >= tau).sum())
+            micros = _micro_batches([r for r in every if r.group in groups_], spec, dp)
+            if spec.forks.entropy_from == "current" and updates:
+                with torch.no_grad():
+                    entropies |= {_name(r): _score_as_drawn(model, r, spec.rollout)[2] for micro in micros for r in micro}
+            taus = [batch_tau] * len(micros)
+            if spec.forks.scope != "batch":
+                shared = [list(itertools.chain(*micros))] * len(micros) if spec.forks.scope == "minibatch" else micros
+                taus = [_tau([entropies[_name(r)] for r in members], spec) for members in shared]
+            chosen = {_name(r): entropies[_name(r)] >= tau for micro, tau in zip(micros, taus, strict=True) for r in micro}
+            weights = _weights(micros, chosen, spec)
             loss, clipped = torch.zeros((), dtype=torch.float64), 0
-            for r in members:
-                drawn_at, old_log_prob, entropy = old[r.group, r.sample]
-                mask = entropy >= tau
-                masks.update({(step, r.group, r.sample, n): bool(m) for n, m in enumerate(mask)})
+            for r in itertools.chain(*micros):
+                drawn_at, old_log_prob, _ = old[_name(r)]
+                masks.update({(step, *_name(r), n): bool(m) for n, m in enumerate(chosen[_name(r)])})
                 ratio = (_score(model, r, drawn_at)[0] - old_log_prob).exp()
                 free, bound = -ratio * r.advantage, -ratio.clamp(0.8, 1.28) * r.advantage
+                value = torch.maximum(free, bound)
+                if spec.loss.dual_clip is not None and r.advantage < 0:
+                    value = value.clamp(max=-r.advantage * spec.loss.dual_clip)
                 cap = spec.loss.importance_cap
                 weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
-                loss = loss + (torch.maximum(free, bound) * weight * mask).sum() / total
-                clipped += int(((bound > free) & mask).sum())
+                loss = loss + (value * weight * weights[_name(r)]).sum()
+                clipped += int(((bound > free) & chosen[_name(r)]).sum())
             adam.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
             adam.step()
-            updates.append((loss.item(), float(norm), float(tau), clipped, total))
-        losses, norms, taus, clips, totals = zip(*updates, strict=True)
+            updates.append(
+                (loss.item(), float(norm), float(sum(taus) / len(taus)), clipped, sum(int(mask.sum()) for mask in chosen.values()))
+            )
+        losses, norms, mean_taus, clips, totals = zip(*updates, strict=True)
         history.append(
             {
                 "loss/policy": sum(losses) / len(losses),
                 "grad_norm": sum(norms) / len(norms),
-                "forks/tau": sum(taus) / len(taus),
+                "forks/tau": sum(mean_taus) / len(mean_taus),
                 "loss/clip_fraction": sum(clips) / sum(totals),
                 "entropy/mean": float(torch.cat([entropy for *_, entropy in old.values()]).mean()),
             }
         )
     return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
+
+
+def _name(r: Response) -> tuple[int, int]:
+    return r.group, r.sample
+
+
+def _micro_batches(members: list[Response], spec: Recipe, dp: int) -> list[list[Response]]:
+    """Of all DP ranks; empty ones hold nothing to average over."""
+    layout = spec.parallel
+    ranks = plan([r.length for r in members], dp, spec.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
+    return [[members[n] for n in micro] for rank in ranks for micro in rank if micro]
+
+
+def _tau(entropies: list[torch.Tensor], spec: Recipe) -> torch.Tensor:
+    values = torch.cat(entropies)
+    k = math.ceil(len(values) * round(spec.forks.top_entropy_quantile * 1000) / 1000)
+    return values.sort(descending=True).values[k - 1]
+
+
+def _weights(micros: list[list[Response]], chosen: Masks, spec: Recipe) -> Masks:
+    """What each token's loss counts."""
+    counted = {n: mask if spec.forks.normalize_by == "selected" else torch.ones_like(mask) for n, mask in chosen.items()}
+    sequences = sum(map(len, micros))
+    weights = {}
+    for micro in micros:
+        for r in micro:
+            match spec.loss.reduction:
+                case "token-mean":
+                    denominator = float(sum(int(mask.sum()) for mask in counted.values()))
+                case "official":
+                    denominator = sum(int(counted[_name(other)].sum()) for other in micro) * sequences / len(micro)
+                case "seq-mean":
+                    denominator = max(int(counted[_name(r)].sum()), 1) * sequences
+            weights[_name(r)] = chosen[_name(r)] / denominator
+    return weights
 
 
 def _score_as_drawn(model: Any, r: Response, rollout: Rollout) -> tuple[float | torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from megafork.data.generated import generated_rows
 from megafork.data.row_files import Rows, data_files, read_file
 from megafork.recipe import RecipeError
-from megafork.recipe.data import Source
+from megafork.recipe.data import Source, listed
 
 
 def read_rows(source: Source, field: str) -> Rows:
@@ -16,8 +16,9 @@ def read_rows(source: Source, field: str) -> Rows:
     `field` is the recipe key that holds `source` (forms: `recipe.Data.train`). Raises RecipeError, at the first row for a source that
     cannot be read at all.
     """
-    several = [source] if isinstance(source, str) else source
-    parts = dict.fromkeys(part for one in several for part in ([one] if _is_named(one) else data_files(one, field)))  # globs may overlap
+    parts = dict.fromkeys(
+        part for one in listed(source) for part in ([one] if _is_named(one) else data_files(one, field))
+    )  # globs may overlap
     names = [part.name for part in parts if isinstance(part, Path)]
     for part in parts:
         if isinstance(part, Path):

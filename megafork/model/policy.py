@@ -19,14 +19,15 @@ from megafork.parallel.vocab import gather_rows, log_prob_and_entropy
 class HeadRequest:
     """What the head is asked for one packed micro-batch.
 
-    positions [P] int64: indices into this CP rank's packed tokens; targets [P] int64: the token that follows each;
-    temperature: of the roll-out; one number, fp32 [P], or a function that gives [P] from the entropies [P] at temperature 1, which are then
-    the ones that are returned. `entropy_grad`: whether the entropy takes part in the gradient.
+    positions [P] int64: indices into this CP rank's packed tokens; targets [P] int64: the token that follows each; temperature fp32 [P].
+    temperature_of: gives the temperatures of the log-probs [P] from the entropies [P]; unset, both are at `temperature`.
+    entropy_grad: whether the entropy takes part in the gradient.
     """
 
     positions: Tensor
     targets: Tensor
-    temperature: float | Tensor | Callable[[Tensor], Tensor] = 1.0
+    temperature: Tensor
+    temperature_of: Callable[[Tensor], Tensor] | None = None
     entropy_grad: bool = False
 
 
@@ -53,10 +54,10 @@ class VocabHead(ColumnParallelLinear):
             entropy_grad=request.entropy_grad,
             chunk=self.chunk,
         )
-        if not callable(request.temperature):
-            return answer(temperature=request.temperature)
-        _, entropy = answer(temperature=1.0)
-        return answer(temperature=request.temperature(entropy.detach()))[0], entropy
+        log_prob, entropy = answer(temperature=request.temperature)
+        if request.temperature_of is not None:
+            log_prob, _ = answer(temperature=request.temperature_of(entropy.detach()))
+        return log_prob, entropy
 
 
 class Policy(GPTModel):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Packed(Protocol):
     positions: Tensor
     targets: Tensor
     temperature: Tensor
+    entropy_temperature: float
     mask: Tensor
 
 
@@ -29,19 +31,19 @@ def run_micro_batches(
     micros: Sequence[Packed],
     loss: Callable[..., Any],
     *,
-    temperature: float | Callable[[Tensor], Tensor] | None,
     cp: int,
     forward_only: bool,
     everywhere: bool,
+    temperature_of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Run this rank's model chunks over the micro-batches; every rank of the layout calls, with equally many.
 
-    `everywhere`: the head answers at all positions, else at the mask. `temperature`: as in a HeadRequest, or None for each micro-batch's
-    own `temperature` [P]. On the last stage `loss(micro, (log_prob, entropy))` gives what
+    `everywhere`: the head answers at all positions, with entropies at `entropy_temperature` and log-probs at it or as `temperature_of` says
+    (see HeadRequest); else at the mask, at each token's `temperature`. On the last stage `loss(micro, (log_prob, entropy))` gives what
     Megatron's schedule expects of a loss; when `forward_only` it is called with `non_loss_data=True` and may return anything.
     """
     get_forward_backward_func()(
-        forward_step_func=partial(_forward, loss=loss, temperature=temperature, everywhere=everywhere),
+        forward_step_func=partial(_forward, loss=loss, temperature_of=temperature_of, everywhere=everywhere),
         data_iterator=[iter(micros) for _ in model] if len(model) > 1 else iter(micros),
         model=list(model) if len(model) > 1 else model[0],
         num_microbatches=len(micros),
@@ -57,15 +59,17 @@ def _forward(
     model: Any,
     *,
     loss: Callable[..., Any],
-    temperature: float | Callable[[Tensor], Tensor] | None,
+    temperature_of: Callable[[Tensor], Tensor] | None,
     everywhere: bool,
 ) -> tuple[Any, Callable[..., Any]]:
     micro = next(micros)
     request = None
     if getattr(model, "module", model).post_process:
-        chosen = slice(None) if everywhere else micro.mask
-        at = micro.temperature[chosen] if temperature is None else temperature
-        request = HeadRequest(micro.positions[chosen], micro.targets[chosen], at)
+        if everywhere:
+            at = torch.full_like(micro.temperature, micro.entropy_temperature)
+            request = HeadRequest(micro.positions, micro.targets, at, temperature_of)
+        else:
+            request = HeadRequest(micro.positions[micro.mask], micro.targets[micro.mask], micro.temperature[micro.mask])
     packing = PackedSequences.of(list(micro.lengths), micro.tokens.device)
     output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
     return output, partial(loss, micro)

@@ -43,19 +43,9 @@ class Mesh:
         return mpu.get_context_parallel_group()
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same weights and train on other sequences."""
-        return mpu.get_data_parallel_group()
-
-    @property
     def token_group(self) -> dist.ProcessGroup:
         """DP x CP: ranks that together hold every token once. Losses and thresholds are reduced over it."""
         return mpu.get_data_parallel_group(with_context_parallel=True)
-
-    @property
-    def replica_group(self) -> dist.ProcessGroup:
-        """TP x PP: ranks that together hold the model once."""
-        return mpu.get_model_parallel_group()
 
     @property
     def is_last_stage(self) -> bool:

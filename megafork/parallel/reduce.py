@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megafork.parallel.mesh import Mesh
 
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def over_tokens(values: Mapping[str, Tensor | float], mesh: Mesh, op: Literal["sum", "max"] = "sum") -> dict[str, float]:
@@ -27,7 +27,7 @@ def over_tokens(values: Mapping[str, Tensor | float], mesh: Mesh, op: Literal["s
     return dict(zip(names[0], over_world(mine, mesh, op), strict=True))
 
 
-def over_world(values: list[float], mesh: Mesh, op: Literal["sum", "max", "min"] = "sum") -> list[float]:
+def over_world(values: list[float], mesh: Mesh, op: Literal["sum", "max"] = "sum") -> list[float]:
     """Reduce equally many numbers of every rank in float64. Every rank must call."""
     tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(tensor, op=_OPS[op])

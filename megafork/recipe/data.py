@@ -13,6 +13,11 @@ Source = str | list[str]
 Meaning = Literal["prompt", "answer", "response"]
 
 
+def listed(source: Source | None) -> list[str]:
+    """Each of the sources; one alone needs no list."""
+    return [source] if isinstance(source, str) else source or []
+
+
 class Data(Section):
     train: Source
     """Prompts to train on: a .jsonl, .json or .parquet file, a folder or a glob of them, `hub:NAME[@SUBSET][:SPLIT]` for a Hugging Face
@@ -69,4 +74,4 @@ class Reward(Section):
 
 
 def _paths(source: Source) -> list[str]:
-    return [os.path.abspath(os.path.expanduser(one)) for one in ([source] if isinstance(source, str) else source)]
+    return [os.path.abspath(os.path.expanduser(one)) for one in listed(source)]

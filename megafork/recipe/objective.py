@@ -15,7 +15,8 @@ class Forks(Section):
     select: Literal["top", "bottom", "random", "all"] = "top"
     """Which share is kept: highest entropy, lowest, random, or every token."""
     scope: Literal["batch", "minibatch", "microbatch", "sequence", "fixed"] = "minibatch"
-    """Tokens that share one threshold. `batch` and `minibatch` give the same mask for every parallel layout; `fixed` uses `threshold`."""
+    """Tokens that share one threshold. `batch` and `minibatch` select the same tokens of the same entropies for every parallel
+    layout; `fixed` uses `threshold`."""
     threshold: NonNegative | None = None
     """tau in nats for `scope: fixed` (the paper's 0.672)."""
     entropy_from: Literal["old", "current"] = "old"

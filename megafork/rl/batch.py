@@ -48,7 +48,7 @@ class MicroBatch:
     """Responses packed one behind the other, as one CP rank sees them.
 
     P counts the positions of this CP rank that predict a response token. Vectors of length P lie in the order of the responses and of
-    their tokens. `old_log_prob`, `entropy`, `temperature` (after scoring) and `mask` (after selection) exist on the last pipeline stage.
+    their tokens. `old_log_prob`, `entropy` (after scoring) and `mask` (after selection) exist on the last pipeline stage.
     """
 
     responses: list[Response]
@@ -68,12 +68,14 @@ class MicroBatch:
     """fp32 [P]."""
     advantage: Tensor
     """fp32 [P]."""
+    temperature: Tensor
+    """fp32 [P], that drew each token: log-probs are taken at it. Under `rollout.fork_temperature` it is 1 until scoring finds it."""
+    entropy_temperature: float
+    """At which entropies are taken: that of the roll-out; under `rollout.fork_temperature` 1."""
     old_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], log-prob under the policy that starts the step."""
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], nats, at the roll-out temperature; under `rollout.fork_temperature` at 1."""
-    temperature: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], under `rollout.fork_temperature` at which each token was drawn; else empty."""
+    """fp32 [P], nats, at `entropy_temperature`."""
     mask: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     """bool [P], the forks."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))

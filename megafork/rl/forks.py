@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.parallel.quantile import Threshold, top_threshold
+from megafork.parallel.quantile import top_threshold
 from megafork.recipe import Forks
 from megafork.rl.batch import MicroBatch
 
 Group = dist.ProcessGroup | None
+NEAR = 0.01
+"""Share of tau within which an entropy counts as near it: rounding in bf16 may put such a token on either side."""
 
 
 @dataclass(frozen=True)
@@ -24,33 +26,46 @@ class ForkGroups:
     context: Group = None
 
 
-def select_forks(micros: list[MicroBatch], forks: Forks, groups: ForkGroups, *, seed: int, step: int) -> Threshold:
+@dataclass(frozen=True)
+class Selection:
+    """What a threshold selected, counted over all ranks."""
+
+    tau: float
+    """Nats. Of many thresholds their mean; NaN where nothing is compared."""
+    selected: int
+    total: int
+    ties: int
+    """Tokens whose entropy equals tau."""
+    near: int
+    """Tokens whose entropy is within `NEAR` of tau."""
+
+
+def select_forks(micros: list[MicroBatch], forks: Forks, groups: ForkGroups, *, seed: int, step: int) -> Selection:
     """Set `mask` of every micro-batch of a batch or mini-batch (`forks.scope`).
 
     Every rank of `groups.tokens` on the last pipeline stage must call with its micro-batches, and with equally many of them. No gradient.
-    Returns the threshold with global counts; for scopes of many thresholds tau is the mean over them, NaN where nothing is compared.
     """
     if forks.select == "all":
         for micro in micros:
             micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
-        return _count(micros, math.nan, groups.tokens)
+        return _selection(micros, math.nan, groups.tokens)
     keys = [_key(micro, forks.select, seed, step) for micro in micros]
     match forks.scope:
         case "batch" | "minibatch":
             threshold = top_threshold(keys, forks.top_entropy_quantile, group=groups.tokens)
             for micro, key in zip(micros, keys, strict=True):
                 micro.mask = key >= threshold.tau
-            return Threshold(_entropy(threshold.tau, forks.select), threshold.selected, threshold.total, threshold.ties)
+            return _selection(micros, _entropy(threshold.tau, forks.select), groups.tokens, ties=threshold.ties)
         case "fixed":
             assert forks.threshold is not None
             for micro in micros:
                 micro.mask = micro.entropy >= forks.threshold if forks.select == "top" else micro.entropy <= forks.threshold
-            return _count(micros, forks.threshold, groups.tokens)
+            return _selection(micros, forks.threshold, groups.tokens)
         case "microbatch" | "sequence":
             return _many_thresholds(micros, keys, forks, groups)
 
 
-def _many_thresholds(micros: list[MicroBatch], keys: list[Tensor], forks: Forks, groups: ForkGroups) -> Threshold:
+def _many_thresholds(micros: list[MicroBatch], keys: list[Tensor], forks: Forks, groups: ForkGroups) -> Selection:
     """A threshold of its own for each micro-batch (as the official code has it) or each response."""
     taus = []
     for micro, key in zip(micros, keys, strict=True):
@@ -63,7 +78,7 @@ def _many_thresholds(micros: list[MicroBatch], keys: list[Tensor], forks: Forks,
             if threshold.total:
                 taus.append(_entropy(threshold.tau, forks.select))
     sums = _all_sum(torch.tensor([math.fsum(taus), len(taus)], dtype=torch.float64), groups.tokens)
-    return _count(micros, float(sums[0] / sums[1]) if sums[1] else math.nan, groups.tokens)
+    return _selection(micros, float(sums[0] / sums[1]) if sums[1] else math.nan, groups.tokens)
 
 
 def _key(micro: MicroBatch, select: str, seed: int, step: int) -> Tensor:
@@ -107,11 +122,12 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >= 1 << 63 else constant
 
 
-def _count(micros: list[MicroBatch], tau: float, group: Group) -> Threshold:
+def _selection(micros: list[MicroBatch], tau: float, group: Group, *, ties: int = 0) -> Selection:
     selected = sum(int(micro.mask.sum()) for micro in micros)
     total = sum(micro.mask.numel() for micro in micros)
-    sums = _all_sum(torch.tensor([selected, total], dtype=torch.int64), group)
-    return Threshold(tau, int(sums[0]), int(sums[1]), 0)
+    near = sum(int(((micro.entropy - tau).abs() <= NEAR * tau).sum()) for micro in micros)  # none where tau is NaN
+    sums = _all_sum(torch.tensor([selected, total, near], dtype=torch.int64), group)
+    return Selection(tau, int(sums[0]), int(sums[1]), ties, int(sums[2]))
 
 
 def _all_sum(values: Tensor, group: Group) -> Tensor:

@@ -31,6 +31,19 @@ def token_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, loss: 
     return value, was_clipped
 
 
+def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+    """`token_loss` at the micro-batch's forks, with the sums that the log shows."""
+    old, advantage = micro.old_log_prob[micro.mask], micro.advantage[micro.mask]
+    value, clipped = token_loss(log_prob, old, advantage, loss)
+    with torch.no_grad():
+        log_ratio = (log_prob - old).double()
+        report = {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
+        if loss.importance_cap is None:
+            return value, report
+        ratio = importance(old, micro.rollout_log_prob[micro.mask], loss.importance_cap)
+    return value * ratio, {**report, "importance": ratio.sum(), "capped": (ratio >= loss.importance_cap).sum()}
+
+
 def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
     """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy that starts the step against the one that
     wrote the response (truncated importance sampling, Ionides 2008)."""

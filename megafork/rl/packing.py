@@ -88,10 +88,11 @@ def pack(
     cp_rank: int = 0,
     multiple: int = 1,
     whole: int = 1,
+    temperature: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
     """Pack responses into the micro-batch that CP rank `cp_rank` sees. Each sequence is padded to `multiple` (of 2 cp), and all of them
-    to `whole` (a multiple of `multiple`, or 1) by a last sequence of padding.
+    to `whole` (a multiple of `multiple`, or 1) by a last sequence of padding. `temperature`: that drew the tokens.
 
     An empty list gives one sequence of padding with no position: a rank without data still takes part in every collective.
     """
@@ -128,6 +129,8 @@ def pack(
         offset=_cat(offset, torch.int64)[mine].to(device),
         rollout_log_prob=_cat(rollout, torch.float32)[mine].to(device),
         advantage=_cat(advantage, torch.float32)[mine].to(device),
+        temperature=torch.full((int(mine.sum()),), temperature, dtype=torch.float32, device=device),
+        entropy_temperature=temperature,
     )
 
 
@@ -141,8 +144,8 @@ def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[l
     return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
 
 
-def packer(recipe: Recipe, mesh: Mesh) -> Callable[[list[Response]], MicroBatch]:
-    """Packs responses into a micro-batch as this rank sees it."""
+def packer(recipe: Recipe, mesh: Mesh, *, temperature: float) -> Callable[[list[Response]], MicroBatch]:
+    """Packs responses into a micro-batch as this rank sees it. `temperature`: that drew them, or, under fork-aware decoding, 1."""
     layout = recipe.parallel
     return partial(
         pack,
@@ -150,5 +153,6 @@ def packer(recipe: Recipe, mesh: Mesh) -> Callable[[list[Response]], MicroBatch]
         cp_rank=mesh.cp_rank,
         multiple=layout.sequence_multiple,
         whole=recipe.micro_batch_padding,
+        temperature=temperature,
         device=mesh.device,
     )

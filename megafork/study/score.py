@@ -61,15 +61,14 @@ def _score_group(rows: Rows, chunks: list[Policy], work: Work, mesh: Mesh) -> Ro
     """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
     lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
     recipe = work.job.recipe
-    placed, packed = placement(lengths, recipe, mesh)[mesh.dp_rank], packer(recipe, mesh)
+    placed, packed = placement(lengths, recipe, mesh)[mesh.dp_rank], packer(recipe, mesh, temperature=recipe.rollout.temperature)
     micros = [packed([_response(n, rows[n]) for n in members]) for members in placed]
 
     def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
         micro.old_log_prob, micro.entropy = output
 
     with torch.no_grad():
-        temperature = recipe.rollout.temperature
-        run_micro_batches(chunks, micros, keep, temperature=temperature, cp=mesh.layout.cp, forward_only=True, everywhere=True)
+        run_micro_batches(chunks, micros, keep, cp=mesh.layout.cp, forward_only=True, everywhere=True)
     mine = dict(_by_row(micros, mesh)) if mesh.is_last_stage else {}
     every: list[dict[int, dict[str, Any]]] = [{} for _ in range(mesh.world)]
     dist.all_gather_object(every, mine if mesh.tp_rank == 0 and mesh.cp_rank == 0 else {})

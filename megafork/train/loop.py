@@ -8,32 +8,28 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megafork.data.reward import Verifiers
 from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
-from megafork.parallel.quantile import Threshold
-from megafork.parallel.reduce import from_last_stage, over_world
-from megafork.recipe import Loss, Recipe
+from megafork.parallel.reduce import over_world
+from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
-from megafork.rl.forks import ForkGroups, select_forks
-from megafork.rl.loss import importance, set_weights, token_loss
 from megafork.rl.packing import packer, placement
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.rollout.server import ServerEngine
-from megafork.rollout.temperature import fork_temperature
 from megafork.train.ahead import Ahead
 from megafork.train.clock import Clock
 from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
+from megafork.train.learner import Learner
 from megafork.train.parking import Parking
 from megafork.train.record import write_evaluation, write_rollouts
 from megafork.train.remarks import Remarks, all_failed, mismatch
 from megafork.train.run import Metrics, Run, Stopped, build_learner
 from megafork.train.sampler import Collected, Outcome, Sampler
-from megafork.train.summary import entropy_metrics, staleness, update_metrics
-from megafork.train.update import Learner
+from megafork.train.summary import staleness
+from megafork.train.update import update_policy
 from megafork.weights.bridge import Bridge
 from megafork.weights.policy_weights import WholeWeights
 
@@ -47,7 +43,6 @@ class Trainer:
         self.mesh = mesh
         self.inputs = inputs
         self.learner = learner
-        self.groups = ForkGroups(mesh.token_group, mesh.cp_group)
         self.parking = Parking(learner.model, learner.optimizer, mesh.device)
         if recipe.rollout.park_training:
             self.parking.park()  # vLLM takes its memory when it is made
@@ -81,24 +76,10 @@ class Trainer:
             self.parking.unpark()
         minibatches = self.place(collected)
         everything = [micro for mini in minibatches for micro in mini]
-        thresholds: list[Threshold] = []
-        updates: list[dict[str, float]] = []
+        updated: Metrics = {}
         if everything:
-            with clock("score"):
-                self.learner.score(everything)
-                entropies = entropy_metrics(everything, self.groups, self.mesh)
-                self.compare(entropies, step)
-            with clock("update"):
-                if self.recipe.forks.scope == "batch":
-                    thresholds.append(self.select(everything, step))
-                for mini in minibatches:
-                    if self.recipe.forks.entropy_from == "current" and updates:
-                        self.learner.score(mini, entropy_only=True)
-                    if self.recipe.forks.scope != "batch":
-                        thresholds.append(self.select(mini, step))
-                    if self.mesh.is_last_stage:
-                        set_weights(mini, self.recipe.forks, self.recipe.loss, self.groups)
-                    updates.append(self.learner.train(mini, partial(policy_loss, loss=self.recipe.loss)))
+            check = partial(self.compare, step=step)
+            updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
         with clock("refit"):
             if self.recipe.rollout.park_training:
                 self.parking.park()
@@ -107,9 +88,7 @@ class Trainer:
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
             write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
         metrics = self.sample_metrics(collected, everything) | staleness(collected.responses, step, self.mesh)
-        if everything:
-            metrics |= entropies | update_metrics(everything, thresholds, updates, self.mesh)
-        metrics |= self.refit_metrics()
+        metrics |= updated | self.refit_metrics()
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
@@ -124,7 +103,7 @@ class Trainer:
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
         mine = {(r.group, r.sample): r for r in exchange(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
-        packed = packer(self.recipe, self.mesh)
+        packed = packer(self.recipe, self.mesh, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def compare(self, metrics: Mapping[str, float], step: int) -> None:
@@ -132,13 +111,6 @@ class Trainer:
         if not self._compared and (reason := mismatch(metrics, self.recipe)):
             raise Stopped(f"step {step}: {reason}")
         self._compared = True
-
-    def select(self, micros: list[MicroBatch], step: int) -> Threshold:
-        """Set the masks; the threshold is known to every rank."""
-        found = (
-            select_forks(micros, self.recipe.forks, self.groups, seed=self.recipe.run.seed, step=step) if self.mesh.is_last_stage else None
-        )
-        return from_last_stage(found, self.mesh)
 
     def refit(self, version: int) -> None:
         """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
@@ -200,24 +172,10 @@ class Trainer:
         self.engine.close()
 
 
-def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """`token_loss` at the micro-batch's forks, with the sums that the log shows."""
-    old, advantage = micro.old_log_prob[micro.mask], micro.advantage[micro.mask]
-    value, clipped = token_loss(log_prob, old, advantage, loss)
-    with torch.no_grad():
-        log_ratio = (log_prob - old).double()
-        report = {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
-        if loss.importance_cap is None:
-            return value, report
-        ratio = importance(old, micro.rollout_log_prob[micro.mask], loss.importance_cap)
-    return value * ratio, {**report, "importance": ratio.sum(), "capped": (ratio >= loss.importance_cap).sum()}
-
-
 def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     """A whole run, or what is left of it. Every rank calls. Returns the last step's metrics with the accuracies before and after."""
     updates = recipe.train.steps * recipe.train.minibatches
-    forks = fork_temperature(recipe.rollout)
-    learner = build_learner(inputs, recipe, mesh, updates=updates, temperature=recipe.rollout.temperature, forks=forks)
+    learner = build_learner(inputs, recipe, mesh, updates=updates)
     run = Run(recipe, mesh, inputs, learner)
     trainer = Trainer(recipe, mesh, inputs, learner)
     run.begin()

@@ -11,12 +11,11 @@ import torch.distributed as dist
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
-from megafork.rollout.temperature import ForkTemperature
 from megafork.train.boards import open_boards
 from megafork.train.inputs import Inputs, check_resume
+from megafork.train.learner import Learner
 from megafork.train.metrics import RunLog
 from megafork.train.stop import BatchJob
-from megafork.train.update import Learner
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
@@ -132,10 +131,8 @@ class Run:
         )
 
 
-def build_learner(
-    inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int, temperature: float, forks: ForkTemperature | None = None
-) -> Learner:
+def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int) -> Learner:
     """The model with its Hugging Face weights and its optimizer. Every rank calls."""
     chunks = build_policy(inputs.shape, recipe, mesh)
     load_policy(chunks, inputs.weights, inputs.shape, mesh)
-    return Learner(chunks, recipe, mesh, updates=updates, temperature=temperature, forks=forks)
+    return Learner(chunks, recipe, mesh, updates=updates)

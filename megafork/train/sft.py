@@ -23,7 +23,7 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     Every rank calls. Returns the last step's metrics.
     """
     rows = examples(inputs.train, inputs.tokenizer, recipe)
-    learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps, temperature=1.0)
+    learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps)
     order = PromptOrder(inputs.train, recipe.run.seed)
     run = Run(recipe, mesh, inputs, learner)
     run.begin(show_every=max(1, recipe.train.steps // 20))
@@ -78,7 +78,7 @@ def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> lis
 def place(batch: list[Response], recipe: Recipe, mesh: Mesh) -> list[MicroBatch]:
     """This rank's micro-batches, every response position selected and weighing one token of the whole batch."""
     placed = placement([row.length for row in batch], recipe, mesh)[mesh.dp_rank]
-    packed = packer(recipe, mesh)
+    packed = packer(recipe, mesh, temperature=1.0)
     micros = [packed([batch[n] for n in members]) for members in placed]
     total = sum(len(row.tokens) for row in batch)
     for micro in micros:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megafork.parallel.mesh import Mesh
-from megafork.parallel.quantile import Threshold, percentiles
+from megafork.parallel.quantile import percentiles
 from megafork.parallel.reduce import from_last_stage, over_tokens, over_world
 from megafork.rl.batch import MicroBatch, Response
-from megafork.rl.forks import ForkGroups
+from megafork.rl.forks import ForkGroups, Selection
 
 
 def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
@@ -48,7 +48,7 @@ def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, flo
     return {"staleness/mean": steps / max(tokens, 1), "staleness/max": worst}
 
 
-def update_metrics(micros: list[MicroBatch], thresholds: list[Threshold], updates: list[dict[str, float]], mesh: Mesh) -> dict[str, float]:
+def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], updates: list[dict[str, float]], mesh: Mesh) -> dict[str, float]:
     """The step's forks and its optimizer updates: `thresholds` of each selection, `updates` as `Learner.train` returned them."""
     sums: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
@@ -66,6 +66,7 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Threshold], update
         "forks/tau": sum(threshold.tau for threshold in thresholds) / len(thresholds),
         "forks/fraction": selected / max(sum(threshold.total for threshold in thresholds), 1),
         "forks/ties": sum(threshold.ties for threshold in thresholds),
+        "forks/near_tau": sum(threshold.near for threshold in thresholds) / max(sum(threshold.total for threshold in thresholds), 1),
         "loss/policy": sum(update["loss"] for update in updates) / len(updates),
         "loss/clip_fraction": sum(update["clipped"] for update in updates) / forks,
         "loss/approx_kl": sum(update["kl"] for update in updates) / forks,

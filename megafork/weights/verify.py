@@ -112,7 +112,7 @@ def _logits(policy: Policy, tokens: Tensor, vocab: int) -> Tensor:
     """The policy's head makes none: take what goes into it."""
     hidden: list[Tensor] = []
     hook = policy.decoder.register_forward_hook(lambda module, inputs, output: hidden.append(output))
-    request = HeadRequest(torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens[:1])
+    request = HeadRequest(torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens[:1], torch.ones(1, device=tokens.device))
     with torch.no_grad():
         packing = PackedSequences.of([len(tokens)], tokens.device)
         policy(tokens[None], None, None, labels=request, packed_seq_params=packing)

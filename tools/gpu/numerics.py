@@ -26,7 +26,7 @@ from megafork.parallel.quantile import top_threshold
 from megafork.parallel.vocab import log_prob_and_entropy
 from megafork.recipe import Recipe
 from megafork.shape import read_shape
-from megafork.train.update import Learner
+from megafork.train.learner import Learner
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import export_policy, load_policy
@@ -68,7 +68,7 @@ def model(folder: Path, device: torch.device, dtype: str) -> dict[str, float]:
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     sequences = [torch.randint(shape.vocab, (length,), device=device) for length in (200, 3, 77)]
     lengths, packed = [len(sequence) for sequence in sequences], torch.cat(sequences)
-    request = HeadRequest(torch.arange(len(packed), device=device), packed.roll(-1))
+    request = HeadRequest(torch.arange(len(packed), device=device), packed.roll(-1), torch.ones(len(packed), device=device))
     with torch.no_grad():
         found, _ = chunks[0](packed[None], None, None, labels=request, packed_seq_params=PackedSequences.of(lengths, device))
         plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(device)
@@ -79,7 +79,7 @@ def model(folder: Path, device: torch.device, dtype: str) -> dict[str, float]:
 
 def checkpoint(chunks: list[Policy], spec: Recipe, mesh: Mesh) -> float:
     """How far weights are from what they were, after they were saved, spoilt and loaded."""
-    shape, learner = read_shape(Path(spec.model.path)), Learner(chunks, spec, mesh, updates=1, temperature=1.0)
+    shape, learner = read_shape(Path(spec.model.path)), Learner(chunks, spec, mesh, updates=1)
     before = {name: tensor.clone() for name, tensor in export_policy(chunks, shape, mesh)}
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), mesh, keep_last=1)

@@ -25,7 +25,7 @@ from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer
 from megafork.shape import read_shape
-from megafork.train.update import Learner
+from megafork.train.learner import Learner
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy
 
@@ -53,9 +53,9 @@ def measure(folder: Path, device: torch.device, *, fp8: bool, tokens: int, repea
     mesh, shape = build_mesh(spec.parallel, seed=1, device=device), read_shape(folder)
     chunks = build_policy(shape, spec, mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    learner = Learner(chunks, spec, mesh, updates=repeats + 2, temperature=1.0)
+    learner = Learner(chunks, spec, mesh, updates=repeats + 2)
     ids = torch.randint(shape.vocab, (tokens,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    micro = packer(spec, mesh)([Response(0, 0, 0, ids[:1], ids[1:], torch.zeros(tokens - 1), False)])
+    micro = packer(spec, mesh, temperature=spec.rollout.temperature)([Response(0, 0, 0, ids[:1], ids[1:], torch.zeros(tokens - 1), False)])
     micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
     micro.weight = micro.mask / len(micro.positions)
     torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,157 @@
+"""Forward and backward over packed micro-batches, and the optimizer: the same for reinforcement learning and supervised training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from torch import Tensor
+
+from megafork.compat import megatron as megatron_fixes
+from megafork.model.policy import Policy
+from megafork.model.schedule import run_micro_batches
+from megafork.parallel.mesh import Mesh
+from megafork.parallel.reduce import over_tokens
+from megafork.recipe import Optimizer, Recipe
+from megafork.rl.batch import MicroBatch
+from megafork.rollout.temperature import fork_temperature
+
+TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' counts `micro.mask`."""
+
+
+class Learner:
+    """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
+
+    def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int) -> None:
+        """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate."""
+        self.chunks = chunks
+        self.recipe = recipe
+        self.mesh = mesh
+        self.updates = updates
+        self.update = 0
+        """Optimizer updates done, skipped ones included."""
+        self.skips_in_a_row = 0
+        """Updates up to the last one that were skipped because a gradient was not finite."""
+        self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
+        adam = _optimizer_config(recipe)
+        self.optimizer = get_megatron_optimizer(
+            adam,
+            self.model,
+            config_overrides=get_standard_config_overrides(adam),  # no weight decay on norms and biases
+            use_gloo_process_groups=mesh.device.type == "cuda",
+        )
+        megatron_fixes.fix_optimizer_state(self.optimizer)
+
+    def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
+        """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only); under
+        fork-aware decoding also the `temperature` that drew each token."""
+        forks = None if entropy_only else fork_temperature(self.recipe.rollout)
+
+        def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
+            log_prob, micro.entropy = output
+            if not entropy_only:
+                micro.old_log_prob = log_prob
+                if forks:
+                    micro.temperature = forks.of(micro.entropy)
+
+        with torch.no_grad():
+            self._run(micros, keep, temperature_of=forks.of if forks else None, forward_only=True, everywhere=True)
+
+    def train(self, micros: list[MicroBatch], token_loss: TokenLoss) -> dict[str, float]:
+        """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.
+
+        The loss is sum(weight * token_loss) over the mini-batch's selected positions on all ranks; gradients are its exact sum.
+        Without finite gradients everywhere, every rank skips the update. Returns `loss`, `grad_norm`, `lr`, `skipped` (0 or 1) and the
+        sums that `token_loss` reports, the same on every rank.
+        """
+        sums: dict[str, Tensor] = {}
+
+        def loss(micro: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            value, report = token_loss(output[0], micro)
+            total = (micro.weight[micro.mask] * value).sum()
+            for name, part in {"loss": total, **report}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.detach().double()
+            return total, torch.zeros([], dtype=torch.int), {}
+
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(micros, loss, forward_only=False, everywhere=False)
+        rate = learning_rate(self.update, self.updates, self.recipe.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())  # over all ranks, so they agree
+        skipped = not math.isfinite(grad_norm)
+        if not skipped:
+            self.optimizer.step()
+        self.update += 1
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        return {**over_tokens(sums, self.mesh), "grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
+
+    def settle(self) -> None:
+        """Make every rank's weights current, before they are read other than by a forward: with overlap the optimizer leaves it to the
+        next forward to gather them."""
+        if self.recipe.optimizer.overlap:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
+    def _run(self, micros: list[MicroBatch], loss: Callable[..., Any], **how: Any) -> None:
+        run_micro_batches(self.model, micros, loss, cp=self.mesh.layout.cp, **how)
+
+
+def _data_parallel(chunks: list[Policy], *, overlap: bool) -> list[DistributedDataParallel]:
+    config = chunks[0].config
+    config.finalize_model_grads_func = _finalize_without_scaling
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        average_in_collective=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    if overlap:  # gradients are reduced with the last micro-batch's backward
+        config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
+    return model
+
+
+def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """The loss carries its global denominator, so Megatron must not divide by a number of tokens of its own."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer_config(recipe: Recipe) -> OptimizerConfig:
+    spec = recipe.optimizer
+    bf16 = recipe.precision.dtype == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=spec.lr,
+        min_lr=spec.min_lr,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.betas[0],
+        adam_beta2=spec.betas[1],
+        adam_eps=spec.eps,
+        clip_grad=spec.grad_clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=spec.overlap,
+    )
+
+
+def learning_rate(update: int, updates: int, spec: Optimizer) -> float:
+    """The rate of optimizer update number `update` (from 0): linear warm-up that starts above 0, then the decay down to `min_lr`."""
+    if update < spec.warmup_steps:
+        return spec.lr * (update + 1) / spec.warmup_steps
+    if spec.decay == "constant":
+        return spec.lr
+    done = (update - spec.warmup_steps) / max(updates - 1 - spec.warmup_steps, 1)
+    left = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))) if spec.decay == "cosine" else 1.0 - min(done, 1.0)
+    return spec.min_lr + (spec.lr - spec.min_lr) * left
