@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megafork.recipe import RecipeError
@@ -48,6 +49,7 @@ _WITHOUT_EFFECT = {
     *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values"),
     *("exponential_decay_length_penalty",),
 }
+_QUANTIZED = "hf_quant_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SIZE = 1 << 24
 _MOST_LAYERS = 4096
@@ -105,10 +107,12 @@ def _architecture(config: Keys) -> str:
 
 def _refuse_what_differs(config: Keys, family: Family) -> None:
     """Every key but those that are read."""
-    if config.values.get("quantization_config") is not None:
+    beside = os.path.exists(config.folder / _QUANTIZED)  # vLLM looks there too
+    if config.values.get("quantization_config") is not None or beside:
+        what = _QUANTIZED if beside else "quantization_config"
         raise RecipeError(
-            f"model.path is {str(config.folder)!r}: it is quantised (quantization_config); give the model it was made from, or delete the "
-            "key where the weights are no longer quantised"
+            f"model.path is {str(config.folder)!r}: it is quantised ({what}); give the model it was made from, or delete {what} where the "
+            "weights are quantised no longer"
         )
     if config.values.get("sliding_window") is not None and family.model_type == "llama":
         raise config.error("sliding_window", "vLLM would attend to a window, transformers to everything; set it to null")
