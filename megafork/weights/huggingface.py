@@ -67,7 +67,7 @@ class HuggingFaceWeights:
             names = self._read_index(index)
             if single.exists() and set(names.values()) != {single}:
                 raise RecipeError(
-                    f"model.path is {str(self.folder)!r}: it has a {single.name}, which transformers loads, beside an {index.name} of "
+                    f"model.path is {str(self.folder)!r}: it has a {single.name}, which transformers loads, beside {index.name} with "
                     "other files: delete the one that is not the model"
                 )
         elif single.exists():
