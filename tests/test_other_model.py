@@ -19,7 +19,7 @@ from torch import Tensor
 from megafork.launch import preflight
 from megafork.plan.models import shape_for
 from megafork.recipe import RecipeError
-from megafork.recipe.file import load_recipe
+from megafork.recipe_file import load_recipe
 from megafork.shape import read_shape
 from megafork.weights import huggingface
 from megafork.weights.convert import hf_to_megatron, megatron_to_hf
