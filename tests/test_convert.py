@@ -348,7 +348,13 @@ def test_a_damaged_checkpoint_is_refused(damage: str, source: Path, tmp_path: Pa
 
 def test_a_checkpoint_of_another_model(source: Path, tmp_path: Path) -> None:
     hf_to_megatron(source, tmp_path / "megatron")
-    _edit_json(tmp_path / "megatron" / "hf" / "config.json", num_hidden_layers=3, architectures=["LlamaForCausalLM"])
+    _edit_json(
+        tmp_path / "megatron" / "hf" / "config.json",
+        num_hidden_layers=3,
+        layer_types=None,
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+    )
     write_sums(tmp_path / "megatron")
     with pytest.raises(RecipeError) as caught:
         megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
@@ -393,7 +399,7 @@ print(resident("VmHWM") - before)
 
 
 def _large_model(folder: Path) -> int:
-    """About 2 GB of random bits in bf16; the bytes of its largest layer (the embedding counts as one)."""
+    """About 2 GB of random bits in bf16, none of them of NaN; the bytes of its largest layer (the embedding counts as one)."""
     save_model(folder, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     (folder / "model.safetensors").unlink()
     sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
@@ -404,7 +410,7 @@ def _large_model(folder: Path) -> int:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, size in shapes.items():
-            yield name, torch.empty(size, dtype=torch.int16).random_(-(2**15), 2**15).view(torch.bfloat16)
+            yield name, torch.empty(size, dtype=torch.int16).random_(0x7F80).view(torch.bfloat16)
 
     write_shards(folder, [Spec(name, size, torch.bfloat16) for name, size in shapes.items()], tensors(), shard_bytes=512 << 20)
     layer = sum(2 * math.prod(size) for name, size in shapes.items() if name.startswith("model.layers.0."))

@@ -39,6 +39,8 @@ def test_a_model_that_the_hub_does_not_give(tmp_path: Path) -> None:
 def test_a_path_stays_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/mine").mkdir(parents=True)
-    for name in ("models/mine", "models/absent", "/models/absent", "./absent", "~/absent", "absent"):
+    for name in ("models/mine", "models/absent", "/models/absent", "./absent", "absent", "~no such user/absent"):
         assert local_model(name) == name
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_model("~/absent") == "/home/me/absent"
     assert is_hub_name("Qwen/Qwen3-8B") and not is_hub_name("models/absent")

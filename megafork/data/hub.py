@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from megafork.recipe import RecipeError
 
@@ -12,15 +12,17 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 def is_hub_name(name: str) -> bool:
     """`owner/model` or `model`, unless `owner` is a folder here: then a path was meant."""
     owner, _, model = name.rpartition("/")
-    return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and Path(owner).exists())
+    return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and os.path.exists(owner))
 
 
 def local_model(name: str) -> str:
-    """The folder of a model: `name` itself, or for `owner/model` the hub's cache, filled first where it lacks the model.
+    """The folder of a model: `name` itself, with `~` for the home directory; or for `owner/model` the hub's cache, filled first where it
+    lacks the model.
 
     Raises RecipeError when the hub does not have it or can't be reached.
     """
-    if Path(name).is_dir() or "/" not in name or not is_hub_name(name):
+    name = os.path.expanduser(name)
+    if os.path.isdir(name) or "/" not in name or not is_hub_name(name):
         return name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

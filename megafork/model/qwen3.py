@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megafork.model import precision
 from megafork.model.attention import PackedCoreAttention
 from megafork.model.policy import Policy, RMSNorm
+from megafork.model.rope import inverse_frequencies, softmax_scale
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.vocab import chunk_for
 from megafork.recipe import Recipe
@@ -30,6 +31,7 @@ def transformer_config(shape: Shape, recipe: Recipe) -> TransformerConfig:
         num_attention_heads=shape.heads,
         num_query_groups=shape.kv_heads,
         kv_channels=shape.head_dim,
+        softmax_scale=softmax_scale(shape),
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         qk_layernorm=shape.qk_norm,
@@ -119,17 +121,15 @@ def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
                 config=config,
                 transformer_layer_spec=layer_spec(shape, config, vp_stage),
                 vocab_size=padded,
-                max_sequence_length=shape.max_positions or recipe.longest_sequence,
+                max_sequence_length=shape.max_positions,
                 pre_process=first,
                 post_process=last,
                 share_embeddings_and_output_weights=shape.tied,
                 position_embedding_type="rope",
-                rotary_base=shape.rope_theta,
-                rope_scaling=shape.rope_scaling is not None,
-                rope_scaling_factor=float((shape.rope_scaling or {}).get("factor", 1.0)),
                 vp_stage=vp_stage,
                 real_vocab_size=shape.vocab,
                 head_chunk=chunk_for(recipe.loss.head_memory_mb, padded // layout.tp),
             )
         )
+        chunks[-1].rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(mesh.device)  # Megatron's own know Llama 3.1's scaling alone
     return [chunk.to(mesh.device) for chunk in chunks]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from megafork.recipe.kinds import Count, Ranks, Section
 
 
 class Model(Section):
     path: str
-    """Hugging Face model folder (config.json, safetensors, tokenizer), or `owner/model` on the hub."""
+    """Hugging Face model folder (config.json, safetensors, tokenizer), or `owner/model` on the hub. `~` is the home directory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
+
+    @field_validator("path")
+    @classmethod
+    def _at_home(cls, path: str) -> str:
+        return os.path.expanduser(path)
 
 
 class Parallel(Section):

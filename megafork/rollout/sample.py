@@ -74,11 +74,11 @@ def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int
 
     Raises RecipeError where the longest prompt leaves less.
     """
-    left = shape.max_positions - longest_prompt if shape.max_positions else LONGEST_RESPONSE
-    if left < 1 or (wanted is not None and shape.max_positions and wanted > left):
+    left = shape.max_positions - longest_prompt
+    if left < 1 or (wanted is not None and wanted > left):
         raise RecipeError(
             f"--max-tokens is {wanted} and the longest prompt has {longest_prompt} tokens, but the model knows {shape.max_positions} "
-            "positions (max_position_embeddings): lower it"
+            "positions (max_position_embeddings, or what YaRN makes of them): lower it"
         )
     return wanted or min(LONGEST_RESPONSE, left)
 

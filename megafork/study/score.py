@@ -19,9 +19,9 @@ from megafork.shape import read_shape
 from megafork.study.responses import is_current, read_responses, write_entropies, write_responses
 from megafork.study.work import Work
 from megafork.weights.checkpoint import load_weights
-from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.named import NamedModel
-from megafork.weights.policy_weights import load_policy
+from megafork.weights.huggingface import HuggingFaceWeights, is_finite, not_finite
+from megafork.weights.named import NamedModel, as_options
+from megafork.weights.policy_weights import load_policy, local_parameters
 
 Rows = list[dict[str, Any]]
 
@@ -51,10 +51,14 @@ def score(work: Work, device: torch.device) -> None:
 
 
 def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
-    if model.checkpoint is not None:
+    with as_options():
+        if model.checkpoint is None:
+            load_policy(chunks, HuggingFaceWeights(model.folder), read_shape(model.folder), mesh)
+            return
         load_weights(model.checkpoint, chunks, mesh)
-    else:
-        load_policy(chunks, HuggingFaceWeights(model.folder), read_shape(model.folder), mesh)
+        for name, parameter in local_parameters(chunks).items():
+            if not is_finite(parameter.detach()):
+                raise not_finite(f"MODEL is {str(model.checkpoint)!r}", name)
 
 
 def _score_group(rows: Rows, chunks: list[Policy], work: Work, mesh: Mesh) -> Rows:

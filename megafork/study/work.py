@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from megafork.recipe_file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
-from megafork.shape import check_layout
+from megafork.shape import check_layout, check_rollout_tp
 from megafork.study.settings import Settings
 from megafork.weights.checkpoint import complete
 from megafork.weights.named import NamedModel, as_options, find_model
@@ -108,6 +109,7 @@ def prepare(settings: Settings) -> Work:
         }
     )
     check_layout(shape, recipe.parallel)
+    check_rollout_tp(shape, recipe.rollout.tp)
     digests = {name: model.digest() for name, model in models.items()}
     sampling = Sampling(max_tokens, settings.temperature, stop=tokenizer.eos_ids)
     by_key = {prompt_key(prompt.tokens): prompt.tokens for prompt in prompts}
@@ -116,9 +118,9 @@ def prepare(settings: Settings) -> Work:
 
 
 def _models(settings: Settings) -> dict[str, NamedModel]:
-    author = find_model(settings.model)
-    found = [_labelled(word) for word in settings.against] or _of_run(Path(settings.model))
-    label = "final" if not settings.against and found else Path(settings.model).resolve().name
+    author, place = find_model(settings.model), Path(os.path.expanduser(settings.model))
+    found = [_labelled(word) for word in settings.against] or _of_run(place)
+    label = "final" if not settings.against and found else place.resolve().name
     models: dict[str, NamedModel] = {}
     for name, model in [*found, (label, author)]:
         if name in models:

@@ -59,10 +59,10 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
     check_rollout_tp(shape, recipe.rollout.tp)
-    if shape.max_positions and recipe.longest_sequence > shape.max_positions:
+    if recipe.longest_sequence > shape.max_positions:
         raise RecipeError(
             f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "
-            "positions (max_position_embeddings): shorten one of them"
+            "positions (max_position_embeddings, or what YaRN makes of them): shorten one of them"
         )
 
 
@@ -81,8 +81,8 @@ def check_resume(recipe: Recipe, inputs: Inputs) -> int:
         other = "megafork sft" if state["supervised"] else "megafork train"
         raise RecipeError(f"run.name is {recipe.run.name!r}, which is a run of `{other}`: choose another run.name")
     for name, value in mine["shape"].items():
-        if state["shape"][name] != value:
-            raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {state['shape'][name]} that {mend}")
+        if (before := state["shape"].get(name)) != value:
+            raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {before} that {mend}")
     if state["data"] != mine["data"]:
         raise RecipeError(f"data.train is {recipe.data.train!r}, which is not what {mend}")
     return step

@@ -7,6 +7,7 @@ reads whole chunks and keeps its part. So choose the layout that will train, and
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ def hf_to_megatron(
     `verify` reads all of it back and compares logits in fp32, which takes the whole model's memory. Raises RecipeError for input that is
     wrong, VerifyError for output that is; in both cases, and when it is interrupted, there is no `target`.
     """
+    source, target = _at_home(source), _at_home(target)
     _check_target(target)
     with _as_arguments():
         if not source.is_dir():
@@ -67,7 +69,7 @@ def hf_to_megatron(
     specs = _converted(model.specs, dtype)
     tick = _counter(progress, specs, passes=1 + verify)
     difference = None
-    with replaced(target) as folder:
+    with _as_arguments(), replaced(target) as folder:
         _write_megatron(folder, weights, model.shape, layout, specs[0].dtype, tick)
         (folder / HF).mkdir()
         copy_companions(model.like, folder / HF, _dtype_change(specs, dtype))
@@ -96,6 +98,7 @@ def megatron_to_hf(
     model to nvidia-modelopt, by the name of its config, and takes the whole model's memory. `verify` and errors as `hf_to_megatron`;
     of a model in fp8 it compares tensors alone.
     """
+    source, target = _at_home(source), _at_home(target)
     _check_target(target)
     if quantize is not None:
         from megafork.weights.quantize import check_quantize, quantize_folder
@@ -111,7 +114,7 @@ def megatron_to_hf(
     tick = _counter(progress, specs, passes=1 + verify)
     changes = _dtype_change(specs, dtype) | (CONFIG if fp8 else {})
     difference = None
-    with replaced(target) as folder:
+    with _as_arguments(), replaced(target) as folder:
         plain = folder if quantize is None else folder / "plain"
         plain.mkdir(exist_ok=True)
         copy_companions(model.like, plain, changes)
@@ -174,6 +177,11 @@ def _shard(source: HuggingFaceWeights, stored: Stored, shape: Shape, tp: int, ra
             at = piece.at + first - piece.rows[0]
             shard[at : at + last - first] = source.read(piece.name, (first, last), piece.columns)
     return shard
+
+
+def _at_home(path: Path) -> Path:
+    """The path with `~` for the home directory."""
+    return Path(os.path.expanduser(path))
 
 
 def _check_target(target: Path) -> None:

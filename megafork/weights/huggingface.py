@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megafork.recipe import RecipeError
-from megafork.shape import Shape
+from megafork.shape import Shape, read_config
 from megafork.weights.checksums import sync, sync_name
-from megafork.weights.mapping import huggingface_shapes
+from megafork.weights.mapping import EMBEDDING, HEAD, huggingface_shapes
 from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file, write_index
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_HEAD, _EMBEDDING = HEAD.huggingface[0], EMBEDDING.huggingface[0]
+_BAND = 64 << 20
+"""Bytes of a tensor that are compared at once."""
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,8 +43,8 @@ COMPANIONS = (
 class HuggingFaceWeights:
     """The tensors of a model folder (model.safetensors, or shards with an index), read lazily by rectangle.
 
-    Opening reads headers only. Raises RecipeError for a folder without weights, a missing shard, a damaged file, or an index that its
-    files do not bear out.
+    Opening reads headers only. Raises RecipeError for a folder without weights, a missing shard, a damaged file, an index that its
+    files do not bear out, or a single file beside an index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,6 +65,11 @@ class HuggingFaceWeights:
         single, index = self.folder / "model.safetensors", self.folder / INDEX
         if index.exists():
             names = self._read_index(index)
+            if single.exists() and set(names.values()) != {single}:
+                raise RecipeError(
+                    f"model.path is {str(self.folder)!r}: it has a {single.name}, which transformers loads, beside {index.name} with "
+                    "other files: delete the one that is not the model"
+                )
         elif single.exists():
             with safe_file(single) as file:
                 names = dict.fromkeys(file.keys(), single)
@@ -79,7 +88,7 @@ class HuggingFaceWeights:
     def _read_index(self, index: Path) -> dict[str, Path]:
         try:
             return {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RecipeError(
                 f"model.path is {str(self.folder)!r}: its {index.name} is not JSON with a weight_map of tensors to files; download it again"
             ) from None
@@ -97,21 +106,28 @@ class HuggingFaceWeights:
     def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
         """A rectangle of one tensor on the CPU, in the file's dtype; only its bytes are read.
 
-        It may be a view of the mapped file, whose pages count as this process's memory as long as the tensor lives.
+        It may be a view of the mapped file, whose pages count as this process's memory as long as the tensor lives. Raises RecipeError for
+        a tensor that holds NaN or infinity.
         """
         lazy = safe_file(self._tensors[name].file).get_slice(name)
-        return lazy[rows[0] : rows[1]] if columns is None else lazy[rows[0] : rows[1], columns[0] : columns[1]]
+        tensor = lazy[rows[0] : rows[1]] if columns is None else lazy[rows[0] : rows[1], columns[0] : columns[1]]
+        if not is_finite(tensor):
+            raise not_finite(f"model.path is {str(self.folder)!r}", name)
+        return tensor
 
     def check(self, shape: Shape, *, dtype: torch.dtype | None = None, listed: int | None = 8) -> None:
-        """Compare names, shapes and dtypes with what config.json says. Raises RecipeError that lists every difference, or `listed` of them.
+        """Compare names, shapes and dtypes with what config.json says. Raises RecipeError that lists every difference, or `listed` of them;
+        also for a head that config.json ties to the embedding and that the file holds with other values: transformers and vLLM use it.
 
-        `dtype`: what all tensors must have; None: any dtype that megafork trains from.
+        `dtype`: what all tensors must have; None: any dtype that megafork trains from. Of a tied head that is there embedding and head
+        are read.
         """
         wanted = huggingface_shapes(shape)
         wrong = [f"missing {name}" for name in wanted if name not in self._tensors]
-        ignorable = {"lm_head.weight"} if shape.tied else set()  # some tools write the tied head twice
+        if shape.tied and _HEAD in self._tensors:  # some tools write the tied head twice
+            wanted[_HEAD] = wanted[_EMBEDDING]
         for name in sorted(self._tensors):
-            if name in ignorable or name.endswith("rotary_emb.inv_freq"):
+            if name.endswith("rotary_emb.inv_freq"):
                 continue
             if name not in wanted:
                 wrong.append(f"unknown {name}")
@@ -124,6 +140,28 @@ class HuggingFaceWeights:
         if wrong:
             shown = "; ".join(wrong[:listed]) + (f"; and {len(wrong[listed:])} more" if listed and len(wrong) > listed else "")
             raise RecipeError(f"model.path is {str(self.folder)!r}: its tensors do not fit its config.json: {shown}")
+        if shape.tied and _HEAD in self._tensors and not self._head_is_embedding(shape):
+            raise RecipeError(
+                f"model.path is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {_HEAD} is not its "
+                f"{_EMBEDDING}: set it to false to train with that head, or delete {_HEAD} from the file to train without it"
+            )
+
+    def _head_is_embedding(self, shape: Shape) -> bool:
+        """Compared band by band, so that no more of either is in memory."""
+        band = max(1, _BAND // (4 * shape.hidden))
+        bands = ((first, min(first + band, shape.vocab)) for first in range(0, shape.vocab, band))
+        return all(torch.equal(*(self.read(name, rows).float() for name in (_HEAD, _EMBEDDING))) for rows in bands)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. Smallest and largest tell, in one pass and without a tensor of flags."""
+    return tensor.numel() == 0 or tensor.dtype not in _DTYPES.values() or all(map(math.isfinite, map(float, tensor.aminmax())))
+
+
+def not_finite(source: str, name: str) -> RecipeError:
+    return RecipeError(
+        f"{source}: its {name} holds NaN or infinity: the weights are of a training that broke down, give an earlier checkpoint"
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +223,7 @@ def replaced(target: Path) -> Iterator[Path]:
 
 def copy_companions(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
     """Copy config.json, with changes, and the files of the tokenizer and of the generation."""
-    config = json.loads((source / "config.json").read_text())
+    config = read_config(source)
     if "dtype" in changes:
         config.pop("torch_dtype", None)  # the key's older name
     (target / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n")

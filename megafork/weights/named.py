@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor
 from megafork.data.hub import local_model
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import RecipeError
-from megafork.shape import Shape, read_shape
+from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
 from megafork.weights.checkpoint import complete
 from megafork.weights.checksums import SUMS, sum_of
 from megafork.weights.huggingface import HuggingFaceWeights
@@ -56,8 +57,7 @@ class NamedModel:
     @property
     def dtype(self) -> Literal["fp32", "bf16"]:
         """To compute in: fp32 where config.json says so, else bf16."""
-        config = json.loads((self.folder / "config.json").read_text())
-        return "fp32" if (config.get("dtype") or config.get("torch_dtype")) == "float32" else "bf16"
+        return "fp32" if read_dtype(self.folder) == "float32" else "bf16"
 
     def digest(self) -> str:
         """16 hex digits of SHA-256 over every byte of the weights, config.json and the tokenizer.
@@ -71,19 +71,21 @@ class NamedModel:
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep."""
-        if self.checkpoint is not None:
-            yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
-            return
-        source = HuggingFaceWeights(self.folder)
-        for name, shape in huggingface_shapes(read_shape(self.folder)).items():
-            yield name, source.read(name, (0, shape[0]))
+        """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep. Raises RecipeError for NaN."""
+        with as_options():
+            if self.checkpoint is not None:
+                yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
+                return
+            source = HuggingFaceWeights(self.folder)
+            for name, shape in huggingface_shapes(read_shape(self.folder)).items():
+                yield name, source.read(name, (0, shape[0]))
 
 
 def find_model(said: str) -> NamedModel:
     """The model called `said`; of a run its exported model, or its newest checkpoint where there is none. Raises RecipeError."""
     folder = Path(local_model(said))
-    if not folder.is_dir():
+    refuse_adapter(folder, f"MODEL is {said!r}")
+    if not os.path.isdir(folder):
         raise RecipeError(f"MODEL is {said!r}: no such folder; give a Hugging Face folder, `owner/model`, a run or one of its checkpoints")
     if (folder / "config.json").exists():
         return NamedModel(said, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megafork.recipe import RecipeError
-from megafork.shape import Shape, read_shape
+from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
 from megafork.weights.checkpoint import complete, read_state
 from megafork.weights.checksums import SUMS, damaged_files
 from megafork.weights.dist_layout import Stored, stored_parameters
-from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.huggingface import HuggingFaceWeights, is_finite, not_finite
 from megafork.weights.mapping import full_shape, huggingface_shapes, pieces
 from megafork.weights.shards import Spec
 from megafork.weights.torch_dist import DistReader
@@ -48,6 +47,7 @@ def open_source(folder: Path, *, keep: bool) -> Source:
     if newest:
         raise RecipeError(f"SRC is {str(folder)!r}, a run: give one of its checkpoints, such as {str(newest[-1][1])!r}")
     if not (folder / "config.json").exists():
+        refuse_adapter(folder, f"SRC is {str(folder)!r}")
         raise RecipeError(
             f"SRC is {str(folder)!r}: it has neither a config.json nor a metadata.json; give a Hugging Face folder or a Megatron checkpoint"
         )
@@ -56,14 +56,10 @@ def open_source(folder: Path, *, keep: bool) -> Source:
 
 def open_huggingface(folder: Path, *, keep: bool) -> tuple[Source, HuggingFaceWeights]:
     """A Hugging Face folder, and its weights by slices. Raises RecipeError that lists every tensor that does not fit the config."""
-    shape = read_shape(folder)
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("quantization_config"):
-        raise RecipeError(f"model.path is {str(folder)!r}: it is quantised (quantization_config); give the model it was made from")
+    shape, said = read_shape(folder), read_dtype(folder)
     weights = HuggingFaceWeights(folder)
-    said = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     try:
-        weights.check(shape, dtype=said if keep and isinstance(said, torch.dtype) else None, listed=None)
+        weights.check(shape, dtype=getattr(torch, said) if keep and said else None, listed=None)
     except RecipeError as error:
         mend = "; --dtype converts dtypes" if " has dtype " in str(error) else ""
         raise RecipeError(f"{error}{mend}") from None
@@ -138,6 +134,8 @@ def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape)
 def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
     """A parameter's Hugging Face tensors: views of it where they are one piece."""
     whole = reader.read(stored.key, stored.layer)
+    if not is_finite(whole):
+        raise not_finite(f"SRC is {str(reader.folder)!r}", stored.parameter.name)
     parts = pieces(stored.parameter, shape, 1, 0)
     for name in stored.parameter.huggingface():
         mine = [whole[part.at : part.at + part.rows[1] - part.rows[0]] for part in parts if part.name == name]

@@ -1,0 +1,59 @@
+"""Rotary positions of a model: the frequencies that its rope scaling gives, and the scale of its attention scores.
+
+Bit for bit transformers' and vLLM's frequencies, in their order of operations: at position 100,000 a frequency that is off by one part in
+ten million turns a head by a hundredth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megafork.shape import Llama3, Shape, Yarn
+
+
+def inverse_frequencies(shape: Shape) -> Tensor:
+    """How far each pair of a head's dimensions is turned from one position to the next: radians, fp32 [head_dim / 2], on the CPU."""
+    wavelengths = shape.rope_theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)  # over 2 pi
+    match shape.rope_scaling:
+        case Llama3() as scaling:
+            return _llama3(1.0 / wavelengths, scaling)
+        case Yarn() as scaling:
+            return _yarn(wavelengths, scaling, shape)
+        case _:
+            return 1.0 / wavelengths
+
+
+def softmax_scale(shape: Shape) -> float:
+    """What attention scores are multiplied by. YaRN's factor is of queries and of keys, and rotation keeps it: it is applied here, once."""
+    factor = shape.rope_scaling.attention_factor if isinstance(shape.rope_scaling, Yarn) else 1.0
+    return factor**2 / math.sqrt(shape.head_dim)
+
+
+def _llama3(plain: Tensor, scaling: Llama3) -> Tensor:
+    wavelengths = 2 * math.pi / plain
+    turns = scaling.original_positions / wavelengths
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    between = (1 - kept) * plain / scaling.factor + kept * plain
+    slow = wavelengths > scaling.original_positions / scaling.low_freq_factor
+    fast = wavelengths < scaling.original_positions / scaling.high_freq_factor
+    return torch.where(slow, plain / scaling.factor, torch.where(fast, plain, between))
+
+
+def _yarn(wavelengths: Tensor, scaling: Yarn, shape: Shape) -> Tensor:
+    """The paper's section 3.2, with its ramp over the dimensions' numbers instead of their turns, as every implementation has it."""
+
+    def pair(turns: float) -> float:
+        """The pair of dimensions that turns so often within the original positions."""
+        per_turn = scaling.original_positions / (turns * 2 * math.pi)
+        return shape.head_dim * math.log(per_turn) / (2 * math.log(shape.rope_theta))
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, shape.head_dim - 1)
+    pairs = torch.arange(len(wavelengths), dtype=torch.float32)
+    kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept

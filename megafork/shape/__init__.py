@@ -1,0 +1,25 @@
+"""The shape of a dense transformer as a Hugging Face config.json tells it, and which layouts it can be split into.
+
+No torch, no transformers: a wrong model folder is answered in a fraction of a second.
+"""
+
+from megafork.shape.config import read_config, refuse_adapter
+from megafork.shape.layout import check_engines, check_layout, check_rollout_tp, check_world, stage_layers, stage_of_layer
+from megafork.shape.model import Llama3, Shape, Yarn
+from megafork.shape.read import read_dtype, read_shape
+
+__all__ = [
+    "Llama3",
+    "Shape",
+    "Yarn",
+    "check_engines",
+    "check_layout",
+    "check_rollout_tp",
+    "check_world",
+    "read_config",
+    "read_dtype",
+    "read_shape",
+    "refuse_adapter",
+    "stage_layers",
+    "stage_of_layer",
+]

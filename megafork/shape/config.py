@@ -1,0 +1,122 @@
+"""config.json of a Hugging Face folder: read as strictly as JSON is defined, and each value taken by its kind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megafork.recipe import RecipeError
+
+ADAPTER = "adapter_config.json"
+_SHOWN = 80
+"""Characters of a value that an error quotes."""
+
+
+class Keys:
+    """The keys of config.json, or of an object within it. Raises RecipeError, naming the key, for a value of another kind."""
+
+    def __init__(self, values: Mapping[str, Any], folder: Path, within: str = "") -> None:
+        self.values = values
+        self.folder = folder
+        self.within = within
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def inner(self, key: str) -> Keys:
+        """The object that is `key`'s value; an empty one where the key is absent or null."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "must be an object with keys of its own")
+        return Keys(value or {}, self.folder, f"{self.within}{key}.")
+
+    def without_null(self, *keys: str) -> Keys:
+        """The same, but that null in any of `keys` counts as absent."""
+        return Keys({key: value for key, value in self.values.items() if value is not None or key not in keys}, self.folder, self.within)
+
+    def whole(self, key: str, *, largest: int, default: int | None = None) -> int:
+        """A whole number from 1 to `largest`."""
+        value = self._value(key, default)
+        if type(value) is not int or not 1 <= value <= largest:
+            raise self.error(key, f"must be a whole number between 1 and {largest:,}")
+        return value
+
+    def number(self, key: str, *, above: float, below: float = 1e15, default: float | None = None) -> float:
+        """A number between the two, both excluded."""
+        value = self._value(key, default)
+        if type(value) not in (int, float) or not above < value < below:
+            raise self.error(key, f"must be a number above {above:g} and below {below:g}")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self._value(key, default)
+        if type(value) is not bool:
+            raise self.error(key, "must be true or false")
+        return value
+
+    def text(self, key: str, *, among: Iterable[str]) -> str:
+        value = self._value(key, None)
+        if not isinstance(value, str) or value not in among:
+            raise self.error(key, f"must be one of {', '.join(among)}")
+        return value
+
+    def error(self, key: str, must: str) -> RecipeError:
+        shown = repr(self.values.get(key))
+        shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+        name = f"{self.within}{key}"
+        name = name if name.replace(".", "").isidentifier() else repr(name)
+        return RecipeError(f"model.path is {str(self.folder)!r}: its {name} is {shown}: {must}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        if key not in self.values and default is None:
+            raise RecipeError(f"model.path is {str(self.folder)!r}: its config.json lacks {self.within + key!r}")
+        return self.values.get(key, default)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The keys of a folder's config.json. Raises RecipeError for a folder that is none of a model, and for what is not exactly JSON."""
+    said = f"model.path is {str(folder)!r}"
+    file = folder / "config.json"
+    if not os.path.isdir(folder):
+        raise RecipeError(f"{said}: no such folder; give a Hugging Face model folder")
+    refuse_adapter(folder, said)
+    if not file.exists():
+        raise RecipeError(f"{said}: it has no config.json; give a Hugging Face model folder")
+    if not file.is_file():
+        raise RecipeError(f"{said}: its config.json is not a file; give a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_bytes().decode(), object_pairs_hook=_once, parse_constant=_no_number)
+    except OSError as error:
+        raise RecipeError(f"{said}: its config.json cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise RecipeError(f"{said}: its config.json is not valid JSON (objects within objects without end)") from None
+    except ValueError as error:
+        raise RecipeError(f"{said}: its config.json is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{said}: its config.json holds a {type(config).__name__}, not a Hugging Face config")
+    return config
+
+
+def refuse_adapter(folder: Path, said: str) -> None:
+    """Refuse a LoRA adapter. transformers would put it on top of the weights beside it, or of those of the model that it names."""
+    if os.path.exists(folder / ADAPTER):
+        raise RecipeError(
+            f"{said}, a LoRA adapter ({ADAPTER}): merge it into its base model first (peft's merge_and_unload), and give the merged "
+            f"folder without {ADAPTER}"
+        )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that is given twice JSON readers keep the one or the other."""
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return keys
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")

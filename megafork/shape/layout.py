@@ -1,0 +1,67 @@
+"""Which layouts a model can be split into, for training and for roll-outs."""
+
+from __future__ import annotations
+
+from megafork.recipe import Parallel, RecipeError
+from megafork.shape.model import Shape
+
+
+def check_world(layout: Parallel, ranks: int) -> None:
+    """Refuse a number of ranks that the layout does not divide."""
+    if ranks % layout.model_size:
+        raise RecipeError(
+            f"parallel.tp x pp x cp is {layout.tp} x {layout.pp} x {layout.cp} = {layout.model_size}, which does not divide the {ranks} "
+            "ranks: start a multiple of it (run.ranks), or choose a smaller layout"
+        )
+
+
+def check_engines(rollout_tp: int, ranks: int) -> None:
+    """Refuse roll-out engines that do not share the ranks evenly."""
+    if ranks % rollout_tp:
+        raise RecipeError(f"rollout.tp is {rollout_tp}, which does not divide the {ranks} ranks: choose one that does")
+
+
+def check_rollout_tp(shape: Shape, tp: int) -> None:
+    """Refuse an engine of more ranks than share the attention heads evenly, and a model that vLLM has no room for."""
+    if shape.heads % tp:
+        raise RecipeError(f"rollout.tp is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+    if shape.architecture == "Qwen2ForCausalLM" and shape.head_dim * shape.heads != shape.hidden:
+        raise RecipeError(
+            f"the model's head_dim is {shape.head_dim}: vLLM knows a {shape.architecture} only with hidden_size / num_attention_heads = "
+            f"{shape.hidden / shape.heads:g}; give another model"
+        )
+
+
+def stage_layers(layers: int, layout: Parallel) -> list[int]:
+    """Layers of each pipeline stage: as given for the first and the last, the rest shared equally (rounded down: see `check_layout`)."""
+    given = {0: layout.first_stage_layers, layout.pp - 1: layout.last_stage_layers}
+    fixed = {stage: count for stage, count in given.items() if count is not None}
+    rest = (layers - sum(fixed.values())) // max(layout.pp - len(fixed), 1)
+    return [fixed.get(stage, rest) for stage in range(layout.pp)]
+
+
+def stage_of_layer(layers: int, layout: Parallel) -> list[int]:
+    """The pipeline stage that holds each layer. With vpp the model goes round the stages vpp times."""
+    counts = stage_layers(layers, layout)
+    return [stage for _ in range(layout.vpp) for stage, count in enumerate(counts) for _ in range(count // layout.vpp)]
+
+
+def check_layout(shape: Shape, layout: Parallel) -> None:
+    """Refuse a layout that this model cannot be split into, naming the reason."""
+    if shape.heads % layout.tp:
+        raise RecipeError(f"parallel.tp is {layout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+    if max(shape.kv_heads, layout.tp) % min(shape.kv_heads, layout.tp):
+        raise RecipeError(
+            f"parallel.tp is {layout.tp} but the model has {shape.kv_heads} key-value heads: one must be a multiple of the other"
+        )
+    for name, size in (("hidden_size", shape.hidden), ("intermediate_size", shape.ffn)):
+        if size % layout.tp:
+            raise RecipeError(f"parallel.tp is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
+    counts = stage_layers(shape.layers, layout)
+    if min(counts) < 1 or sum(counts) != shape.layers or any(count % layout.vpp for count in counts):
+        given = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers, "vpp": layout.vpp}
+        rest = "".join(f", {name} {value}" for name, value in given.items() if value not in (None, 1))
+        raise RecipeError(
+            f"parallel.pp is {layout.pp}{rest}, but the model has {shape.layers} layers: each stage needs equally many in each of its vpp "
+            "parts, and all stages but the first and the last equally many; choose other numbers"
+        )
