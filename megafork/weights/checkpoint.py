@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megafork.compat import megatron as megatron_fixes
+from megafork.compat import pickles
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 from megafork.process import die_with_parent
@@ -63,7 +65,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        megatron_fixes.use_file_for_results(temporary / f"results_{self.mesh.rank}")
+        megatron_fixes.use_file_for_results()
         content = {**_sharded(chunks, optimizer, self.mesh, loading=False), "run": state}
         request = dist_checkpointing.save(content, str(temporary), content_metadata=_content_metadata(), async_sharded_save=True)
         request.add_finalize_fn(partial(self._publish, temporary, folder))
@@ -84,9 +86,8 @@ class Checkpoints:
         folder = folder_of(self.folder, step)
         _verify(folder, self.mesh)
         content = _sharded(chunks, optimizer, self.mesh, loading=True)
-        loaded = dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_ALL)
-        for name, chunk in _named(chunks):
-            chunk.load_state_dict(loaded[name])
+        loaded = _load(folder, content, pickles.CommonValues(), strict=StrictHandling.RAISE_ALL)
+        _take(chunks, loaded)
         optimizer.load_state_dict(loaded["optimizer"])
         return loaded["run"]
 
@@ -96,8 +97,6 @@ class Checkpoints:
             for part in temporary.glob("sums_*"):
                 sums |= json.loads(part.read_text())
                 part.unlink()
-            for results in temporary.glob("results_*"):
-                results.unlink()
             sums |= {file.name: sum_of(file) for file in temporary.iterdir() if file.name not in sums}
             (temporary / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
             sync(temporary)
@@ -114,9 +113,30 @@ def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
     content = {
         name: chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group}) for name, chunk in _named(chunks)
     }
-    loaded = dist_checkpointing.load(content, str(folder))
+    _take(chunks, _load(folder, content, pickles.NoCommonValues()))
+
+
+def _load(folder: Path, content: dict[str, Any], common: LoadCommonStrategy, **how: Any) -> dict[str, Any]:
+    """`dist_checkpointing.load` that runs nothing of what the files hold. Raises RecipeError that names a type which would."""
+    pickles.install()
+    try:
+        with pickles.naming_forbidden_types():
+            return dist_checkpointing.load(content, str(folder), common_strategy=common, **how)
+    except pickles.ForbiddenType as error:
+        raise _forbidden(folder, error) from None
+    except CheckpointException as error:  # torch's, not an Exception
+        reason = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
+        raise RuntimeError(f"the checkpoint {str(folder)!r} cannot be loaded: {reason}") from error
+
+
+def _take(chunks: list[Policy], loaded: dict[str, Any]) -> None:
+    """Weights into their chunks. What a linear keeps besides them is left out: Transformer Engine unpickles it, and only delayed scaling of
+    FP8, which megafork does not have, needs any of it."""
     for name, chunk in _named(chunks):
-        chunk.load_state_dict(loaded[name])
+        weights = {key: value for key, value in loaded[name].items() if not key.endswith("_extra_state")}
+        found = chunk.load_state_dict(weights, strict=False)
+        lacking = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+        assert not lacking and not found.unexpected_keys, (lacking, found.unexpected_keys)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -126,7 +146,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         if found != size:
             raise _damaged(folder, f"{name} has {found} of {size} bytes")
     try:
-        return torch.load(folder / "common.pt", weights_only=False)["run"]
+        return pickles.read_common(folder)["run"]
+    except pickles.ForbiddenType as error:
+        raise _forbidden(folder, error) from None
     except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise _damaged(folder, " ".join(str(error).split())[:200]) from None
 
@@ -147,6 +169,13 @@ def _sums(folder: Path) -> dict[str, list[Any]]:
         return json.loads((folder / SUMS).read_text())
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{SUMS}: {error}") from None
+
+
+def _forbidden(folder: Path, error: pickles.ForbiddenType) -> RecipeError:
+    return RecipeError(
+        f"the checkpoint {str(folder)!r} holds {error.name}, which no checkpoint of weights needs, and was not loaded: take one from a "
+        "source that you trust, or convert it by what wrote it"
+    )
 
 
 def _damaged(folder: Path, reason: str) -> RecipeError:
