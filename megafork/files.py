@@ -1,7 +1,8 @@
-"""Files that appear when they are whole."""
+"""Files that appear when they are whole; and a disk that has no room for them."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,3 +14,13 @@ def whole(file: Path) -> Iterator[Path]:
     unfinished = file.with_name(file.name + ".writing")
     yield unfinished
     unfinished.replace(file)
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """One line about the full disk or quota that is behind an error; None when neither is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {str(error.filename)!r}" if error.filename else ""
+            return f"there is no room{where} ({error.strerror}): nothing that was complete is lost; make room, then the same command continues"
+        error = error.__cause__ or error.__context__
+    return None

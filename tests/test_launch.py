@@ -16,7 +16,7 @@ import psutil
 import pytest
 from task import make_task, write_recipe
 
-from megafork.ranks import first_host
+from megafork.joined import first_host
 
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
 FAULTS = Path(__file__).with_name("faults")
@@ -108,7 +108,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path
     assert code == expected_code
     lines = [line for line in output.splitlines() if line in expected or "Traceback" in line]
     assert lines == expected, output  # and no other rank's traceback
-    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log", "job.pickle"}
+    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log"}
     if "error" in fault:
         assert "ArithmeticError: deliberate" in (run.folder / "logs/rank_1.log").read_text()
 

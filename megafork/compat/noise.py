@@ -27,10 +27,7 @@ WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # vLLM 0.32: looks at every attribute of every module once
     (FutureWarning, r"`torch\.distributed\.reduce_op` is deprecated", r"vllm\.triton_utils\.dispatcher"),
 )
-LOGGERS = (
-    "vllm.triton_utils.importing",  # says that Triton has no CPU backend, before vLLM has set its own log level
-    "torch.distributed.elastic.multiprocessing.api",  # says which ranks it stops: megafork.ranks does
-)
+LOGGERS = ("vllm.triton_utils.importing",)  # says that Triton has no CPU backend, before vLLM has set its own log level
 
 
 def silence() -> None:
