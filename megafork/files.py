@@ -21,6 +21,6 @@ def full_disk(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {str(error.filename)!r}" if error.filename else ""
-            return f"there is no room{where} ({error.strerror}): nothing that was complete is lost; make room, then the same command continues"
+            return f"no room is left{where} ({error.strerror}): what was complete is kept; make room, and the same command continues"
         error = error.__cause__ or error.__context__
     return None

@@ -20,6 +20,7 @@ import torch
 from aiohttp import web
 from torch.distributed import TCPStore
 
+from megafork.parallel.meeting import signed
 from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
 
@@ -130,8 +131,8 @@ class _Routes:
         info = (await request.json())["init_info"]
 
         def meet() -> Any:
-            store = TCPStore(info["address"], info["port"], info["world_size"])
-            return gloo_group(store, 1, info["world_size"], address_towards(info["address"], info["port"]), info["limit_s"])
+            self.store = signed(TCPStore(info["address"], info["port"], info["world_size"]))
+            return gloo_group(self.store, 1, info["world_size"], address_towards(info["address"], info["port"]), info["limit_s"])
 
         self.group = await asyncio.to_thread(meet)
         return web.json_response({})

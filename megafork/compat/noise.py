@@ -27,7 +27,10 @@ WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # vLLM 0.32: looks at every attribute of every module once
     (FutureWarning, r"`torch\.distributed\.reduce_op` is deprecated", r"vllm\.triton_utils\.dispatcher"),
 )
-LOGGERS = ("vllm.triton_utils.importing",)  # says that Triton has no CPU backend, before vLLM has set its own log level
+LOGGERS = (
+    "vllm.triton_utils.importing",  # says that Triton has no CPU backend, before vLLM has set its own log level
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",  # says why a checkpoint can't be written, which is raised as well
+)
 
 
 def silence() -> None:

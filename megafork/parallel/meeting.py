@@ -1,8 +1,8 @@
 """How ranks find each other: the key-value store by which torch's process groups are made, and who may write to it.
 
-torch's own TCPStore listens on every interface and lets everybody read and write. On one machine there is none here: the launcher hands its
-ranks a file without a name, and gloo and NCCL meet on the loopback. Across machines a TCPStore listens at rank 0's address alone, and what is
-written there counts only when it is signed with the job's secret.
+torch's own TCPStore listens on every interface and lets everybody read and write. On one machine there is none here: the launcher hands
+its ranks a file without a name, and gloo and NCCL meet on the loopback. Across machines a TCPStore listens at rank 0's address alone, and
+what is written there counts only when it is signed with the job's secret.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megafork.secret import FIX, NAME, is_loopback, secret
 STORE = "MEGAFORK_STORE"
 """Environment variable that names the launcher's file."""
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-_GREETING = b"megafork"
+_GREETING = "megafork"
 
 
 def loopback(*, reaches_out: bool) -> dict[str, str]:
@@ -48,50 +48,51 @@ def join(backend: str, timeout: timedelta) -> None:
     Raises RecipeError when rank 0's secret is not this rank's.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store: dist.Store
-    if STORE in os.environ:
-        store = dist.FileStore(os.environ[STORE], world)
-    else:
-        store = _across(rank, world, timeout)
+    store = dist.FileStore(os.environ[STORE], world) if STORE in os.environ else _across(rank, world, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
     if _one_machine():
         os.environ.update(loopback(reaches_out=False))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own listens already
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store: dist.Store = dist.PrefixStore(f"megafork/{restart}", _tcp_store(-1, world, timeout))
+        store = signed(dist.PrefixStore(f"megafork/{restart}", dist.TCPStore(host, port, world, is_master=False, timeout=timeout)))
+    elif rank == 0:
+        store = signed(listen(host, port, world, timeout))
     else:
-        store = _tcp_store(rank, world, timeout)
-    if key := secret():
-        store = SignedStore(store, key)
-        atexit.register(_leave, store)
+        store = signed(dist.TCPStore(host, port, world, is_master=False, timeout=timeout))
+    atexit.register(_leave, store)
     if rank == 0:
         store.set("greeting", _GREETING)
-    if store.get("greeting") != _GREETING:
+    if store.get("greeting").decode(errors="replace") != _GREETING:
         raise RecipeError(f"rank 0 has a {NAME} and rank {rank} has none: {FIX}")
     return store
 
 
-def _tcp_store(rank: int, world: int, timeout: timedelta) -> dist.TCPStore:
-    """Rank 0's listens at MASTER_ADDR, not everywhere."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank != 0:
-        return dist.TCPStore(host, port, world, is_master=False, timeout=timeout)
-    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0], backlog=world)
-    return dist.TCPStore(host, port, world, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
+def listen(host: str, port: int, world: int, timeout: timedelta) -> dist.TCPStore:
+    """A store for `world` members that listens at its address, not everywhere; port 0: any. Returns without waiting for them."""
+    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0], backlog=max(world, 16))
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(host, port, world, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor)
 
 
-def _leave(store: SignedStore) -> None:
-    """NCCL's threads ask the store as long as there is a group, and must not once the interpreter is being taken down. That the store is
-    noted for then keeps it: torch's groups keep its C++ half alone."""
+def signed(store: dist.Store) -> dist.Store:
+    """With a secret in the environment, the store that only those write to who know it. Keep what is returned as long as a group that is
+    made by it: torch's groups keep its C++ half alone."""
+    known = secret()
+    return SignedStore(store, known) if known else store
+
+
+def _leave(store: dist.Store) -> None:
+    """NCCL's threads ask the store as long as there is a group, and must not once the interpreter is being taken down."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _one_machine() -> bool:
-    """Whether all ranks are on this machine. torchrun says how many are; of others the address, which on one machine nobody else reaches."""
+    """Whether all ranks are on this machine: torchrun says how many are; else by the address, which no other machine must reach."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or is_loopback(os.environ["MASTER_ADDR"])
 
 
@@ -112,7 +113,7 @@ class SignedStore(dist.Store):
 
     def set(self, key: str, value: bytes | str) -> None:
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self._store.set(key, self._code(key, value) + value)
+        self._store.set(key, self._code(key, value) + value)  # type: ignore[arg-type]  # torch's stub knows text only
 
     def get(self, key: str) -> bytes:
         found = bytes(self._store.get(key))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from megafork.analysis.run_folder import evaluation_file
 from megafork.files import whole
 from megafork.parallel.mesh import Mesh
 from megafork.rl.batch import MicroBatch
@@ -64,7 +65,7 @@ def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inpu
 
 def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float]) -> None:
     """evaluations/step_000012.json: {"step", "accuracies"}, these in the order of the held-out prompts. Appears when whole. Rank 0 only."""
-    file = run_folder / "evaluations" / f"step_{step:06d}.json"
+    file = evaluation_file(run_folder, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as unfinished:
         unfinished.write_text(json.dumps({"step": step, "accuracies": list(accuracies)}) + "\n")
