@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,14 @@ def whole(file: Path) -> Iterator[Path]:
     unfinished = file.with_name(file.name + ".writing")
     yield unfinished
     unfinished.replace(file)
+
+
+def check_room(folder: Path) -> None:
+    """Raises OSError where another megabyte finds no room."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def full_disk(error: BaseException | None) -> str | None:

@@ -6,6 +6,7 @@ import os
 import re
 
 from megafork.recipe import RecipeError
+from megafork.secret import FIX, NAME, is_loopback, secret
 
 _MEETING = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -13,7 +14,8 @@ _MEETING = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def joined() -> bool:
     """Whether torchrun or Slurm has started this process as a rank; its environment then says which.
 
-    Raises RecipeError where the environment says so and lacks something, or makes no sense.
+    Raises RecipeError where the environment says so and lacks something, or makes no sense; and where ranks of several machines have no
+    secret.
     """
     if "RANK" not in os.environ and not _join_slurm():
         return False
@@ -29,7 +31,14 @@ def joined() -> bool:
         raise RecipeError(f"RANK is {rank!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}: ranks are counted from 0; {fix}")
     if not 0 < int(os.environ["MASTER_PORT"]) < 1 << 16:
         raise RecipeError(f"MASTER_PORT is {os.environ['MASTER_PORT']!r}: ports are 1 to 65535; {fix}")
+    if secret() is None and not on_one_machine():
+        raise RecipeError(f"MASTER_ADDR is {os.environ['MASTER_ADDR']!r}, which other machines reach, and {NAME} is not set: {FIX}")
     return True
+
+
+def on_one_machine() -> bool:
+    """Whether all ranks are on this machine: torchrun says how many are; else by the address, which no other machine must reach."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or is_loopback(os.environ["MASTER_ADDR"])
 
 
 def _join_slurm() -> bool:

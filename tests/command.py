@@ -68,7 +68,8 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.root.handlers.clear()  # pytest's
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1) for number, mode in enumerate("rww"))
+    # those that are replaced may be objects of an earlier fork, and would close what they stand for
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww"))
     setattr(launcher, "Popen", forked_python)  # noqa: B010 - of the launcher
     assert args[1] == "-m", args
     sys.argv = args[2:]

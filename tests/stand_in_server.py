@@ -34,6 +34,8 @@ class Habits:
     fork_decoding: bool = True
     refuses: bool = False
     """Every roll-out request."""
+    secret: str = ""
+    """What every route asks for."""
     signal_at: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Route -> (its n-th call, from 1, the signal that the server then sends itself)."""
 
@@ -103,6 +105,8 @@ class _Routes:
 
     @web.middleware
     async def count(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.habits.secret and request.headers.get("Authorization") != f"Bearer {self.habits.secret}":
+            return web.Response(status=401, text="who are you?")
         self.calls[request.path] = number = self.calls.get(request.path, 0) + 1
         at, sign = self.habits.signal_at.get(request.path, (0, 0))
         if number == at:

@@ -15,8 +15,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megafork.joined import on_one_machine
 from megafork.recipe import RecipeError
-from megafork.secret import FIX, NAME, is_loopback, secret
+from megafork.secret import FIX, NAME, secret
 
 STORE = "MEGAFORK_STORE"
 """Environment variable that names the launcher's file."""
@@ -33,15 +34,6 @@ def loopback(*, reaches_out: bool) -> dict[str, str]:
     return {name: _LOOPBACK[name] for name in names if name not in os.environ}
 
 
-def check_secret() -> None:
-    """Raises RecipeError where RANK and its like describe ranks on several machines, and there is no secret. No group is needed."""
-    if not _one_machine() and secret() is None:
-        raise RecipeError(
-            f"MASTER_ADDR is {os.environ['MASTER_ADDR']!r}, another machine's or one that others reach, and {NAME} is not set: {FIX} "
-            "(the scripts in slurm/ do)"
-        )
-
-
 def join(backend: str, timeout: timedelta) -> None:
     """Make the default process group of the ranks that the environment describes; every rank calls.
 
@@ -53,7 +45,7 @@ def join(backend: str, timeout: timedelta) -> None:
 
 
 def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
-    if _one_machine():
+    if on_one_machine():
         os.environ.update(loopback(reaches_out=False))
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own listens already
@@ -89,11 +81,6 @@ def _leave(store: dist.Store) -> None:
     """NCCL's threads ask the store as long as there is a group, and must not once the interpreter is being taken down."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _one_machine() -> bool:
-    """Whether all ranks are on this machine: torchrun says how many are; else by the address, which no other machine must reach."""
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or is_loopback(os.environ["MASTER_ADDR"])
 
 
 class SignedStore(dist.Store):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megafork.compat import megatron as megatron_fixes
 from megafork.compat import pickles
+from megafork.files import check_room
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 from megafork.process import die_with_parent
@@ -56,9 +58,13 @@ class Checkpoints:
     def save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
         """Save weights, optimizer and `state` (plain values, the same on every rank).
 
-        In the background, a forked process a rank writes a copy of this moment; `settle` publishes it.
+        In the background, a forked process a rank writes a copy of this moment; `settle` publishes it. Raises OSError on a full disk.
         """
         self.settle(wait=True)
+        with self._saying_what_is_full():
+            self._save(step, chunks, optimizer, state)
+
+    def _save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
         folder = folder_of(self.folder, step)
         temporary = folder.with_name(folder.name + ".writing")
         if self.mesh.is_rank_zero:
@@ -77,9 +83,22 @@ class Checkpoints:
             request.execute_sync()
 
     def settle(self, *, wait: bool) -> None:
-        """Publish the checkpoint that was written in the background, if every rank has written its part; `wait` for it."""
+        """Publish the checkpoint that was written in the background, if every rank has written its part; `wait` for it.
+
+        Raises OSError on a full disk.
+        """
         if self.background is not None:
-            self.background.maybe_finalize_async_calls(blocking=wait)
+            with self._saying_what_is_full():
+                self.background.maybe_finalize_async_calls(blocking=wait)
+
+    @contextlib.contextmanager
+    def _saying_what_is_full(self) -> Iterator[None]:
+        """Want of room has many names: torch's writer, the index or the sums may be cut off, on this rank or another."""
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError, ValueError):
+            check_room(self.folder)
+            raise
 
     def load(self, step: int, chunks: list[Policy], optimizer: Any) -> dict[str, Any]:
         """Load weights and optimizer in place, saved under whatever layout, and return the `state`. Raises RecipeError when damaged."""
