@@ -214,7 +214,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 def test_files_of_the_hubs_schemas(ending: str, task: Path, tmp_path: Path) -> None:
     words = [f"{name}={_rows(tmp_path / f'{name}.{ending}', [row, row])}" for name, row in SCHEMAS.items()]
     tokenizer = load_tokenizer(str(task / "model"))
-    found = load_benchmarks((*words,), template="plain", limit=None, needs=("answer",), longest=8, tokenizer=tokenizer)
+    found = load_benchmarks((*words,), template="plain", limit=None, reward=Reward(), longest=8, tokenizer=tokenizer)
     assert [benchmark.name for benchmark in found] == list(SCHEMAS)
     assert [len(benchmark.problems) for benchmark in found] == [2, 2, 2, 2], "a benchmark keeps its size"
     assert [benchmark.problems[0].row["answer"] for benchmark in found] == ["2", 2.0, "2", "1, 2"]

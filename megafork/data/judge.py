@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Options:
     test_timeout_s: float
     memory_mb: int
     partial: bool
+    kept: Sequence[str]
+    """Of the sandbox's view, what lies in its scratch folders."""
 
 
 def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.socket, verdicts: socket.socket) -> None:
@@ -136,12 +138,21 @@ def _confine(options: Options, parent: int) -> None:
 
 def empty_scratch(options: Options) -> bool:
     """Whether nothing of the last item is left for the next one."""
-    if not options.boxed:
-        return True
     try:
-        for folder in sandbox.SCRATCH:
-            for entry in os.scandir(folder):
-                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        for folder in sandbox.SCRATCH if options.boxed else ():
+            _empty(folder, options.kept)
     except (OSError, RecursionError):  # folders without permissions, or thousands deep
         return False
     return True
+
+
+def _empty(folder: str, kept: Sequence[str]) -> None:
+    for entry in os.scandir(folder):
+        if any(path == entry.path for path in kept):
+            continue
+        if any(path.startswith(entry.path + "/") for path in kept):
+            _empty(entry.path, kept)
+        elif entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)

@@ -27,13 +27,19 @@ class Prompt:
 
 
 def load_prompts(
-    source: str, data: recipe.Data, tokenizer: Tokenizer, *, needs: tuple[str, ...] = ("answer",), field: str = "data.train"
+    source: str,
+    data: recipe.Data,
+    tokenizer: Tokenizer,
+    *,
+    needs: tuple[str, ...] = ("answer",),
+    check_row: Callable[[dict[str, Any]], None] | None = None,
+    field: str = "data.train",
 ) -> list[Prompt]:
     """Read `source` (forms: see `recipe.Data.train`); the same list on every rank and in every run.
 
     Rows are {"prompt", "answer"} (the prompt may be called `question` or `problem`), {"prompt", "response"} for supervised training, or
     DAPO-Math's (`prompt` a list of chat messages, `reward_model.ground_truth` the answer). `needs` names the fields that no row may lack;
-    `field` is the recipe key that holds `source`. Raises RecipeError for the first wrong row, and for an empty dataset.
+    `check_row` raises ValueError, whose text continues `FILE line N ...`, for a row that a verifier cannot judge by; `field` is the recipe key that holds `source`. Raises RecipeError for the first wrong row, and for an empty dataset.
     """
     render = _template(data.template, tokenizer)
     prompts: list[Prompt] = []
@@ -41,6 +47,7 @@ def load_prompts(
     for place, raw in read_rows(source, field):
         try:
             row = _normalise(raw, needs)
+            _check_row(row, check_row)
             text = render(row["prompt"])
             if data.deduplicate and text in seen:
                 continue
@@ -123,6 +130,14 @@ def _normalise(raw: dict[str, Any], needs: tuple[str, ...]) -> dict[str, Any]:
     if "response" in needs and not isinstance(row["response"], str):
         raise _RowError(f"has a response that is a {type(row['response']).__name__}: it must be text")
     return row
+
+
+def _check_row(row: dict[str, Any], check: Callable[[dict[str, Any]], None] | None) -> None:
+    try:
+        if check is not None:
+            check(row)
+    except ValueError as error:
+        raise _RowError(str(error)) from None
 
 
 def _generated(row: dict[str, Any]) -> bool:

@@ -48,6 +48,10 @@ class VerifierProcess:
         """`tool`: what makes the sandbox (`sandbox.available`), None for none."""
         self._reward = reward
         self._tool = tool
+        self._control: socket.socket
+        self._items: socket.socket
+        self._verdicts: socket.socket
+        self._ready = self._forked = False
         self._start()
 
     def await_ready(self) -> None:
@@ -99,6 +103,7 @@ class VerifierProcess:
         name, boxed = self._reward.verifier, self._tool is not None
         own_file = Path(name.rpartition(":")[0]) if ":" in name else None
         lasting = own_file is not None and self._reward.isolation == "process"
+        seen = sandbox.view(own_file)
         options = Options(
             verifier=name,
             boxed=boxed,
@@ -107,15 +112,16 @@ class VerifierProcess:
             test_timeout_s=self._reward.test_timeout_s,
             memory_mb=self._reward.memory_mb,
             partial=self._reward.partial,
+            kept=[path for path in seen.read_only if path.startswith(tuple(f"{folder}/" for folder in sandbox.SCRATCH))],
         )
-        self._ready, self._forked = False, False
+        self._ready = self._forked = False
         self._control, theirs = wire.datagram_sockets()
         self._items, self._verdicts = socket.socketpair()  # the first judge's follow
         with theirs:
             worker = [sys.executable, "-m", "megafork.data.worker", str(theirs.fileno()), str(os.getpid())]
             worker.append(json.dumps(dataclasses.asdict(options)))
             self._process = subprocess.Popen(
-                sandbox.command(self._tool, sandbox.view(own_file), worker) if self._tool else [*worker, ""],
+                sandbox.command(self._tool, seen, worker) if self._tool else [*worker, ""],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,  # what a verifier prints is a message, not output of the run

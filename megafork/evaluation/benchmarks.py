@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megafork.data import reward as verifiers
 from megafork.data.prompts import Prompt, load_prompts
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import Data, RecipeError
+from megafork.recipe import Data, RecipeError, Reward
 
 KNOWN = {
     "aime24": "hub:HuggingFaceH4/aime_2024:train",
@@ -34,9 +35,9 @@ class Benchmark:
 
 
 def load_benchmarks(
-    words: tuple[str, ...], *, template: str, limit: int | None, needs: tuple[str, ...], longest: int, tokenizer: Tokenizer
+    words: tuple[str, ...], *, template: str, limit: int | None, reward: Reward, longest: int, tokenizer: Tokenizer
 ) -> list[Benchmark]:
-    """Read each of `words` (`evaluation.settings.Settings.benchmarks`); `longest`: tokens of a prompt; `needs`: the verifier's fields.
+    """Read each of `words` (`evaluation.settings.Settings.benchmarks`); `longest`: tokens of a prompt; `reward`: the verifier.
 
     Problems that a benchmark repeats stay, so that it has its published size. Raises RecipeError, naming the benchmark and the problem.
     """
@@ -46,7 +47,7 @@ def load_benchmarks(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RecipeError(f"--benchmarks names {twice!r} twice: give one of them another name, as in NAME=SOURCE")
-    return [_load(name, source, text, limit, needs, longest, tokenizer) for name, source in named]
+    return [_load(name, source, text, limit, reward, longest, tokenizer) for name, source in named]
 
 
 def _named(word: str) -> tuple[str, str]:
@@ -62,13 +63,13 @@ def _named(word: str) -> tuple[str, str]:
     raise RecipeError(f"--benchmarks names {word!r}: {mend} {', '.join(KNOWN)}, and files that end in .jsonl or .parquet")
 
 
-def _load(
-    name: str, source: str, template: str, limit: int | None, needs: tuple[str, ...], longest: int, tokenizer: Tokenizer
-) -> Benchmark:
+def _load(name: str, source: str, template: str, limit: int | None, reward: Reward, longest: int, tokenizer: Tokenizer) -> Benchmark:
     data = Data(train=source, template=template, max_prompt_length=longest, deduplicate=False)
+    needs = verifiers.needs(reward)
     others = tuple(field for field in needs if field != "answer")  # an answer may have another name
+    field = f"--benchmarks {name}"
     problems = []
-    for prompt in load_prompts(source, data, tokenizer, needs=others, field=f"--benchmarks {name}")[:limit]:
+    for prompt in load_prompts(source, data, tokenizer, needs=others, check_row=verifiers.check_row(reward), field=field)[:limit]:
         answer = _answer(prompt.row)
         if answer is None and needs == ("answer",):  # a task of reasoning-gym may have many right answers and name none
             raise RecipeError(

@@ -72,9 +72,8 @@ def prepare(settings: Settings) -> Work:
     tokenizer = model.tokenizer()
     reward = Reward(verifier=settings.verifier, workers=settings.workers or min(os.cpu_count() or 1, 8), overlong="none")
     verifiers.check(reward)
-    needs = verifiers.needs(reward)
     benchmarks = load_benchmarks(
-        settings.benchmarks, template=settings.template, limit=settings.limit, needs=needs, longest=LONGEST_PROMPT, tokenizer=tokenizer
+        settings.benchmarks, template=settings.template, limit=settings.limit, reward=reward, longest=LONGEST_PROMPT, tokenizer=tokenizer
     )
     longest = max(len(problem.tokens) for benchmark in benchmarks for problem in benchmark.problems)
     return Work(

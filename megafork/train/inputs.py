@@ -54,8 +54,12 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
             f"model.path is {recipe.model.path!r}: neither its tokenizer nor generation_config.json names an end-of-sequence token"
         )
     needs = ("response",) if supervised else reward.needs(recipe.reward)
-    train = load_prompts(recipe.data.train, recipe.data, tokenizer, needs=needs)
-    held_out = load_prompts(recipe.data.eval, recipe.data, tokenizer, needs=needs, field="data.eval") if recipe.data.eval else []
+    check_row = None if supervised else reward.check_row(recipe.reward)
+
+    def load(field: str, source: str | None) -> list[Prompt]:
+        return load_prompts(source, recipe.data, tokenizer, needs=needs, check_row=check_row, field=field) if source else []
+
+    train, held_out = load("data.train", recipe.data.train), load("data.eval", recipe.data.eval)
     return Inputs(supervised, shape, weights, tokenizer, train, held_out)
 
 
