@@ -57,9 +57,9 @@ def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.soc
         while (item := wire.receive_item(file)) is not None:
             number, response, row = item
             verdict = judging(response, row)
-            emptied = empty_scratch(options)
-            wire.send_verdict(verdicts, number, verdict)
-            if not emptied:
+            last = not empty_scratch(options)
+            wire.send_verdict(verdicts, number, verdict._replace(last=last))
+            if last:
                 return
 
 

@@ -39,7 +39,8 @@ def load_prompts(
 
     Rows are {"prompt", "answer"} (the prompt may be called `question` or `problem`), {"prompt", "response"} for supervised training, or
     DAPO-Math's (`prompt` a list of chat messages, `reward_model.ground_truth` the answer). `needs` names the fields that no row may lack;
-    `check_row` raises ValueError, whose text continues `FILE line N ...`, for a row that a verifier cannot judge by; `field` is the recipe key that holds `source`. Raises RecipeError for the first wrong row, and for an empty dataset.
+    `check_row` raises ValueError, whose text continues `FILE line N ...`, for a row that the verifier cannot judge by; `field` is the
+    recipe key that holds `source`. Raises RecipeError for the first wrong row, and for an empty dataset.
     """
     render = _template(data.template, tokenizer)
     prompts: list[Prompt] = []

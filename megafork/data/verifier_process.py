@@ -89,6 +89,8 @@ class VerifierProcess:
             return Verdict(0.0, f"timeout: no verdict within {self._reward.timeout_s:g} s")
         except (EOFError, OSError):
             return Verdict(0.0, self._replace_judge(wire.ENDED) or "the verifier process closed its channel")
+        if found.last:
+            self._replace_judge(wire.ENDED)
         return Verdict(found.accuracy, found.error or None)
 
     def close(self) -> None:

@@ -20,16 +20,17 @@ READY, STUCK, ENDED = "ready", "stuck", "ended"
 """Of a verifier that is loaded; of a judge that is late, or gone."""
 NUMBER_BYTES = 16
 _LENGTH = struct.Struct(">Q")
-_VERDICT = struct.Struct(f">{NUMBER_BYTES}sd")
+_VERDICT = struct.Struct(f">{NUMBER_BYTES}sd?")
 _ERROR_CHARACTERS = 300
 LONGEST = _VERDICT.size + 4 * _ERROR_CHARACTERS  # UTF-8
 
 
 class Plain(NamedTuple):
-    """A verdict as it travels. `error` is one printable line, empty for none; with it the accuracy is 0."""
+    """A verdict as it travels. `error` is one printable line, empty for none; with it the accuracy is 0. `last`: the judge then leaves."""
 
     accuracy: float
     error: str = ""
+    last: bool = False
 
 
 def how_it_ended(code: int) -> str:
@@ -93,18 +94,18 @@ def receive_verdict(verdicts: socket.socket, number: bytes, deadline: float) -> 
 
 
 def pack(number: bytes, verdict: Plain) -> bytes:
-    return _VERDICT.pack(number, verdict.accuracy) + one_line(verdict.error).encode(errors="replace")
+    return _VERDICT.pack(number, verdict.accuracy, verdict.last) + one_line(verdict.error).encode(errors="replace")
 
 
 def unpack(message: bytes, number: bytes) -> Plain | None:
     """None for a datagram that is not this item's verdict."""
     if not _VERDICT.size <= len(message) <= LONGEST:
         return None
-    found, accuracy = _VERDICT.unpack_from(message)
+    found, accuracy, last = _VERDICT.unpack_from(message)
     error = one_line(message[_VERDICT.size :].decode(errors="replace"))
     if not secrets.compare_digest(found, number) or not 0.0 <= accuracy <= 1.0 or (error and accuracy):
         return None
-    return Plain(accuracy, error)
+    return Plain(accuracy, error, last)
 
 
 def one_line(text: str) -> str:
