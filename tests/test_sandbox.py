@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from megafork.data import sandbox
-from megafork.data.reward import Verdict, Verifiers, check
+from megafork.data.reward import Item, Verdict, Verifiers, check
 from megafork.recipe import RecipeError, Reward
 
 EVALUATES = """
@@ -31,8 +32,8 @@ def score(response, row):
     exec(response, names)
     return float(names["reached"])
 """
-RIGHT = ("reached = True", {})
-WRONG = ("reached = False", {})
+RIGHT: Item = ("reached = True", {})
+WRONG: Item = ("reached = False", {})
 
 # Each sets `reached` if it got through.
 EVERYWHERE = """
@@ -151,7 +152,8 @@ def targets(folder: Path) -> Iterator[dict[str, object]]:
     name = f"megafork-test-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket(family)) for family in (socket.AF_INET, socket.AF_UNIX, socket.AF_UNIX)]
-        for listening, address in zip(sockets, (("127.0.0.1", 0), "socket", f"\0{name}"), strict=True):
+        addresses: list[Any] = [("127.0.0.1", 0), "socket", f"\0{name}"]
+        for listening, address in zip(sockets, addresses, strict=True):
             listening.bind(address)
             listening.listen()
         temporary = Path(stack.enter_context(_temporary_folder()))

@@ -65,6 +65,8 @@ class Verifiers:
     def __init__(self, reward: recipe.Reward) -> None:
         check(reward)
         tool = None if reward.isolation == "process" else sandbox.available()
+        if tool is not None:
+            sandbox.compile_packages(reward.verifier)
         self._workers = [VerifierProcess(reward, tool) for _ in range(reward.workers)]
         self._idle: SimpleQueue[VerifierProcess] = SimpleQueue()
         # these threads only wait for a process each; they also outlive every process they start, see VerifierProcess.start

@@ -80,8 +80,7 @@ class _Keeper:
                 word, descriptors, _, _ = socket.recv_fds(self.control, 16, 2)
                 if word == wire.ENDED.encode():
                     self._await_end(wake)
-                end_all_but_me(boxed=self.options.boxed)
-                self._reap()
+                self._end_all()
                 if not word or not judge.empty_scratch(self.options):
                     return
                 how, self.ended = self.ended, ""
@@ -109,9 +108,14 @@ class _Keeper:
                 traceback.print_exc()
                 raise
 
-    def _reap(self) -> None:
+    def _end_all(self) -> None:
+        """In a sandbox returns when they have ended: all are children of process 1 in the end."""
+        end_all_but_me(boxed=self.options.boxed)
+        self._reap(0 if self.options.boxed else os.WNOHANG)
+
+    def _reap(self, how: int = os.WNOHANG) -> None:
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            while (ended := os.waitpid(-1, how))[0]:
                 if ended[0] == self.judge:
                     self.judge, self.ended = 0, self.ended or wire.how_it_ended(os.waitstatus_to_exitcode(ended[1]))
 
@@ -126,7 +130,7 @@ class _Keeper:
         excess = self._excess()
         if excess:
             self.ended = f"the verifier was ended: {excess}"
-            end_all_but_me(boxed=self.options.boxed)
+            self._end_all()
 
     def _excess(self) -> str | None:
         running = [int(name) for name in os.listdir("/proc") if name.isdigit()]
