@@ -392,7 +392,7 @@ def test_reasoning_gym_takes_literals_and_formulas() -> None:
         verdicts = scorer.score(
             [("[1, 2, 4, 3]", matrix), ("1 2 4 3", matrix), ("2*3*4*1", twenty_four), ("x**2 + sin(x) + C", integral), ("x**2", integral)]
         )
-    assert [verdict.accuracy for verdict in verdicts] == [1, 1, 1, 1, 0]
+    assert [verdict.accuracy for verdict in verdicts] == [0, 1, 1, 1, 0]  # a list has a tenth of the marks
 
 
 def test_every_scorer_of_reasoning_gym_that_evaluates_is_known() -> None:
