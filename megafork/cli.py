@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from megafork.files import full_disk
 from megafork.ranks import Interrupted
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
@@ -331,8 +332,10 @@ def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | No
     code = launch.run(command, recipe)
     if code == DONE and is_main():
         folder = recipe.run_folder
-        page = write_report(folder) if command == "train" else None
-        last = read_metrics(folder / "metrics.jsonl")[-1]
+        metrics = folder / "metrics.jsonl"
+        rows = read_metrics(metrics) if metrics.exists() else []  # it may have been lost; the run itself has said so
+        page = write_report(folder) if command == "train" and rows else None
+        last = rows[-1] if rows else {}
         typer.echo(f"run: {folder}" + (f"   report: {page}" if page else ""))
         _finish(as_json, run=str(folder), report=str(page) if page else None, **last)
     raise typer.Exit(code)
@@ -352,6 +355,11 @@ def main() -> None:
         raise SystemExit(2) from None
     except Interrupted as stopped:
         typer.echo(str(stopped), err=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if (line := full_disk(error)) is None:
+            raise
+        typer.echo(f"megafork: {line}", err=True)
         raise SystemExit(1) from None
 
 

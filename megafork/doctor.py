@@ -20,6 +20,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from rich.table import Table
 
+from megafork.data import sandbox
 from megafork.data.hub import is_hub_name
 from megafork.data.row_files import data_files
 from megafork.ranks import GB_A_CPU_RANK
@@ -95,6 +96,7 @@ def _machine() -> list[Finding]:
     cores, free = _cores(), f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     slurm = next((path for name in ("sinfo", "srun") if (path := shutil.which(name))), None)
     return [
+        _sandbox(),
         Finding("Slurm", slurm, slurm is not None, "runs stay on this machine, unless torchrun is started on several by hand"),
         Finding("cores", f"{cores}", cores > 1, "ranks without a GPU take turns on one core"),
         Finding("memory", free, memory.available > 2e9, "ranks may be killed while they start"),
@@ -110,6 +112,7 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         *(_data("data.train", source) for source in listed(recipe.data.train)),
         *(_data("data.eval", source) for source in listed(recipe.data.eval)),
         *_verifier(recipe.reward.verifier),
+        _isolation(recipe.reward.isolation),
         *map(_server, recipe.rollout.servers),
         *_wandb(recipe.log.wandb),
         *_train_fp8(recipe),
@@ -175,6 +178,20 @@ def _verifier(verifier: str) -> list[Finding]:
         return []
     there = Path(path).expanduser().is_file()
     return [Finding("reward.verifier", path if there else None, there, f"reward.verifier is {verifier!r}: no such file", needed=True)]
+
+
+def _sandbox() -> Finding:
+    """What verifiers run in when `reward.isolation` is unset."""
+    tool = sandbox.available()
+    cost = "verifiers run without a sandbox: install bubblewrap, and allow user namespaces (docs/verifiers.md)"
+    return Finding("sandbox", tool, tool is not None, cost)
+
+
+def _isolation(isolation: str | None) -> Finding:
+    tool = sandbox.available() if isolation != "process" else None
+    found = f"full ({tool})" if tool else "process"
+    cost = "reward.isolation is 'full': this machine has no sandbox; leave it out" if isolation == "full" else ""
+    return Finding("reward.isolation", found, isolation != "full" or tool is not None, cost, needed=True)
 
 
 def _server(url: str) -> Finding:

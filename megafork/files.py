@@ -1,7 +1,10 @@
-"""Files that appear when they are whole."""
+"""Files that appear when they are whole; and a disk that has no room for them."""
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,3 +16,21 @@ def whole(file: Path) -> Iterator[Path]:
     unfinished = file.with_name(file.name + ".writing")
     yield unfinished
     unfinished.replace(file)
+
+
+def check_room(folder: Path) -> None:
+    """Raises OSError where another megabyte finds no room."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """One line about the full disk or quota that is behind an error; None when neither is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {str(error.filename)!r}" if error.filename else ""
+            return f"no room is left{where} ({error.strerror}): what was complete is kept; make room, and the same command continues"
+        error = error.__cause__ or error.__context__
+    return None

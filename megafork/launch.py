@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 from megafork import ranks
 from megafork.compat import noise
+from megafork.lock import sole_writer
 from megafork.ranks import DONE, FAILED
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.data import listed
+from megafork.secret import FIX, NAME, is_loopback, secret
 from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
@@ -44,12 +49,20 @@ def run(command: Command, recipe: Recipe) -> int:
     world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
     if not joined:
         check_room(world)
-    inputs, done = preflight(command, recipe, world)
-    if done >= recipe.train.steps and not _unfinished(recipe):
-        ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
-        return DONE
-    _say(inputs.remarks)
-    return ranks.do(partial(_train, command, recipe, inputs if joined else None), world, recipe.run_folder)
+    inputs, _ = preflight(command, recipe, world)
+    from megafork.train.inputs import check_resume
+    from megafork.train.metrics import gap
+
+    with _sole_writer(recipe.run_folder, f"run.folder is {recipe.run.folder!r} and run.name {recipe.run.name!r}"):
+        done = check_resume(recipe, inputs)
+        if done >= recipe.train.steps and not _lacks(command, recipe, done):
+            ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
+            if ranks.is_main() and (lost := gap(recipe.run_folder / "metrics.jsonl", done)):
+                ranks.say(lost)
+            return DONE
+        _say(inputs.remarks)
+        job = partial(_train, command, recipe, inputs if joined else None)
+        return ranks.do(job, world, recipe.run_folder, reaches_out=bool(_remote_servers(recipe)))
 
 
 def ablate(settings: AblationSettings) -> tuple[int, AblationResults]:
@@ -78,12 +91,13 @@ def ablate(settings: AblationSettings) -> tuple[int, AblationResults]:
             "prompts differ: hold out prompts that none of them trains on"
         )
     failed: dict[Trial, str] = {}
-    for number, trial in enumerate(trials, 1):
-        left = "done before" if trial.finished else str(trial.recipe.run_folder)
-        ranks.say(f"run {number} of {len(trials)}: {trial}: {left}")
-        if not trial.finished and (why := _attempt(trial.recipe)):
-            failed[trial] = why
-    return FAILED if failed else DONE, summarise(settings, trials, failed)
+    with _sole_writer(Path(settings.out), f"--out is {settings.out!r}"):
+        for number, trial in enumerate(trials, 1):
+            left = "done before" if trial.finished else str(trial.recipe.run_folder)
+            ranks.say(f"run {number} of {len(trials)}: {trial}: {left}")
+            if not trial.finished and (why := _attempt(trial.recipe)):
+                failed[trial] = why
+        return FAILED if failed else DONE, summarise(settings, trials, failed)
 
 
 def evaluate(settings: Settings) -> tuple[int, Results | None]:
@@ -98,12 +112,15 @@ def evaluate(settings: Settings) -> tuple[int, Results | None]:
     work = prepare(settings)
     _say(work.remarks)
     job = work.job()
-    if any(job.missing()):
-        job.describe()
-        code = ranks.do(partial(_sample, job, work.model), settings.ranks or _gpus(settings.tp), work.folder)
-        if code != DONE:
-            return code, None
-    return DONE, score(work) if ranks.is_main() else None
+    with contextlib.ExitStack() as held:
+        for sampling in job.samplings:
+            held.enter_context(_sole_writer(job.store(sampling).folder, f"--out is {settings.out!r}"))
+        if any(job.missing()):
+            job.describe()
+            code = ranks.do(partial(_sample, job, work.model), settings.ranks or _gpus(settings.tp), work.folder)
+            if code != DONE:
+                return code, None
+        return DONE, score(work) if ranks.is_main() else None
 
 
 def analyze(settings: StudySettings) -> tuple[int, StudyResults | None]:
@@ -118,23 +135,24 @@ def analyze(settings: StudySettings) -> tuple[int, StudyResults | None]:
     work = prepare(settings)
     _say(work.remarks)
     world = settings.ranks or _gpus(settings.model_size)
-    if any(work.job.missing()):
-        work.job.describe()
-        code = ranks.do(partial(_sample, work.job, work.author), world, work.folder)
-        if code != DONE:
-            return code, None
-    if unscored(work):
-        code = ranks.do(partial(_score, work), world, work.folder)
-        if code != DONE:
-            return code, None
-    if not ranks.is_main():
-        return DONE, None
-    from megafork.study.page import write_page
-    from megafork.study.statistics import analyse
+    with _sole_writer(work.folder, f"--out is {settings.out!r}"):
+        if any(work.job.missing()):
+            work.job.describe()
+            code = ranks.do(partial(_sample, work.job, work.author), world, work.folder)
+            if code != DONE:
+                return code, None
+        if unscored(work):
+            code = ranks.do(partial(_score, work), world, work.folder)
+            if code != DONE:
+                return code, None
+        if not ranks.is_main():
+            return DONE, None
+        from megafork.study.page import write_page
+        from megafork.study.statistics import analyse
 
-    results = analyse(work)
-    write_page(work, results)
-    return DONE, results
+        results = analyse(work)
+        write_page(work, results)
+        return DONE, results
 
 
 def is_here(recipe: Recipe) -> bool:
@@ -182,6 +200,8 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     Returns what was read, and the step that the run folder's newest checkpoint holds, 0 without any.
     """
     check_world(recipe.parallel, world)
+    if command == "train" and (remote := _remote_servers(recipe)) and secret() is None:
+        raise RecipeError(f"rollout.servers has {remote[0]!r}, on another machine, and {NAME} is not set: {FIX}")
     if command == "train" and not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, world)
     shape = read_shape(Path(recipe.model.path))
@@ -237,9 +257,28 @@ def _attempt(recipe: Recipe) -> str | None:
     return None
 
 
-def _unfinished(recipe: Recipe) -> bool:
-    """Killed between the last checkpoint and the export: there is still something to do."""
-    return recipe.checkpoint.export_hf and not (recipe.run_folder / "hf").is_dir()
+def _remote_servers(recipe: Recipe) -> list[str]:
+    return [url for url in recipe.rollout.servers if not is_loopback(urlsplit(url).hostname or "")]
+
+
+def _lacks(command: Command, recipe: Recipe, step: int) -> bool:
+    """Whether a run whose last checkpoint is of `step` was killed before all that comes after it was there."""
+    from megafork.analysis.run_folder import is_evaluated, is_exported
+
+    return not is_exported(recipe, step) or (command == "train" and not is_evaluated(recipe, step))
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path, field: str) -> Iterator[None]:
+    """As `lock.sole_writer`, by the one process that speaks for the ranks.
+
+    A batch job that is queued again waits: the server of a network file system takes minutes to notice that a node is lost.
+    """
+    if not ranks.is_main():
+        yield
+        return
+    with sole_writer(folder, field, patience_s=180.0 if os.environ.get("MEGAFORK_JOB") else 0.0):
+        yield
 
 
 def _ranks_here(recipe: Recipe) -> int:

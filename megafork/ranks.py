@@ -1,29 +1,33 @@
 """Ranks: started on this machine, or joined where torchrun or Slurm has started them; and what becomes of one that fails.
 
-A rank that fails ends all at once: the launcher prints that rank's traceback first, and no process is left.
+A rank that fails ends all at once: the launcher prints that rank's traceback first, and no process is left. Nothing listens for it: the
+ranks inherit two files without a name, one with the job and one through which they meet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
-import re
 import signal
 import sys
 import time
 import traceback
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from subprocess import STDOUT, Popen, TimeoutExpired
+from types import FrameType
+from typing import IO, Any
 
 from megafork.compat import noise
+from megafork.files import full_disk
+from megafork.joined import joined
 from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.api import LogsSpecs
+__all__ = ["DONE", "FAILED", "WRONG_INPUT", "Interrupted", "Job", "do", "is_main", "joined", "record", "say"]
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -32,12 +36,21 @@ Job = Callable[[], int]
 _LAUNCHER = "MEGAFORK_LAUNCHER"
 GB_A_CPU_RANK = 0.8
 """Memory that Python, torch, megatron-core and vLLM take in a rank before any model, measured without a GPU."""
-_STOP_LIMIT_S = 5
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable, of torchrun's, that names the file in which a rank says why it failed."""
+_STOP_LIMIT_S = 5.0
 """How long a rank may take to end after SIGTERM before it is killed."""
+_LOOK_S = 0.05
+_NOTICING_S = 2.0
+"""By how much the end of a rank that said nothing may be noticed late. Its peers, which lose their connection to it, say so sooner."""
 
 
 class Interrupted(RuntimeError):
     """A signal stopped the ranks, as Ctrl-C does."""
+
+
+class _Stop(BaseException):
+    """A signal came."""
 
 
 def is_main() -> bool:
@@ -45,141 +58,173 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def joined() -> bool:
-    """Whether torchrun or Slurm has started this process as a rank; its environment then says which."""
-    return "RANK" in os.environ or _join_slurm()
-
-
-def do(job: Job, world: int, folder: Path) -> int:
+def do(job: Job, world: int, folder: Path, *, reaches_out: bool = False) -> int:
     """Do a job on the ranks that this process is one of, or else on `world` new ones of this machine; returns the exit code.
 
-    `folder`: of logs/. Raises RecipeError when a new rank did, Interrupted when a signal stopped the new ranks. A rank that was started
-    by others does not return from a failure.
+    `folder`: of logs/. `reaches_out`: the job sends weights to other machines. Raises RecipeError when a new rank did, Interrupted when a
+    signal stopped the new ranks. A rank that was started by others does not return from a failure.
     """
     if not joined():
-        return _start(job, world, folder / "logs")
+        return _start(job, world, folder / "logs", reaches_out)
     code = _rank(job)
     if code != DONE:
         _leave(code)
     return DONE
 
 
-def _join_slurm() -> bool:
-    """Under srun without torchrun: take rank, world and address from Slurm's environment. False outside of a step of several tasks.
-
-    A batch script's own shell has no step, so that `megafork` in it starts ranks itself. Give srun --kill-on-bad-exit.
-    """
-    step = {name: os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID", "STEP_ID")}
-    if not (step["PROCID"] and step["STEP_NODELIST"] and int(step["STEP_NUM_TASKS"] or 1) > 1):
-        return False
-    os.environ.update(RANK=step["PROCID"], WORLD_SIZE=step["STEP_NUM_TASKS"], LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))
-    os.environ.setdefault("MASTER_ADDR", first_host(step["STEP_NODELIST"]))
-    os.environ.setdefault("MASTER_PORT", str(20000 + (int(step["JOB_ID"] or 0) * 8 + int(step["STEP_ID"] or 0)) % 20000))
-    return True
-
-
-def first_host(nodes: str) -> str:
-    """First name of a Slurm node list: `gpu[003-010,12],login` is gpu003. Slurm puts rank 0 there."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise RecipeError(f"SLURM_STEP_NODELIST is {nodes!r}: it names no node; set MASTER_ADDR to the host of rank 0")
-    return "".join(part or "" for part in match.groups())
-
-
-def _start(job: Job, world: int, logs: Path) -> int:
-    """Start the ranks with torch's elastic launcher; rank 0 has the terminal, the others write to `logs/rank_N.log`."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
+    """Start the ranks; rank 0 has the terminal, the others write to `logs/rank_N.log`."""
+    from megafork.parallel.meeting import STORE, loopback
 
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank_*"):
         old.unlink()
-    file = logs / "job.pickle"  # what was checked is what the ranks do, whatever becomes of the files it came from
-    file.write_bytes(pickle.dumps(job))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ[_LAUNCHER] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",  # no look-up of a host name that a laptop may not resolve
-        max_restarts=0,
-        monitor_interval=0.1,
-        shutdown_timeout=_STOP_LIMIT_S,
-        logs_specs=_logs_specs(logs),
-    )
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ranks: list[_Started] = []
+    with _nameless("job") as work, _nameless("store") as store:
+        work.write(pickle.dumps(job))  # what was checked is what the ranks do, whatever becomes of the files it came from
+        work.flush()
+        shared = {
+            **os.environ,
+            **loopback(reaches_out=reaches_out),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            _LAUNCHER: str(os.getpid()),
+            STORE: _path(store.fileno()),
+        }
+        try:
+            with _stop_signals():
+                try:
+                    for rank in range(world):
+                        ranks.append(_Started.new(rank, shared, (work, store), logs))
+                    while any(rank.running() for rank in ranks) and not any(rank.failed for rank in ranks):
+                        time.sleep(_LOOK_S)
+                finally:
+                    _end(ranks)
+        except _Stop as stop:
+            raise Interrupted(f"stopped by {signal.Signals(stop.args[0]).name}; the same command continues") from None
+    return _explain([rank for rank in ranks if rank.failed], logs)
+
+
+def _nameless(name: str) -> IO[bytes]:
+    """A file that only this process and those that inherit it can open, and that is gone with them."""
+    return os.fdopen(os.memfd_create(name), "w+b")
+
+
+def _path(descriptor: int) -> str:
+    """By which a process opens anew what it inherited."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Within, a signal that asks to stop raises _Stop, unless it is ignored (`nohup`)."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stop(number)
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
-        elastic_launch(config, sys.executable)("-m", "megafork.ranks", str(file))
-    except ChildFailedError as error:
-        return _explain(error.failures.values(), logs)
-    except SignalException as stopped:
-        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command continues") from None
+        yield
     finally:
-        for number, handler in handlers.items():  # the launcher sets its own, and leaves them
+        for number, handler in before.items():
             signal.signal(number, handler)
-    return DONE
 
 
-def _logs_specs(folder: Path) -> LogsSpecs:
-    """Where ranks write: `rank_N.log`, and `rank_N.error` for `record`. torch's own specs nest four folders with random names."""
-    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+@dataclass
+class _Started:
+    """A rank that `_start` started, the leader of a process group of its own, and what is known of its end."""
 
-    class RankLogs(LogsSpecs):
-        @property
-        def root_log_dir(self) -> str:
-            return str(folder)
+    number: int
+    process: Popen[bytes]
+    words: IO[bytes]
+    """What it records of its failure; not a file of the run's, for the disk may be full."""
+    ended: float = 0.0
+    """When that was noticed, in seconds."""
+    stopped: bool = False
+    """Whether the launcher ended it."""
 
-        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-            files = {rank: "" if rank == 0 else str(folder / f"rank_{rank}.log") for rank in envs}  # "": the terminal
-            errors = {rank: str(folder / f"rank_{rank}.error") for rank in envs}
-            for rank, env in envs.items():
-                env["TORCHELASTIC_ERROR_FILE"] = errors[rank]
-            return LogsDest(stdouts=files, stderrs=files, error_files=errors)
+    @classmethod
+    def new(cls, number: int, shared: dict[str, str], files: Iterable[IO[bytes]], logs: Path) -> _Started:
+        words = _nameless("words")
+        inherited = [file.fileno() for file in (*files, words)]
+        mine = {**shared, "RANK": str(number), "LOCAL_RANK": str(number), _ERROR_FILE: _path(words.fileno())}
+        command = [sys.executable, "-m", "megafork.ranks", *map(str, inherited)]
+        with contextlib.ExitStack() as opened:
+            streams: dict[str, Any] = {}
+            if number:
+                streams = {"stdout": opened.enter_context((logs / f"rank_{number}.log").open("wb")), "stderr": STDOUT}
+            return cls(number, Popen(command, env=mine, pass_fds=inherited, start_new_session=True, **streams), words)
 
-    return RankLogs()
+    def running(self) -> bool:
+        if self.process.poll() is None:
+            return True
+        self.ended = self.ended or time.time()
+        return False
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.process.returncode)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the rank and what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def told(self) -> dict[str, Any] | None:
+        """What the rank recorded of its failure; a killed one can't."""
+        self.words.seek(0)
+        try:
+            return json.loads(self.words.read())
+        except ValueError:
+            return None
 
 
-def _explain(failures: Iterable[Any], logs: Path) -> int:
+def _end(ranks: Iterable[_Started]) -> None:
+    """Stop those that run, and what others have left behind."""
+    for rank in ranks:
+        rank.stopped = rank.running()
+        rank.signal(signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_LIMIT_S
+    for rank in ranks:
+        try:
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
+        except TimeoutExpired:
+            rank.signal(signal.SIGKILL)
+            rank.process.wait()
+        rank.running()
+
+
+def _explain(failures: list[_Started], logs: Path) -> int:
     """Say why the run failed: the first rank's traceback, and where the rest is. Raises RecipeError when its input was wrong."""
-    failures = sorted(failures, key=_when)
-    for failure in failures:
-        if _recorded(failure):
-            with (logs / f"rank_{failure.local_rank}.log").open("a") as file:
-                file.write(failure.message + "\n")
-            Path(failure.error_file).unlink()
-    first = failures[0]
-    if first.exitcode == WRONG_INPUT and _recorded(first):
-        raise RecipeError(first.message)
-    if first.exitcode < 0:
-        say(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}")
-    elif _recorded(first):
-        say(first.message)
-        say(f"rank {first.local_rank} failed")
+    told = {rank.number: said for rank in failures if (said := rank.told()) is not None}
+
+    def when(rank: _Started) -> tuple[bool, float]:
+        """One rank's failure makes the others lose their connection, and the launcher stop them: these come later."""
+        said = told.get(rank.number)
+        return said is None and rank.stopped, said["time_ns"] / 1e9 if said else rank.ended - _NOTICING_S
+
+    for number, said in told.items():
+        with contextlib.suppress(OSError), (logs / f"rank_{number}.log").open("a") as file:  # the disk may be full
+            file.write(said["message"] + "\n")
+    if not failures:
+        return DONE
+    first = min(failures, key=when)
+    code, message = first.process.returncode, told[first.number]["message"] if first.number in told else None
+    if code == WRONG_INPUT and message:
+        raise RecipeError(message)
+    if code < 0:
+        say(f"rank {first.number} was killed by {signal.Signals(-code).name}")
+    elif message:
+        say(message)
+        say(f"rank {first.number} failed")
     else:
-        say(f"rank {first.local_rank} ended with exit code {first.exitcode} and no word of its own")
+        say(f"rank {first.number} ended with exit code {code} and no word of its own")
     say(f"all ranks were stopped; what they wrote is in {logs}")
     return FAILED
-
-
-def _recorded(failure: Any) -> bool:
-    """Whether the rank told its exception (`record`), which a killed one can't."""
-    return "time_ns" in failure.error_file_data
-
-
-def _when(failure: Any) -> tuple[bool, float]:
-    """Order of failures. One rank's failure makes the others lose their connection, and the launcher stop them: these come later.
-
-    A rank that told its exception also told the nanosecond; of others torch notes the second in which it noticed.
-    """
-    stopped = failure.exitcode == -signal.SIGTERM
-    noticing_s = 2.0
-    assert noticing_s < _STOP_LIMIT_S, "a rank that the launcher had to kill would come first"
-    return stopped, failure.error_file_data["time_ns"] / 1e9 if _recorded(failure) else failure.timestamp - noticing_s
 
 
 def say(text: str) -> None:
@@ -193,14 +238,14 @@ def _rank(job: Job) -> int:
     except RecipeError as error:
         record(str(error))
         return WRONG_INPUT
-    except BaseException:  # noqa: BLE001 - whatever it is, the launcher must hear of it
-        record(traceback.format_exc())
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher must hear of it
+        record(full_disk(error) or traceback.format_exc())
         return FAILED
 
 
 def record(message: str) -> None:
     """Say why this rank failed: for the launcher, or torchrun, in the file that it reads; without one on standard error."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    file = os.environ.get(_ERROR_FILE)
     if file:
         told = {"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}
         Path(file).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
@@ -215,15 +260,15 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _main(file: str) -> None:
-    """A rank that `_start` started."""
+def _main(work: int, *others: int) -> None:
+    """A rank that `_start` started, with the files that it inherited; its job is in `work`."""
     die_with_parent(int(os.environ[_LAUNCHER]))  # a launcher that is killed by SIGKILL can't stop its ranks
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end at once, also inside of a collective
-    if os.environ["RANK"] != "0":
-        os.dup2(2, 1)  # both streams were opened on the same file: one position for both
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, also inside of a collective
+    for file in (work, *others):
+        os.set_inheritable(file, False)  # not for what this rank starts
     noise.silence()
-    _leave(_rank(lambda: pickle.loads(Path(file).read_bytes())()))
+    _leave(_rank(lambda: pickle.loads(Path(_path(work)).read_bytes())()))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main(*map(int, sys.argv[1:]))

@@ -20,6 +20,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}    # hundreds of ranks must not ask the hub; the pre-flight says what its cache lacks
 export PYTHONUNBUFFERED=1
+# By it the job's ranks and roll-out servers know each other; srun hands it on.
+export MEGAFORK_SECRET=${MEGAFORK_SECRET:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')}
 MEGAFORK_JOB=$(realpath -m "${MEGAFORK_LOGS:-logs}")/$SLURM_JOB_ID
 export MEGAFORK_JOB
 mkdir -p "$MEGAFORK_JOB"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from ranks import import_vllm, on_ranks
 from test_rollout import free_port
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from megafork import launch
+from megafork import ranks as launcher
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
 
@@ -68,8 +68,9 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.root.handlers.clear()  # pytest's
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1) for number, mode in enumerate("rww"))
-    setattr(subprocess_handler, "Popen", forked_python)  # noqa: B010 - of torch's launcher
+    # those that are replaced may be objects of an earlier fork, and would close what they stand for
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww"))
+    setattr(launcher, "Popen", forked_python)  # noqa: B010 - of the launcher
     assert args[1] == "-m", args
     sys.argv = args[2:]
     code = 1

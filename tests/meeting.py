@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def meet(folder: Path) -> None:
 def _meet(folder: Path) -> int:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    from megafork.parallel import meeting
+
+    meeting.join("gloo", timedelta(minutes=5))
     step = 0
     while True:
         dist.barrier()

@@ -20,6 +20,7 @@ import torch
 from aiohttp import web
 from torch.distributed import TCPStore
 
+from megafork.parallel.meeting import signed
 from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
 
@@ -33,6 +34,8 @@ class Habits:
     fork_decoding: bool = True
     refuses: bool = False
     """Every roll-out request."""
+    secret: str = ""
+    """What every route asks for."""
     signal_at: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Route -> (its n-th call, from 1, the signal that the server then sends itself)."""
 
@@ -102,6 +105,8 @@ class _Routes:
 
     @web.middleware
     async def count(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.habits.secret and request.headers.get("Authorization") != f"Bearer {self.habits.secret}":
+            return web.Response(status=401, text="who are you?")
         self.calls[request.path] = number = self.calls.get(request.path, 0) + 1
         at, sign = self.habits.signal_at.get(request.path, (0, 0))
         if number == at:
@@ -130,8 +135,8 @@ class _Routes:
         info = (await request.json())["init_info"]
 
         def meet() -> Any:
-            store = TCPStore(info["address"], info["port"], info["world_size"])
-            return gloo_group(store, 1, info["world_size"], address_towards(info["address"], info["port"]), info["limit_s"])
+            self.store = signed(TCPStore(info["address"], info["port"], info["world_size"]))
+            return gloo_group(self.store, 1, info["world_size"], address_towards(info["address"], info["port"]), info["limit_s"])
 
         self.group = await asyncio.to_thread(meet)
         return web.json_response({})

@@ -197,10 +197,10 @@ def test_optimizer_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert max(seen["steps without the fix"]) > 2.0, "the parameters share one count of steps"
 
 
-def _queue_processes(file: Path) -> tuple[int, int]:
+def _queue_processes() -> tuple[int, int]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    megatron_fixes.use_file_for_results(file)
+    megatron_fixes.use_file_for_results()
     results = filesystem_async._get_write_results_queue()
     with pytest.raises(queue.Empty):
         results.get_nowait()
@@ -215,8 +215,8 @@ def _queue_processes(file: Path) -> tuple[int, int]:
     return fixed, len(started)
 
 
-def test_saving_starts_no_manager_process(tmp_path: Path) -> None:
-    [(fixed, upstream)] = on_ranks(1, _queue_processes, tmp_path / "results")
+def test_saving_starts_no_manager_process() -> None:
+    [(fixed, upstream)] = on_ranks(1, _queue_processes)
     assert fixed == 0
     assert upstream > 0
 

@@ -215,7 +215,7 @@ def test_files_of_the_hubs_schemas(ending: str, task: Path, tmp_path: Path) -> N
     words = [f"{name}={_rows(tmp_path / f'{name}.{ending}', [row, row])}" for name, row in SCHEMAS.items()]
     tokenizer = load_tokenizer(str(task / "model"))
     data = Data(train="unused", max_prompt_length=8)
-    found = load_benchmarks((*words,), data, limit=None, needs=("answer",), tokenizer=tokenizer)
+    found = load_benchmarks((*words,), data, limit=None, reward=Reward(), tokenizer=tokenizer)
     assert [benchmark.name for benchmark in found] == list(SCHEMAS)
     assert [len(benchmark.problems) for benchmark in found] == [1, 1, 1, 1]
     assert [benchmark.problems[0].row["answer"] for benchmark in found] == ["2", "2", "2", "1, 2"]
@@ -230,7 +230,7 @@ def test_a_problem_that_a_file_repeats_is_one_problem(task: Path, tmp_path: Path
     words = ("once=" + _rows(tmp_path / "once.jsonl", rows), "x32=" + _rows(tmp_path / "x32.jsonl", [*rows * 32, other]))
     remarks: list[str] = []
     tokenizer = load_tokenizer(str(task / "model"))
-    once, many = load_benchmarks(words, Data(train="unused"), limit=None, needs=("answer",), tokenizer=tokenizer, remark=remarks.append)
+    once, many = load_benchmarks(words, Data(train="unused"), limit=None, reward=Reward(), tokenizer=tokenizer, remark=remarks.append)
     assert [(p.text, p.row["answer"]) for p in many.problems[:6]] == [(p.text, p.row["answer"]) for p in once.problems]
     assert len(many.problems) == 7, "the same prompt with another answer is another problem"
     assert remarks == ["--benchmarks x32: 186 of 193 rows repeat a prompt with its answer and do not count again"]
@@ -244,7 +244,7 @@ def test_a_benchmark_is_a_folder_or_a_glob_too(task: Path, tmp_path: Path, monke
     tokenizer = load_tokenizer(str(task / "model"))
     for word, name in (("mine", "mine"), ("mine/", "mine"), ("m=mine/test-*.parquet", "m"), (str(tmp_path / "mine"), "mine")):
         [found] = load_benchmarks(
-            (word,), Data(train="unused", columns={"answer": "gold"}), limit=None, needs=("answer",), tokenizer=tokenizer
+            (word,), Data(train="unused", columns={"answer": "gold"}), limit=None, reward=Reward(), tokenizer=tokenizer
         )
         assert (found.name, [p.row["answer"] for p in found.problems]) == (name, ["4", "4"])
 

@@ -9,7 +9,9 @@ import megafork
 
 PACKAGE = Path(megafork.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("__init__", "recipe", "recipe_file", "recipe_yaml", "shape", "process", "files", "compat"), 1),
+    **dict.fromkeys(
+        ("__init__", "recipe", "recipe_file", "recipe_yaml", "shape", "process", "files", "lock", "secret", "joined", "compat"), 1
+    ),
     **dict.fromkeys(("parallel", "data"), 2),
     **dict.fromkeys(("model", "rl"), 3),
     **dict.fromkeys(("weights", "rollout", "analysis"), 4),
@@ -17,7 +19,8 @@ FLOORS = {
     **dict.fromkeys(("launch", "doctor"), 6),
     **dict.fromkeys(("cli",), 7),
 }
-GROUND_FLOOR = ("recipe", "recipe_file", "recipe_yaml", "shape", "process", "files", "compat")  # they may use each other
+GROUND_FLOOR = ("recipe", "recipe_file", "recipe_yaml", "shape", "process", "files", "lock", "secret", "joined", "compat")
+"""They may use each other."""
 
 
 def _room(module: str) -> str:

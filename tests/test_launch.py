@@ -16,7 +16,7 @@ import psutil
 import pytest
 from task import make_task, write_recipe
 
-from megafork.ranks import first_host
+from megafork.joined import first_host
 
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
 FAULTS = Path(__file__).with_name("faults")
@@ -108,7 +108,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path
     assert code == expected_code
     lines = [line for line in output.splitlines() if line in expected or "Traceback" in line]
     assert lines == expected, output  # and no other rank's traceback
-    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log", "job.pickle"}
+    assert {file.name for file in (run.folder / "logs").iterdir()} - {"rank_0.log"} == {"rank_1.log"}
     if "error" in fault:
         assert "ArithmeticError: deliberate" in (run.folder / "logs/rank_1.log").read_text()
 
@@ -176,7 +176,19 @@ def test_joins_the_ranks_of_slurm(task: Path) -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("gpu[003-010,012],login", "gpu003"), ("a1,b[2-3]", "a1"), ("localhost", "localhost"), ("rack[1,4]-n", "rack1-n"), ("x[07]", "x07")],
+    [
+        ("gpu[003-010,012],login", "gpu003"),
+        ("a1,b[2-3]", "a1"),
+        ("localhost", "localhost"),
+        ("rack[1,4]-n", "rack1-n"),
+        ("x[07]", "x07"),
+        ("rack[1-2]node[3-4]", "rack1node3"),
+        ("r[01-02]-n[1-8].cluster,login", "r01-n1.cluster"),
+        ("a[1-2]b[03,5]c[7-9]d,e", "a1b03c7d"),
+        ("gpu-a[1,3-5],gpu-b[1-2]", "gpu-a1"),
+        ("nid00[1-4]-ib", "nid001-ib"),
+        ("cn-0001", "cn-0001"),
+    ],
 )
 def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host

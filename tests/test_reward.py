@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -64,8 +65,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def reward(verifier: str, *, timeout_s: float = 10.0, workers: int = 1) -> Reward:
-    return Reward(verifier=verifier, timeout_s=timeout_s, workers=workers)
+def reward(verifier: str, *, timeout_s: float = 10.0, workers: int = 1, isolation: Literal["full", "process"] | None = None) -> Reward:
+    return Reward(verifier=verifier, timeout_s=timeout_s, workers=workers, isolation=isolation)
 
 
 # ---------------------------------------------------------------- a verifier that misbehaves
@@ -121,7 +122,7 @@ def test_values_that_are_no_accuracy_are_errors(folder: Path, value: Any, expect
 
 def test_a_worker_that_died_while_idle_costs_no_item(folder: Path) -> None:
     item = ("fine", {"file": "pids"})
-    with Verifiers(reward("bad.py:pid")) as scorer:
+    with Verifiers(reward("bad.py:pid", isolation="process")) as scorer:
         scorer.score([item])
         os.kill(int(Path("pids").read_text()), signal.SIGKILL)
         time.sleep(0.1)
@@ -129,13 +130,13 @@ def test_a_worker_that_died_while_idle_costs_no_item(folder: Path) -> None:
 
 
 def test_what_a_killed_verifier_started_dies_too(folder: Path) -> None:
-    with Verifiers(reward("bad.py:score", timeout_s=0.5)) as scorer:
+    with Verifiers(reward("bad.py:score", timeout_s=0.5, isolation="process")) as scorer:
         scorer.score([("grandchild", {"file": "child"})])
     assert gone([int(Path("child").read_text())])
 
 
 def test_an_empty_batch_and_closing(folder: Path) -> None:
-    with Verifiers(reward("bad.py:pid", workers=2)) as scorer:
+    with Verifiers(reward("bad.py:pid", workers=2, isolation="process")) as scorer:
         assert scorer.score([]) == []
         scorer.score([("fine", {"file": "pids"})] * 20)
     assert gone([int(line) for line in Path("pids").read_text().split()])
@@ -152,8 +153,9 @@ def test_kill_9_of_the_parent_leaves_no_worker(folder: Path, response: str) -> N
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert parent.stdout is not None and parent.stdout.readline() == b"up\n"
     time.sleep(0.2)
-    workers = [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
-    assert len(workers) == 2
+    started = psutil.Process(parent.pid).children(recursive=True)
+    workers = [child.pid for child in started if "megafork.data.worker" in child.cmdline()]
+    assert len(workers) >= 2
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -181,7 +183,7 @@ def test_a_worker_imports_neither_torch_nor_the_recipe() -> None:
     ("verifier", "message"),
     [
         ("maths", "did you mean 'math'?"),
-        ("zzz", "known are exact, math, reasoning_gym, or give FILE.py:FUNCTION"),
+        ("zzz", "known are exact, math, reasoning_gym, code, or give FILE.py:FUNCTION"),
         ("bad.py", "or give FILE.py:FUNCTION"),
         ("bad.py:", "or give FILE.py:FUNCTION"),
         ("missing.py:score", "no such file"),
@@ -290,6 +292,29 @@ def test_math_is_stopped_where_its_own_alarm_cannot() -> None:
     assert verdicts == [Verdict(1.0), Verdict(0.0, "timeout: no verdict within 5 s"), Verdict(1.0)]
 
 
+def last_boxed_quadratic(text: str) -> str | None:
+    """Each start by itself: what `last_boxed` finds in one pass."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for token in re.finditer(r"\\.|[{}]", text[start:], flags=re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if depth == 0:
+                return text[start : start + token.start()]
+    return None
+
+
+@given(st.lists(st.sampled_from(["\\boxed{", "\\boxed {", "\\", "{", "}", "a", " "]), max_size=14).map("".join))
+def test_last_boxed_equals_its_definition(text: str) -> None:
+    assert verifiers.last_boxed(text) == last_boxed_quadratic(text)
+
+
+@pytest.mark.parametrize("text", [r"\boxed{" * 200_000, "{" * 10**6 + r"\boxed{7" + "}" * 10, "<answer>" * 10**6, "\\boxed" + " " * 10**6])
+def test_finding_the_answer_takes_linear_time(text: str) -> None:
+    begin = time.process_time()
+    verifiers.final_answer(text)
+    assert time.process_time() - begin < 5
+
+
 @given(st.text(alphabet="ab{}\\ \n", max_size=30), st.text(alphabet="ab \n", max_size=10), st.text(alphabet="ab}\\ ", max_size=10))
 def test_last_boxed_finds_the_balanced_content(before: str, content: str, after: str) -> None:
     assert verifiers.last_boxed(f"{before} \\boxed{{{content}{{{content}}}\\}}}}{after}") == f"{content}{{{content}}}\\}}"
@@ -337,3 +362,51 @@ def test_reasoning_gym_scorers_that_raise_or_accept_anything_give_0() -> None:
     with Verifiers(reward("reasoning_gym")) as scorer:
         assert scorer.score([("garbage", row) for row in rows]) == [Verdict(0.0)] * 2
         assert scorer.score([(row["answer"], row) for row in rows]) == [Verdict(1.0)] * 2
+
+
+EVALUATED = ["spiral_matrix", "binary_matrix", "n_queens", "string_insertion", "countdown", "puzzle24", "simple_integration"]
+
+
+def test_reasoning_gym_evaluates_no_answer(folder: Path) -> None:
+    """Not even those whose scorers call `eval`, or sympy's parser: the answer is a literal or a formula, or it is wrong."""
+    rows = {task: row for task in EVALUATED for _, row in read_rows(f"reasoning_gym:{task}:1:1", "data.train")}
+    code = f"__import__('pathlib').Path({str(folder / 'written')!r}).write_text('x')"
+    attacks = [code, f"[{code}]", f"exec({code!r})", "(lambda: 24)()", f"[[{code}]]", f"24 if {code} else 24", f"Integer({code})"]
+    with Verifiers(reward("reasoning_gym", isolation="process")) as scorer:
+        for task, row in rows.items():
+            assert verifiers.evaluates("reasoning_gym", row)
+            items = [(f"<answer>{attack}</answer>", row) for attack in attacks]
+            assert {verdict.accuracy for verdict in scorer.score(items)} == {0.0}, task
+    assert not (folder / "written").exists()
+
+
+def test_reasoning_gym_takes_literals_and_formulas() -> None:
+    matrix = {"prompt": "?", "answer": "1 2 4 3", "metadata": {"source_dataset": "spiral_matrix"}}
+    twenty_four = {"prompt": "?", "answer": None, "metadata": {"source_dataset": "puzzle24", "numbers": [2, 3, 4, 1]}}
+    integral = {
+        "prompt": "?",
+        "answer": "",
+        "metadata": {"source_dataset": "simple_integration", "variable": "x", "integrand": "2*x + cos(x)"},
+    }
+    with Verifiers(reward("reasoning_gym")) as scorer:
+        verdicts = scorer.score(
+            [("[1, 2, 4, 3]", matrix), ("1 2 4 3", matrix), ("2*3*4*1", twenty_four), ("x**2 + sin(x) + C", integral), ("x**2", integral)]
+        )
+    assert [verdict.accuracy for verdict in verdicts] == [0, 1, 1, 1, 0]  # a list has a tenth of the marks
+
+
+def test_every_scorer_of_reasoning_gym_that_evaluates_is_known() -> None:
+    """A new version may have more of them."""
+    import inspect
+
+    import reasoning_gym  # noqa: F401 - the registry fills at import
+    from reasoning_gym.factory import DATASETS
+
+    found = {
+        name
+        for name, (kind, _) in DATASETS.items()
+        if "score_answer" in vars(kind)
+        and re.search(r"\b(eval|exec|parse_expr|sympify|verify_solution)\(", inspect.getsource(kind.score_answer))
+    }
+    known = {name for name in DATASETS if verifiers.evaluates("reasoning_gym", {"metadata": {"source_dataset": name}})}
+    assert found - {"jugs"} == known  # its verify_solution evaluates nothing

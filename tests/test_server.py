@@ -5,7 +5,11 @@ The servers here are stand-ins that start in a moment (`stand_in_server.py`); `t
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from command import forked_python
 from ranks import on_ranks
 from stand_in_server import Habits, StandIn, answer
 from tiny import recipe
@@ -25,7 +30,9 @@ from megafork.recipe import RecipeError
 from megafork.rollout.background import Background
 from megafork.rollout.client import Limits, RequestRefused
 from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.guard import Guard
 from megafork.rollout.server import NoServer, ServerEngine
+from megafork.secret import NAME
 
 GENERATE = "/inference/v1/generate"
 REQUESTS = [Request([1, 2, 3], seed) for seed in range(1000, 1060)]
@@ -178,6 +185,61 @@ def test_a_server_that_is_not_set_up_as_the_run_needs_is_named(habits: Habits | 
     with StandIn(habits, up=habits is not None) as server:
         for error in on_ranks(2, partial(roll_outs, fork_temperature=(0.7, 1.3, 0.5)), [server.url], limits, [1]):
             assert isinstance(error, kind) and words in str(error) and server.url in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("mine", ["", "a-secret-of-another-job"])
+def test_a_server_of_another_secret_is_named_at_once(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NAME, mine)
+    with StandIn(Habits(secret="the-secret-of-this-job")) as server:
+        for error in on_ranks(2, roll_outs, [server.url], LIMITS, [1]):
+            end = "not the one of this process" if mine else "and this process has none"
+            said = f"rollout.servers: {server.url} asks for the {NAME} that it was started with, {end}: give both the same"
+            assert isinstance(error, RecipeError) and str(error) == said
+
+
+def test_servers_of_the_same_secret_take_weights_by_a_signed_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NAME, "the-secret-of-this-job")
+    with StandIn(Habits(secret="the-secret-of-this-job")) as server:
+        assert on_ranks(2, roll_outs, [server.url], LIMITS, [1, 2])[0] == [expected(1), expected(2)]
+
+
+def guarded(scope: dict[str, Any]) -> list[Any]:
+    """What a guarded application sends back, and whether it was reached."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append("reached")
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status", message["type"]))
+
+    asyncio.run(Guard(app)({"headers": [], **scope}, None, send))  # type: ignore[arg-type]
+    return sent
+
+
+def test_every_route_asks_for_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NAME, raising=False)
+    assert guarded({"type": "http"}) == ["reached"], "without one, which is refused but on the loopback"
+    monkeypatch.setenv(NAME, "the-secret-of-this-job")
+    right = (b"authorization", b"Bearer the-secret-of-this-job")
+    for method in ("GET", "POST", "OPTIONS"):
+        assert guarded({"type": "http", "method": method, "headers": [right]}) == ["reached"]
+        wrong: list[list[tuple[bytes, bytes]]] = [[], [right, right], [(b"cookie", right[1])]]
+        wrong += [[(b"authorization", value)] for value in (b"", b"Bearer another", b"the-secret-of-this-job")]
+        for headers in wrong:
+            assert guarded({"type": "http", "method": method, "headers": headers}) == [401, "http.response.body"]
+    assert guarded({"type": "websocket"}) == ["websocket.close"]
+    assert guarded({"type": "lifespan"}) == ["reached"]
+
+
+def test_a_server_that_others_reach_needs_a_secret(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != NAME}
+    for host in ("0.0.0.0", "::", "192.0.2.77"):
+        words = [sys.executable, "-m", "megafork.rollout.serve", "recipe.yaml", "--host", host]
+        with forked_python(words, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert said.startswith(f"megafork: --host is {host!r}, which other machines reach, and {NAME} is not set: export")
 
 
 def test_weights_that_can_be_read_only_once_are_refused() -> None:

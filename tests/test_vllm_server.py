@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,10 @@ from megafork.recipe import Recipe
 from megafork.rollout.background import Background
 from megafork.rollout.client import Limits
 from megafork.rollout.engine import Request, Sampling, request_seed
+from megafork.rollout.guard import credentials
 from megafork.rollout.server import NoServer, ServerEngine
 from megafork.rollout.transfer import GlooLink, buckets, describe
+from megafork.secret import NAME, is_loopback
 from megafork.shape import read_shape
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import export_policy, load_policy
@@ -215,9 +218,10 @@ def vllm_servers(specs: list[Recipe], folder: Path) -> Iterator[list[tuple[str, 
             assert psutil.wait_procs(family, timeout=10)[1] == [], "a server leaves nothing behind"
 
 
-def test_two_servers(tmp_path: Path) -> None:
-    """One story, for servers are slow to start: five updates, the mistakes, and a kill. The servers' engines are of TP 1 and TP 2, the
-    trainer's model is tied and of TP 2."""
+def test_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One story, for servers are slow to start: five updates, the mistakes, strangers, and a kill. The servers' engines are of TP 1 and
+    TP 2, the trainer's model is tied and of TP 2."""
+    monkeypatch.setenv(NAME, "the-secret-of-this-job")
     folders = models(tmp_path)
     shared_keys = {"kv_cache_mb": 32, "max_running": 16, "fork_temperature": FORKS}
     specs = [spec_of(folders[0], rollout={"tp": tp, **shared_keys}) for tp in (1, 2)]
@@ -236,8 +240,24 @@ def test_two_servers(tmp_path: Path) -> None:
         for answers in on_ranks(2, after_mistakes, trainer(*urls), folders)[0]:
             assert_equal(answers, want[1])
         on_ranks(2, through_an_update, trainer(*urls), folders)
+        for url, keeper in servers:
+            closed_to_strangers(url, keeper)
         whole_runs(tmp_path, servers)
         on_ranks(2, through_a_kill, trainer(*urls), folders, [server_of(keeper).pid for _, keeper in servers], timeout_s=400)
+
+
+def closed_to_strangers(url: str, keeper: subprocess.Popen[bytes]) -> None:
+    """No route answers without the secret, and nothing of a server listens but on the loopback."""
+    for route in ("health", "v1/models", "metrics", "get_world_size", "openapi.json", "no/such/route"):
+        for data in (None, b"{}"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{url}/{route}", data=data, timeout=30)
+    for route in ("pause", "collective_rpc", "init_weight_transfer_engine", "update_weights", "inference/v1/generate"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{url}/{route}", data=b"{}", timeout=30)
+    for process in psutil.Process(keeper.pid).children(recursive=True):
+        listening = [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert all(is_loopback(ip) for ip in listening), (process.cmdline(), listening)
 
 
 def server_of(keeper: subprocess.Popen[bytes]) -> psutil.Process:
@@ -385,7 +405,7 @@ def wait_until_well(url: str, limit_s: float = 300.0) -> None:
     until = time.monotonic() + limit_s
     while True:
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            urllib.request.urlopen(urllib.request.Request(f"{url}/health", headers=credentials()), timeout=5).close()
             return
         except OSError:
             assert time.monotonic() < until, f"{url} did not come back"

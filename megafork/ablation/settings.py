@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megafork.analysis.run_folder import read_recipe
+from megafork.analysis.run_folder import is_evaluated, is_exported, read_recipe
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 
@@ -38,8 +38,8 @@ class Trial:
         from megafork.weights import checkpoint  # imports megatron
 
         found = checkpoint.complete(self.recipe.run_folder / "checkpoints")
-        exported = not self.recipe.checkpoint.export_hf or (self.recipe.run_folder / "hf").is_dir()
-        return bool(found) and found[-1][0] >= self.recipe.train.steps and exported
+        step = found[-1][0] if found else 0
+        return step >= self.recipe.train.steps and is_exported(self.recipe, step) and is_evaluated(self.recipe, step)
 
 
 @dataclass(frozen=True)

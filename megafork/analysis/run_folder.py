@@ -12,10 +12,12 @@ import pyarrow
 import pyarrow.parquet as parquet
 import yaml
 
-from megafork.recipe import RecipeError
+from megafork.recipe import Recipe, RecipeError
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl: "step" (int) and metric name -> number or None."""
+ORIGIN = "megafork.json"
+"""In hf/: of which run and step the weights are."""
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -60,6 +62,30 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     return recipe if isinstance(recipe, dict) else {}
+
+
+def origin(recipe: Recipe, step: int) -> dict[str, Any]:
+    """What ORIGIN says of the weights beside it."""
+    return {"run": recipe.run.name, "step": step}
+
+
+def is_exported(recipe: Recipe, step: int) -> bool:
+    """Whether hf/ holds the run's weights of `step`, or need not."""
+    if not recipe.checkpoint.export_hf:
+        return True
+    try:
+        return bool(json.loads((recipe.run_folder / "hf" / ORIGIN).read_text()) == origin(recipe, step))
+    except (OSError, ValueError):
+        return False
+
+
+def is_evaluated(recipe: Recipe, step: int) -> bool:
+    """Whether the held-out prompts were answered after `step`, or there are none."""
+    return recipe.data.eval is None or evaluation_file(recipe.run_folder, step).is_file()
+
+
+def evaluation_file(folder: Path, step: int) -> Path:
+    return folder / "evaluations" / f"step_{step:06d}.json"
 
 
 def rollout_files(folder: Path) -> list[Path]:

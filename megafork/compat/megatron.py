@@ -3,9 +3,9 @@ Engine, no apex)."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,21 +57,23 @@ def fix_optimizer_state(optimizer: Any) -> None:
 
 
 class _FileQueue:
-    """A queue for one item, in a file: written by a forked process, read by the one that forked it."""
+    """A queue for one item, in a file without a name: written by a forked process, read by the one that forked it, open to nobody else."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.memfd_create("results"), "w+b")
 
     def put(self, item: Any) -> None:
-        self.file.write_bytes(pickle.dumps(item))
+        self.file.write(pickle.dumps(item))
+        self.file.flush()
 
     def get_nowait(self) -> Any:
-        if not self.file.exists():
+        self.file.seek(0)
+        if not (content := self.file.read()):
             raise queue.Empty
-        return pickle.loads(self.file.read_bytes())
+        return pickle.loads(content)
 
 
-def use_file_for_results(file: Path) -> None:
-    """Tell what a checkpoint's writer wrote through `file`, new for each save and rank. Upstream starts a manager process a rank for it,
+def use_file_for_results() -> None:
+    """Tell what a checkpoint's writer wrote through a file, new for each save and rank. Upstream starts a manager process a rank for it,
     which imports `__main__` again (0.4 GB) and outlives a rank that ends by `os._exit`; a pipe would hold 64 KB. Call before saving."""
-    filesystem_async._results_queue = _FileQueue(file)
+    filesystem_async._results_queue = _FileQueue()

@@ -29,7 +29,7 @@ WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
 )
 LOGGERS = (
     "vllm.triton_utils.importing",  # says that Triton has no CPU backend, before vLLM has set its own log level
-    "torch.distributed.elastic.multiprocessing.api",  # says which ranks it stops: megafork.ranks does
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",  # says why a checkpoint can't be written, which is raised as well
 )
 
 

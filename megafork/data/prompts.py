@@ -41,14 +41,16 @@ def load_prompts(
     tokenizer: Tokenizer,
     *,
     needs: tuple[str, ...] = ("answer",),
+    check_row: Callable[[dict[str, Any]], None] | None = None,
     field: str = "data.train",
     remark: Remark = lambda line: None,
 ) -> list[Prompt]:
     """Read `source` (forms: `recipe.Data.train`; rows: docs/data.md); the same list on every rank and in every run.
 
-    `needs` names the fields that no row may lack; `field` is the recipe key or the option that holds `source`. Of training data repeated
-    prompts are dropped if `data.deduplicate` says so; of anything else a prompt with its answer counts once, however often it is there.
-    Raises RecipeError for the first wrong row, and for an empty dataset.
+    `needs` names the fields that no row may lack; `check_row` raises ValueError, whose text continues `FILE line N ...`, for a row that the
+    verifier cannot judge by; `field` is the recipe key or the option that holds `source`. Of training data repeated prompts are dropped if
+    `data.deduplicate` says so; of anything else a prompt with its answer counts once, however often it is there. Raises RecipeError for the
+    first wrong row, and for an empty dataset.
     """
     training = field == "data.train"
     render, first = renderer(data, tokenizer), first_tokens(data, tokenizer)
@@ -57,6 +59,7 @@ def load_prompts(
     for place, raw in read_rows(source, field):
         try:
             row = read_row(raw, needs, data.columns, everywhere=training)
+            _check_row(row, check_row)
             text = render(row["prompt"])
             if repeats.has(text, row, place) and (data.deduplicate or not training):
                 continue
@@ -214,3 +217,11 @@ class _Overlong:
         limit = self.data.max_prompt_length
         counted = f"{self.field}: {len(self.lengths)} of {rows} rows have prompts over data.max_prompt_length={limit} and are left out"
         return [f"{counted} (the longest: {max(self.lengths)} tokens)"] if self.lengths else []
+
+
+def _check_row(row: dict[str, Any], check: Callable[[dict[str, Any]], None] | None) -> None:
+    try:
+        if check is not None:
+            check(row)
+    except ValueError as error:
+        raise RowError(str(error)) from None

@@ -167,7 +167,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise RecipeError(f"model.path is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
     ends = _ends_of_model(path, local)  # first, as transformers would blame the tokenizer
     try:
-        backend = load(path, local_files_only=local)
+        backend = load(path, local_files_only=local, trust_remote_code=False)  # unset, transformers asks whoever is at the terminal
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a file it cannot read
         reason = " ".join(str(error).split())[:200]
         fix = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"

@@ -1,10 +1,11 @@
-"""Verifiers: how right a response is. Runs in worker processes (`worker.py`), so it imports nothing heavy before it is needed.
+"""Verifiers: how right a response is. Runs in verifier processes (`worker.py`), so it imports nothing heavy before it is needed.
 
 A verifier is a function of (response text, row) that returns an accuracy in [0, 1]; what it raises is that response's error.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import logging
@@ -21,6 +22,15 @@ _ACCEPTS_ANY_TEXT = ("game_of_life_halting",)
 """Tasks whose own scorer is wrong in reasoning-gym 0.1.25: it compares bool(text), so that every answer is right."""
 _TUPLES = ("arc_agi", "rearc")
 """Tasks whose scorer compares tuples, which in JSON and parquet are lists: no answer would be right."""
+_EVALUATED_AS_DATA = ("binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion")
+"""Tasks whose scorers in reasoning-gym 0.1.25 call `eval` on the answer, or on the row's: here they read Python literals and no more."""
+_EVALUATED_BY_SYMPY = ("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration")
+"""Tasks whose scorers give the answer to sympy's parser, which evaluates it: only what `_is_formula` takes is given to them."""
+_EVALUATES_THE_ROW = ("bitwise_arithmetic",)
+"""Tasks whose scorers evaluate the row's own problem."""
+_FORMULA_NAMES = re.compile(
+    r"(a?(sin|cos|tan|cot|sec|csc)h?|exp|log|ln|sqrt|cbrt|[aA]bs|sign|erf|pi)|\w"  # or one letter: a variable, E
+)
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError, ValueError)
 
 
@@ -48,7 +58,7 @@ def reasoning_gym(response: str, row: Row) -> float:
 
     The final answer is the last <answer>...</answer> after the last </think>, else the last \boxed{...}, else that whole text; stripped.
     A few scorers (gsm_symbolic, kakurasu, knights_knaves, quantum_lock, survo) themselves look for the answer in that text.
-    Four scorers (string_insertion, spiral_matrix, binary_matrix, n_queens) call `eval` on it: the response runs as code in the worker.
+    No answer runs as code: what a scorer evaluates is a Python literal or a formula, or it is wrong; see `evaluates`.
     """
     metadata = row.get("metadata")
     if not isinstance(metadata, dict) or "source_dataset" not in metadata:
@@ -58,6 +68,8 @@ def reasoning_gym(response: str, row: Row) -> float:
         metadata = {**metadata, "output": tuple(map(tuple, metadata["output"]))}
     if task in _ACCEPTS_ANY_TEXT:
         return float(answer == row["answer"])
+    if task in _EVALUATED_BY_SYMPY and not _is_formula(answer):
+        return 0.0
     try:
         return float(_scorer(task)(answer, {"question": row["prompt"], "answer": row["answer"], "metadata": metadata}) == 1.0)
     except _MALFORMED:  # several scorers raise on text that is not of the form they expect
@@ -66,23 +78,50 @@ def reasoning_gym(response: str, row: Row) -> float:
 
 def final_answer(response: str) -> str:
     text = _final(response)
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    boxed = last_boxed(text)
-    return (tagged[-1] if tagged else text if boxed is None else boxed).strip()
+    tagged = _last_tagged(text)
+    found = last_boxed(text) if tagged is None else tagged
+    return (text if found is None else found).strip()
+
+
+def _last_tagged(text: str) -> str | None:
+    found, start, end = None, text.find("<answer>"), 0
+    while start >= 0 and (end := text.find("</answer>", start)) >= 0:
+        found = text[start + len("<answer>") : end]
+        start = text.find("<answer>", end)
+    return found
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...} whose braces balance (escaped braces do not count), or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for token in re.finditer(r"\\.|[{}]", text[start:], flags=re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(token[0], 0)
-            if depth == 0:
-                return text[start : start + token.start()]
-    return None
+    r"""Content of the last \boxed{...} whose braces balance (escaped braces do not count), or None. In time linear in the text."""
+    open_braces: list[int] = []  # where the content of each brace that is open begins; of a box, its start, else -1
+    found: tuple[int, int] | None = None
+    for token in re.finditer(r"\\boxed\s*\{|\\(?!\\boxed\s*\{).|[{}]", text, flags=re.DOTALL):
+        if token[0] == "{":
+            open_braces.append(-1)
+        elif token[0].startswith("\\boxed"):
+            open_braces.append(token.end())
+        elif token[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start >= 0 and (found is None or start > found[0]):
+                found = (start, token.start())
+    return None if found is None else text[slice(*found)]
 
 
-BUILT_IN: dict[str, Verifier] = {"exact": exact, "math": math, "reasoning_gym": reasoning_gym}
+def code(response: str, row: Row) -> float:
+    """Not called: tests are run by `code.Grader`, which needs processes of its own."""
+    raise NotImplementedError
+
+
+BUILT_IN: dict[str, Verifier] = {"exact": exact, "math": math, "reasoning_gym": reasoning_gym, "code": code}
+
+
+def evaluates(name: str, row: Row) -> bool:
+    """Whether judging may run what a model, or somebody's data, says. Nobody knows what a file of the user's own does."""
+    if name != "reasoning_gym":
+        return ":" in name
+    metadata = row.get("metadata")
+    task = metadata.get("source_dataset") if isinstance(metadata, dict) else None
+    return task in (*_EVALUATED_AS_DATA, *_EVALUATED_BY_SYMPY, *_EVALUATES_THE_ROW)
 
 
 def load(name: str) -> Verifier:
@@ -95,6 +134,8 @@ def load(name: str) -> Verifier:
         math(r"\boxed{1}", {"answer": "1"})  # its grammar is compiled at the first use
     elif name == "reasoning_gym":
         import reasoning_gym  # noqa: F401
+    elif name == "code":
+        import megafork.data.runner  # noqa: F401 - each program starts as a copy of this process
     if name in BUILT_IN:
         return BUILT_IN[name]
     path, _, function_name = name.rpartition(":")
@@ -128,4 +169,15 @@ def _answer(row: Row) -> str:
 def _scorer(task: str) -> Callable[[str, Row], float]:
     from reasoning_gym.factory import get_score_answer_fn
 
-    return get_score_answer_fn(task)
+    scorer: Callable[[str, Row], float] = get_score_answer_fn(task)
+    if task in _EVALUATED_AS_DATA:
+        sys.modules[scorer.__self__.__class__.__module__].__dict__["eval"] = ast.literal_eval  # type: ignore[attr-defined]
+    return scorer
+
+
+def _is_formula(text: str) -> bool:
+    """Whether sympy's parser can only find numbers, variables, elementary functions and arithmetic in it: no call of anything else, no
+    attribute, no text, no index."""
+    if not re.fullmatch(r"[\w\s+\-*/^().,!]*", text) or re.search(r"\.\s*[^\W\d]", text):
+        return False
+    return all(_FORMULA_NAMES.fullmatch(name) for name in re.findall(r"[^\W\d]\w*", text))

@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megafork.data import reward as verifiers
 from megafork.data.prompts import Prompt, Remark, load_prompts
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import Data, RecipeError
+from megafork.recipe import Data, RecipeError, Reward
 
 KNOWN = {
     "aime24": "hub:HuggingFaceH4/aime_2024:train",
@@ -36,11 +37,11 @@ def load_benchmarks(
     data: Data,
     *,
     limit: int | None,
-    needs: tuple[str, ...],
+    reward: Reward,
     tokenizer: Tokenizer,
     remark: Remark = lambda line: None,
 ) -> list[Benchmark]:
-    """Read each of `words` (`evaluation.settings.Settings.benchmarks`) as `data` says; `needs`: the verifier's fields.
+    """Read each of `words` (`evaluation.settings.Settings.benchmarks`) as `data` says; `reward`: the verifier.
 
     A problem that a benchmark repeats, as some files of AIME do, is one problem: more rows of it say nothing about other problems, which
     is what an interval is about. Raises RecipeError, naming the benchmark and the problem.
@@ -50,10 +51,14 @@ def load_benchmarks(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RecipeError(f"--benchmarks names {twice!r} twice: give one of them another name, as in NAME=SOURCE")
-    return [
-        Benchmark(name, source, load_prompts(source, data, tokenizer, needs=needs, field=f"--benchmarks {name}", remark=remark)[:limit])
-        for name, source in named
-    ]
+    needs, check_row = verifiers.needs(reward), verifiers.check_row(reward)
+
+    def load(name: str, source: str) -> Benchmark:
+        field = f"--benchmarks {name}"
+        problems = load_prompts(source, data, tokenizer, needs=needs, check_row=check_row, field=field, remark=remark)
+        return Benchmark(name, source, problems[:limit])
+
+    return [load(name, source) for name, source in named]
 
 
 def _named(word: str) -> tuple[str, str]:

@@ -76,7 +76,6 @@ def prepare(settings: Settings) -> Work:
     tokenizer = model.tokenizer()
     reward = Reward(verifier=settings.verifier, workers=settings.workers or min(os.cpu_count() or 1, 8), overlong="none")
     verifiers.check(reward)
-    needs = verifiers.needs(reward)
     remarks: list[str] = []
     data = data_of_options(
         settings.benchmarks[0],
@@ -86,7 +85,7 @@ def prepare(settings: Settings) -> Work:
         settings.chat_template_args,
         settings.add_bos,
     )
-    benchmarks = load_benchmarks(settings.benchmarks, data, limit=settings.limit, needs=needs, tokenizer=tokenizer, remark=remarks.append)
+    benchmarks = load_benchmarks(settings.benchmarks, data, limit=settings.limit, reward=reward, tokenizer=tokenizer, remark=remarks.append)
     longest = max(len(problem.tokens) for benchmark in benchmarks for problem in benchmark.problems)
     return Work(
         settings=settings,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megafork.parallel import meeting
 from megafork.recipe import Parallel
 from megafork.shape import check_world
 
@@ -62,7 +63,7 @@ class Mesh:
 
 
 def join_world(device: torch.device | None = None, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Join the default process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; every rank must call.
+    """Join the default process group that the environment describes (`meeting.join`); every rank must call.
 
     Returns this rank's device: its GPU by LOCAL_RANK, or the CPU with gloo.
     """
@@ -74,7 +75,7 @@ def join_world(device: torch.device | None = None, timeout: timedelta = timedelt
     else:
         torch.set_num_threads(1)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        meeting.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
     return device
 
 

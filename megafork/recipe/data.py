@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from megafork.recipe.kinds import Seconds, Section, Tokens
+from megafork.recipe.kinds import Megabytes, Seconds, Section, Tokens
 
 Source = str | list[str]
 Meaning = Literal["prompt", "answer", "response"]
@@ -60,17 +60,34 @@ class Data(Section):
 class Reward(Section):
     verifier: str = "math"
     r"""`exact` (stripped text equal), `math` (math-verify on the last \boxed{} after </think>), `reasoning_gym` (the task's own
-    scorer), or `FILE.py:FUNCTION` called as f(response_text, row) -> accuracy in [0, 1]."""
+    scorer), `code` (the last fenced block, run against the row's tests; docs/verifiers.md), or `FILE.py:FUNCTION` called as
+    f(response_text, row) -> accuracy in [0, 1]."""
     scale: Literal["0/1", "+-1"] = "0/1"
     """Reward of a wrong and a right response."""
     timeout_s: Seconds = 10.0
     """Seconds one verdict may take. Over it: scored 0, counted and reported."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Verifier processes a rank."""
+    isolation: Literal["full", "process"] | None = None
+    """`full`: verifiers run in a sandbox without network, and what a model wrote in a process for that item alone. `process`: without a
+    sandbox; a `FILE.py:FUNCTION` of your own is then trusted: one process for many items, with network and files, as a judge that is a
+    language model needs it. Unset: full where this machine can (`megafork doctor` says), else without a sandbox (docs/verifiers.md)."""
+    memory_mb: Megabytes = 2048
+    """Memory that judging one item may take, in MB. Over it: scored 0, counted and reported."""
+    test_timeout_s: Seconds = 4.0
+    """Seconds that one test may take under `verifier: code`. Over it the test has failed."""
+    partial: bool = False
+    """Under `verifier: code`: the share of the tests that passed. Otherwise 1 if all passed, and 0."""
     overlong: Literal["shaping", "filter", "none"] = "shaping"
     """Long responses: a penalty growing over the last `overlong_buffer` tokens, no loss on truncated ones, or nothing."""
     overlong_buffer: Tokens = 4096
     """Tokens before max_response_length over which the penalty grows from 0 to -1."""
+
+    @model_validator(mode="after")
+    def _partial_has_tests(self) -> Reward:
+        if self.partial and self.verifier != "code":
+            raise ValueError(f"reward.partial is true but reward.verifier is {self.verifier!r}: only `code` has tests; leave it out")
+        return self
 
 
 def _paths(source: Source) -> list[str]:

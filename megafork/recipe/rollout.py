@@ -58,8 +58,8 @@ class Rollout(Section):
     max_running: Count = 256
     """Requests an engine decodes at once."""
     servers: list[str] = Field(default=[])
-    """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`. Empty: engines in the
-    trainer's own processes."""
+    """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`; those on other
+    machines share the secret MEGAFORK_SECRET with the trainer. Empty: engines in the trainer's own processes."""
     staleness: CountOrZero = 0
     """Steps by which the weights that write a token may be behind: so many steps are rolled out ahead, while others train, and go on with
     new weights as these come. 0: each step with the weights before it. Above 0 it needs `servers` and `loss.importance_cap`."""

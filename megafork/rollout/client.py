@@ -14,6 +14,7 @@ import msgspec
 
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.temperature import ForkTemperature
+from megafork.secret import NAME, secret
 
 
 class ServerLost(Exception):
@@ -22,6 +23,10 @@ class ServerLost(Exception):
 
 class RequestRefused(RuntimeError):
     """A server understood a request and will not serve it (HTTP 4xx): no other server would."""
+
+
+class WrongSecret(RequestRefused):
+    """A server was started with another secret than this process has (HTTP 401)."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,11 @@ class Server:
         self._limits = limits
 
     async def healthy(self) -> bool:
-        """Whether the server and its workers say that they are well."""
+        """Whether the server and its workers say that they are well. Raises WrongSecret."""
         try:
             await self._ask("GET", "/health", self._limits.health_s)
+        except WrongSecret:
+            raise
         except (ServerLost, RequestRefused):
             return False
         return True
@@ -197,6 +204,9 @@ class Server:
             raise ServerLost(f"{self.url}{path}: {str(error) or f'no answer in {limit_s:g} s'}") from error
         if reply.status >= 500:
             raise ServerLost(f"{self.url}{path} failed: {_first_words(content)}")
+        if reply.status == 401:
+            mine = "not the one of this process" if secret() else "and this process has none"
+            raise WrongSecret(f"{self.url} asks for the {NAME} that it was started with, {mine}")
         if reply.status >= 400:
             raise RequestRefused(f"{self.url}{path} refused ({reply.status}): {_first_words(content)}")
         return content

@@ -13,12 +13,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import Store, TCPStore
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat import vllm_fp8
+from megafork.parallel.meeting import signed
 from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
 
@@ -51,15 +52,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     _group: Any = None
+    _store: Store | None = None
     _problem: str | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self.shutdown()
         with self._noting_problems():
-            store = TCPStore(init_info.address, init_info.port, init_info.world_size, timeout=timedelta(seconds=init_info.limit_s))
+            limit = timedelta(seconds=init_info.limit_s)
+            self._store = signed(TCPStore(init_info.address, init_info.port, init_info.world_size, timeout=limit))
             here = address_towards(init_info.address, init_info.port)
             rank = 1 + self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-            self._group = gloo_group(store, rank, init_info.world_size, here, init_info.limit_s)
+            self._group = gloo_group(self._store, rank, init_info.world_size, here, init_info.limit_s)
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload

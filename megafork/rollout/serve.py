@@ -23,8 +23,10 @@ import typer
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.model.fp8 import CONFIG
-from megafork.recipe import Recipe
+from megafork.parallel.meeting import loopback
+from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
+from megafork.secret import FIX, NAME, is_loopback, secret
 
 _LOOK_S = 0.5
 _STOP_LIMIT_S = 20.0
@@ -50,6 +52,7 @@ def command(recipe: Recipe, host: str, port: int) -> list[str]:
         "seed": recipe.run.seed,
         "weight-transfer-config": json.dumps({"backend": "nccl" if on_gpu else "gloo"}),
         "worker-extension-cls": "megafork.rollout.receiver.Receiver",
+        "middleware": "megafork.rollout.guard.Guard",
     }
     switches = ["skip-tokenizer-init", "enable-scale-out", "disable-log-stats", "disable-uvicorn-access-log"]
     if not on_gpu:
@@ -108,12 +111,27 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; the weights' port is opened by the trainer.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
 ) -> None:
-    """Run vLLM's server, and start it again when it dies, until SIGTERM or Ctrl-C."""
+    """Run vLLM's server, and start it again when it dies, until SIGTERM or Ctrl-C.
+
+    Others reach it only with the secret that MEGAFORK_SECRET holds, here and in the trainer; without one it listens on the loopback alone.
+    """
+    if secret() is None and not is_loopback(host):
+        raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
     words = command(load_recipe(recipe, overrides), host, port)
     vllm_fixes.prepare()
+    os.environ.update(loopback(reaches_out=True))  # for what the server's own processes say to each other
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # opens the routes by which weights are handed over
     raise typer.Exit(keep_running(words, host, port))
 
 
+def main() -> None:
+    """Wrong input is one line on standard error and exit code 2."""
+    try:
+        typer.run(serve)
+    except RecipeError as error:
+        sys.stderr.write(f"megafork: {' '.join(str(error).splitlines())}\n")
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    typer.run(serve)
+    main()

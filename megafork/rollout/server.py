@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
-from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost
+from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost, WrongSecret
 from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.guard import credentials
 from megafork.rollout.transfer import Lane, buckets
 
 _TRIES = 5
@@ -179,6 +180,8 @@ class ServerEngine:
             longest = await server.longest_sequence()
         except TimeoutError:
             raise RecipeError(f"rollout.servers: nothing answers at {server.url} after {self._limits.server_s:g} s; {mend}") from None
+        except WrongSecret as error:
+            raise RecipeError(f"rollout.servers: {error}: give both the same") from None
         except (ServerLost, RequestRefused) as error:
             raise RecipeError(f"rollout.servers: {error}; {mend}") from error
         if longest < recipe.longest_sequence:
@@ -331,7 +334,7 @@ class Batch:
 
 async def _open_session() -> aiohttp.ClientSession:
     # A connection a request: a kept one may have been closed by the server while this loop stood still, and would look like a loss.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), headers=credentials())
 
 
 async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:

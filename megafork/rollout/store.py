@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -45,17 +44,10 @@ class Store:
 
     @contextmanager
     def append(self, part: int) -> Iterator[Callable[[Key, Completion, str], None]]:
-        """A function that writes one completion with its text; a half-written line is cut off first.
-
-        Raises RecipeError when another process is writing the same part.
-        """
+        """A function that writes one completion with its text; a half-written line is cut off first."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"part-{part}.jsonl"
         with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RecipeError(f"--out: another process is writing {str(path)!r}: wait for it, or choose another folder") from None
             file.truncate(max((end for _, end in _lines(path)), default=0))
 
             def write(key: Key, completion: Completion, text: str) -> None:

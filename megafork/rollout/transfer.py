@@ -8,6 +8,7 @@ disturbs no other.
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import re
 import socket
@@ -18,8 +19,9 @@ from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Store, TCPStore
+from torch.distributed import ProcessGroupGloo, Store
 
+from megafork.parallel.meeting import listen, signed
 from megafork.rollout.client import Server, ServerLost
 
 Bucket = list[tuple[str, Tensor]]
@@ -66,9 +68,10 @@ class GlooLink:
         self._limit_s = limit_s
         self._world = workers + 1
         limit = timedelta(seconds=limit_s)
-        self._store = TCPStore(address, 0, self._world, is_master=True, wait_for_workers=False, timeout=limit)
+        listening = listen(address, 0, self._world, limit)
+        self._store = signed(listening)
         self._group: Any = None
-        self.init_info = {"address": address, "port": self._store.port, "world_size": self._world, "limit_s": limit_s}
+        self.init_info = {"address": address, "port": listening.port, "world_size": self._world, "limit_s": limit_s}
 
     def join(self) -> None:
         self._group = gloo_group(self._store, 0, self._world, self._address, self._limit_s)
@@ -82,21 +85,30 @@ class GlooLink:
 
 
 class NcclLink:
-    """To vLLM's own NCCL engine; written to its API (0.32)."""
+    """To vLLM's own NCCL engine; written to its API (0.32).
 
-    def __init__(self, address: str, workers: int, device: torch.device) -> None:
+    NCCL's id of the group travels by HTTP, where the secret is asked for. vLLM's other way is a store that unpickles what anybody writes.
+    """
+
+    def __init__(self, workers: int, device: torch.device) -> None:
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
         self._device = device
-        with socket.create_server((address, 0)) as free:
-            port = free.getsockname()[1]
-        self._meeting = {"master_address": address, "master_port": port, "world_size": workers + 1}
+        self._world = workers + 1
+        self._id = bytes(NCCLLibrary().ncclGetUniqueId().internal)
         self._group: Any = None
-        self.init_info = {**self._meeting, "rank_offset": 1, "packed": True}
+        self.init_info = {
+            "nccl_unique_id_b64": base64.b64encode(self._id).decode(),
+            "world_size": self._world,
+            "rank_offset": 1,
+            "packed": True,
+        }
 
     def join(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
         with torch.cuda.device(self._device):  # a thread of its own begins on device 0
-            self._group = trainer_init(self._meeting)
+            self._group = uid_init_process_group(self._id, rank=0, world_size=self._world, device=self._device.index)
 
     def send(self, bucket: Bucket) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
@@ -172,7 +184,7 @@ class Lane:
             here = address_towards(address.hostname or "", address.port or 80)
         except OSError as error:
             raise ServerLost(f"{self.server.url}: {error}") from error
-        return NcclLink(here, workers, self._device) if self._device.type == "cuda" else GlooLink(here, workers, self._limit_s)
+        return NcclLink(workers, self._device) if self._device.type == "cuda" else GlooLink(here, workers, self._limit_s)
 
     async def _together(self, work: Callable[[], None], asking: Awaitable[None]) -> None:
         """Both ends of a collective: ours in a thread, the server's by HTTP. When one fails the other is not waited for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,13 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     tokenizer = load_tokenizer(recipe.model.path)
     tokenizer.check(shape.vocab, f"model.path is {recipe.model.path!r}")
     needs = ("response",) if supervised else reward.needs(recipe.reward)
+    check_row = None if supervised else reward.check_row(recipe.reward)
+    load = partial(load_prompts, data=recipe.data, tokenizer=tokenizer, needs=needs, check_row=check_row)
     remarks: list[str] = []
-    train = load_prompts(recipe.data.train, recipe.data, tokenizer, needs=needs, remark=remarks.append)
+    train = load(recipe.data.train, remark=remarks.append)
     held_out: list[Prompt] = []
     if recipe.data.eval is not None and not supervised:
-        held_out = load_prompts(recipe.data.eval, recipe.data, tokenizer, needs=needs, field="data.eval", remark=remarks.append)
+        held_out = load(recipe.data.eval, field="data.eval", remark=remarks.append)
         held_out = without_training_prompts(held_out, train, recipe.data.eval, remarks.append)
     return Inputs(supervised, shape, weights, tokenizer, train, held_out, remarks)
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from megafork.analysis.run_folder import is_evaluated
 from megafork.data.reward import Verifiers
 from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
@@ -185,6 +186,8 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     trainer.refit(run.start)
     if run.start == 0:
         run.log({"step": 0, **trainer.evaluate(0)})
+    if run.start == recipe.train.steps and not is_evaluated(recipe, run.start):  # of a run that lost it
+        run.amend(trainer.evaluate(run.start))
     last: Metrics = {}
     remarks = Remarks(recipe)
     for step in run.steps:

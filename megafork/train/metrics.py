@@ -18,9 +18,10 @@ from rich.text import Text
 
 from megafork.analysis import numbers
 from megafork.analysis.run_folder import read_metrics
+from megafork.files import whole
 from megafork.train.boards import Board
 
-__all__ = ["RunLog", "read_metrics"]
+__all__ = ["RunLog", "gap", "read_metrics"]
 
 HEADING_EVERY = 25  # lines
 
@@ -75,15 +76,18 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = _truncate(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        kept = _kept(self._path, resume_step)
+        _rewrite(self._path, kept)
+        self._file = self._path.open("a", encoding="utf-8")
         self._last_step = kept[-1]["step"] if kept else -1
         self._boards = list(boards)
         self._text = (folder / "log.txt").open("a" if resume_step else "w", encoding="utf-8", buffering=1) if text else None
         screens = [console or Console(highlight=False), *([_plain(self._text)] if self._text else [])]
         first = next((row["eval/accuracy"] for row in kept if row.get("eval/accuracy") is not None), None)
         self._lines = [LiveLines(steps, screen, every=show_every, first_accuracy=first) for screen in screens]
+        if lost := _gap(kept, resume_step):
+            self.note(lost)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log one step. `metrics` maps names to numbers (Python, or one-element tensors and arrays) or None; "step" is required.
@@ -102,6 +106,16 @@ class RunLog:
             board.write(row)
         for lines in self._lines:
             lines.show(row)
+
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add to the line of `step`, the last that a run before has written; where that line is lost, to one of its own."""
+        kept = read_metrics(self._path)
+        before = kept.pop() if kept and kept[-1]["step"] == step else {}
+        self._file.close()
+        _rewrite(self._path, kept)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._last_step = step - 1
+        self.write({**before, **metrics, "step": step})
 
     def note(self, text: str) -> None:
         """Print a line between the steps'."""
@@ -180,16 +194,31 @@ class LiveLines:
         self._console.print(line, soft_wrap=True)
 
 
-def _truncate(path: Path, resume_step: int) -> list[dict[str, Any]]:
-    """Leave in the file only the whole lines of steps up to `resume_step`; none at 0, whose evaluation is run again."""
-    kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step and path.exists() else []
-    unfinished = path.with_suffix(".jsonl.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
+def gap(path: Path, step: int) -> str | None:
+    """Which steps up to `step`, that a checkpoint holds, have no line in a metrics.jsonl, as a line to read; None when none is missing."""
+    return _gap(_kept(path, step), step)
+
+
+def _gap(kept: list[dict[str, Any]], step: int) -> str | None:
+    lost = set(range(1, step + 1)) - {row["step"] for row in kept}
+    if not lost:
+        return None
+    starts = [number for number in sorted(lost) if number - 1 not in lost]
+    ends = [number for number in sorted(lost) if number + 1 not in lost]
+    named = ", ".join(f"{start} to {end}" if end > start else str(start) for start, end in zip(starts, ends, strict=True))
+    return f"metrics.jsonl has no line of {'steps' if len(lost) > 1 else 'step'} {named}, which the checkpoint holds: curves lack them"
+
+
+def _kept(path: Path, resume_step: int) -> list[dict[str, Any]]:
+    """The whole lines of steps up to `resume_step`; none at 0, whose evaluation is run again."""
+    return [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step and path.exists() else []
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    return kept
 
 
 def _plain(file: TextIO) -> Console:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from megafork.analysis.run_folder import evaluation_file
 from megafork.data.prompts import Prompt, problems
 from megafork.files import whole
 from megafork.parallel.mesh import Mesh
@@ -66,7 +67,7 @@ def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inpu
 def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], held_out: Sequence[Prompt]) -> None:
     """evaluations/step_000012.json: {"step", "accuracies", "problems"}: the accuracies in the order of the held-out prompts, and which
     these are (`prompts.problems`). Appears when whole. Rank 0 only."""
-    file = run_folder / "evaluations" / f"step_{step:06d}.json"
+    file = evaluation_file(run_folder, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as unfinished:
         unfinished.write_text(json.dumps({"step": step, "accuracies": list(accuracies), "problems": problems(held_out)}) + "\n")

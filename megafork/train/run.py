@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megafork.analysis.run_folder import ORIGIN, origin
 from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
@@ -42,7 +43,8 @@ class Run:
         self.checkpoints = Checkpoints(recipe.run_folder / "checkpoints", mesh, keep_last=spec.keep_last, asynchronous=spec.background)
         self.job = BatchJob(mesh)
         self.start = check_resume(recipe, inputs)
-        """The last step that is done."""
+        """The last step that was done before."""
+        self._done = self.start
         self.state: dict[str, Any] | None = None
         """What `end_step` was last given, of the run that this one continues."""
         if self.start:
@@ -66,6 +68,11 @@ class Run:
             for remark in remarks:
                 self._log.note(remark)
 
+    def amend(self, metrics: Metrics) -> None:
+        """Add what was missing of the last step that was done before."""
+        if self._log is not None:
+            self._log.amend(self.start, metrics)
+
     def end_step(self, metrics: Metrics, state: Mapping[str, Any], remarks: Iterable[str] = (), *, stop: str | None = None) -> None:
         """Log the step, and save a checkpoint where one is due; `state`: what besides the weights and the optimizer the next step needs.
 
@@ -73,6 +80,7 @@ class Run:
         job asks for it.
         """
         step, steps, every = int(metrics["step"] or 0), self.recipe.train.steps, self.recipe.checkpoint.every
+        self._done = step
         self.log(metrics, remarks)  # before the checkpoint: a run killed in between repeats the step and its line
         skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
         asked = self.job.wants_stop() and step < steps
@@ -111,7 +119,8 @@ class Run:
         self.learner.settle()
         weights = export_policy(self.learner.chunks, self.inputs.shape, self.mesh)
         if self.mesh.is_rank_zero:
-            write_folder(self.recipe.run_folder / "hf", weights, like=Path(self.recipe.model.path))
+            notes = {ORIGIN: origin(self.recipe, self._done)}
+            write_folder(self.recipe.run_folder / "hf", weights, like=Path(self.recipe.model.path), notes=notes)
         else:
             for _ in weights:  # the gather needs every rank
                 pass

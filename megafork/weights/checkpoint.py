@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megafork.compat import megatron as megatron_fixes
+from megafork.compat import pickles
+from megafork.files import check_room
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 from megafork.process import die_with_parent
@@ -54,16 +58,20 @@ class Checkpoints:
     def save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
         """Save weights, optimizer and `state` (plain values, the same on every rank).
 
-        In the background, a forked process a rank writes a copy of this moment; `settle` publishes it.
+        In the background, a forked process a rank writes a copy of this moment; `settle` publishes it. Raises OSError on a full disk.
         """
         self.settle(wait=True)
+        with self._saying_what_is_full():
+            self._save(step, chunks, optimizer, state)
+
+    def _save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
         folder = folder_of(self.folder, step)
         temporary = folder.with_name(folder.name + ".writing")
         if self.mesh.is_rank_zero:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        megatron_fixes.use_file_for_results(temporary / f"results_{self.mesh.rank}")
+        megatron_fixes.use_file_for_results()
         content = {**_sharded(chunks, optimizer, self.mesh, loading=False), "run": state}
         request = dist_checkpointing.save(content, str(temporary), content_metadata=_content_metadata(), async_sharded_save=True)
         request.add_finalize_fn(partial(self._publish, temporary, folder))
@@ -75,18 +83,30 @@ class Checkpoints:
             request.execute_sync()
 
     def settle(self, *, wait: bool) -> None:
-        """Publish the checkpoint that was written in the background, if every rank has written its part; `wait` for it."""
+        """Publish the checkpoint that was written in the background, if every rank has written its part; `wait` for it.
+
+        Raises OSError on a full disk.
+        """
         if self.background is not None:
-            self.background.maybe_finalize_async_calls(blocking=wait)
+            with self._saying_what_is_full():
+                self.background.maybe_finalize_async_calls(blocking=wait)
+
+    @contextlib.contextmanager
+    def _saying_what_is_full(self) -> Iterator[None]:
+        """Want of room has many names: torch's writer, the index or the sums may be cut off, on this rank or another."""
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError, ValueError):
+            check_room(self.folder)
+            raise
 
     def load(self, step: int, chunks: list[Policy], optimizer: Any) -> dict[str, Any]:
         """Load weights and optimizer in place, saved under whatever layout, and return the `state`. Raises RecipeError when damaged."""
         folder = folder_of(self.folder, step)
         _verify(folder, self.mesh)
         content = _sharded(chunks, optimizer, self.mesh, loading=True)
-        loaded = dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_ALL)
-        for name, chunk in _named(chunks):
-            chunk.load_state_dict(loaded[name])
+        loaded = _load(folder, content, pickles.CommonValues(), strict=StrictHandling.RAISE_ALL)
+        _take(chunks, loaded)
         optimizer.load_state_dict(loaded["optimizer"])
         return loaded["run"]
 
@@ -96,8 +116,6 @@ class Checkpoints:
             for part in temporary.glob("sums_*"):
                 sums |= json.loads(part.read_text())
                 part.unlink()
-            for results in temporary.glob("results_*"):
-                results.unlink()
             sums |= {file.name: sum_of(file) for file in temporary.iterdir() if file.name not in sums}
             (temporary / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
             sync(temporary)
@@ -114,9 +132,30 @@ def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
     content = {
         name: chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group}) for name, chunk in _named(chunks)
     }
-    loaded = dist_checkpointing.load(content, str(folder))
+    _take(chunks, _load(folder, content, pickles.NoCommonValues()))
+
+
+def _load(folder: Path, content: dict[str, Any], common: LoadCommonStrategy, **how: Any) -> dict[str, Any]:
+    """`dist_checkpointing.load` that runs nothing of what the files hold. Raises RecipeError that names a type which would."""
+    pickles.install()
+    try:
+        with pickles.naming_forbidden_types():
+            return dist_checkpointing.load(content, str(folder), common_strategy=common, **how)
+    except pickles.ForbiddenType as error:
+        raise _forbidden(folder, error) from None
+    except CheckpointException as error:  # torch's, not an Exception
+        reason = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
+        raise RuntimeError(f"the checkpoint {str(folder)!r} cannot be loaded: {reason}") from error
+
+
+def _take(chunks: list[Policy], loaded: dict[str, Any]) -> None:
+    """Weights into their chunks. What a linear keeps besides them is left out: Transformer Engine unpickles it, and only delayed scaling of
+    FP8, which megafork does not have, needs any of it."""
     for name, chunk in _named(chunks):
-        chunk.load_state_dict(loaded[name])
+        weights = {key: value for key, value in loaded[name].items() if not key.endswith("_extra_state")}
+        found = chunk.load_state_dict(weights, strict=False)
+        lacking = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+        assert not lacking and not found.unexpected_keys, (lacking, found.unexpected_keys)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -126,7 +165,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         if found != size:
             raise _damaged(folder, f"{name} has {found} of {size} bytes")
     try:
-        return torch.load(folder / "common.pt", weights_only=False)["run"]
+        return pickles.read_common(folder)["run"]
+    except pickles.ForbiddenType as error:
+        raise _forbidden(folder, error) from None
     except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise _damaged(folder, " ".join(str(error).split())[:200]) from None
 
@@ -147,6 +188,13 @@ def _sums(folder: Path) -> dict[str, list[Any]]:
         return json.loads((folder / SUMS).read_text())
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{SUMS}: {error}") from None
+
+
+def _forbidden(folder: Path, error: pickles.ForbiddenType) -> RecipeError:
+    return RecipeError(
+        f"the checkpoint {str(folder)!r} holds {error.name}, which no checkpoint of weights needs, and was not loaded: take one from a "
+        "source that you trust, or convert it by what wrote it"
+    )
 
 
 def _damaged(folder: Path, reason: str) -> RecipeError:

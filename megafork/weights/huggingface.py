@@ -188,16 +188,25 @@ def safe_file(file: Path):  # type: ignore[no-untyped-def]  # safetensors has no
 
 
 def write_folder(
-    target: Path, tensors: Iterable[tuple[str, Tensor]], *, like: Path, dtype: torch.dtype | None = None, shard_bytes: int = 4 << 30
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    like: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 4 << 30,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face folder: `tensors` in shards of about `shard_bytes`, config and tokenizer copied from the folder `like`.
 
     Holds one shard in memory. Written under a temporary name and renamed when complete: an interrupted write leaves the old folder whole
     (killed between the two renames of the exchange, it leaves it as `<target>.old`). `dtype` None keeps each tensor's own.
+    `notes`: what else to write, by name of a JSON file.
     """
     with replaced(target) as folder:
         written = _collect_shards(folder, tensors, dtype, shard_bytes)
         copy_companions(like, folder, {"dtype": str(written).removeprefix("torch.")})
+        for name, note in (notes or {}).items():
+            (folder / name).write_text(json.dumps(note) + "\n")
 
 
 @contextmanager

@@ -64,7 +64,10 @@ class NamedModel:
 
         Nothing is skipped: a few steps of bf16 training leave most weights as they were, so that a sample of the bytes would miss them.
         """
-        weights = [self.checkpoint / SUMS] if self.checkpoint else [*self.folder.glob("*.safetensors")]
+        weights = [*self.folder.glob("*.safetensors")]
+        if self.checkpoint is not None:  # of somebody else's there may be no sums, which stand for what they were checked against
+            summed = (self.checkpoint / SUMS).exists()
+            weights = [self.checkpoint / SUMS] if summed else [file for file in self.checkpoint.iterdir() if file.is_file()]
         files = sorted([*weights, *(self.folder / name for name in _ALSO if (self.folder / name).exists())])
         with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
             sums = dict(zip([file.name for file in files], threads.map(sum_of, files), strict=True))

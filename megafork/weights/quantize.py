@@ -43,7 +43,7 @@ def quantize_folder(source: Path, target: Path, name: str) -> None:
 
     quantization: Any = importlib.import_module("modelopt.torch.quantization")
     export: Any = importlib.import_module("modelopt.torch.export")
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True, trust_remote_code=False)
     with torch.no_grad():
         quantization.quantize(model, getattr(quantization, CONFIGS[name]))
         export.export_hf_checkpoint(model, export_dir=target)

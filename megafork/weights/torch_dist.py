@@ -30,6 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view  # a part of a file as a file; torch's own reader uses it
 
+from megafork.compat.pickles import ForbiddenType, naming_forbidden_types, read_index
+from megafork.recipe import RecipeError
+
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
 
@@ -81,22 +84,30 @@ class DistWriter:
 class DistReader:
     """The tensors of a checkpoint, by whomever it was written.
 
-    Raises ValueError, with the reason, for a folder that is not a `torch_dist` checkpoint or whose files lack a part.
+    Its files may come from anybody: the index is read with a list of the types that it may name, and the chunks as plain tensors. Other
+    values are not read at all. Raises ValueError, with the reason, for a folder that is not a `torch_dist` checkpoint, that holds anything
+    else than such an index, or whose files lack a part.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         found = self._index()
-        self._tensors = {key: tensor for key, tensor in found.state_dict_metadata.items() if isinstance(tensor, TensorStorageMetadata)}
-        self._where: dict[MetadataIndex, _StorageInfo] = found.storage_data
-        self._check_parts()
+        try:
+            self._tensors = {key: tensor for key, tensor in found.state_dict_metadata.items() if isinstance(tensor, TensorStorageMetadata)}
+            self._where: dict[MetadataIndex, _StorageInfo] = found.storage_data
+            self._check_parts()
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"its index is not well formed ({type(error).__name__}: {error})") from None
 
     def _index(self) -> Metadata:
         try:
             backend = json.loads((self.folder / "metadata.json").read_text())["sharded_backend"]
-            index = pickle.loads((self.folder / ".metadata").read_bytes())
+            with (self.folder / ".metadata").open("rb") as file:
+                index = read_index(file)
         except FileNotFoundError as error:
             raise ValueError(f"it has no {Path(error.filename).name}") from None
+        except ForbiddenType as error:
+            raise ValueError(f"its index names {error.name}, which no index needs, and was not loaded") from None
         except (
             OSError,
             KeyError,
@@ -109,8 +120,10 @@ class DistReader:
             pickle.UnpicklingError,
         ) as error:
             raise ValueError(f"its index cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-        if backend != "torch_dist" or not isinstance(index, Metadata):
+        if backend != "torch_dist":
             raise ValueError(f"its format is {backend!r}, not 'torch_dist'")
+        if not isinstance(index, Metadata):
+            raise ValueError("its .metadata is no index")
         return index
 
     def _check_parts(self) -> None:
@@ -162,9 +175,17 @@ class DistReader:
 
     def _load(self, index: MetadataIndex) -> Tensor:
         where = self._where[index]
-        with (self.folder / where.relative_path).open("rb") as file:
+        path = self.folder / where.relative_path
+        with path.open("rb") as file:
             chunk: Any = _create_file_view(file, where.offset, where.length)
-            return torch.load(chunk, map_location="cpu", weights_only=True)
+            try:
+                with naming_forbidden_types():
+                    loaded = torch.load(chunk, map_location="cpu", weights_only=True)
+            except ForbiddenType as error:
+                raise RecipeError(f"{str(path)!r} holds {error.name} in the place of {index.fqn}, and was not loaded") from None
+        if not isinstance(loaded, Tensor):
+            raise RecipeError(f"{str(path)!r} holds no tensor in the place of {index.fqn}: copy or convert it again")
+        return loaded
 
 
 def _slices(box: Sequence[tuple[int, int]], within: Sequence[tuple[int, int]]) -> tuple[slice, ...]:

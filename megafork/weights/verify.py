@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from safetensors import safe_open
 from torch import Tensor
@@ -19,9 +19,11 @@ from megafork.model import fp8
 from megafork.model.attention import PackedSequences
 from megafork.model.policy import HeadRequest, Policy
 from megafork.model.qwen3 import build_policy
+from megafork.parallel.meeting import loopback
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Parallel, Recipe
 from megafork.shape import Shape
+from megafork.weights.checkpoint import load_weights
 from megafork.weights.sources import Source
 
 TOLERANCE = 1e-4
@@ -86,7 +88,7 @@ def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Te
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     _round(model, dtype)
     with torch.no_grad():
         return model(tokens[None]).logits[0]
@@ -102,8 +104,7 @@ def _megatron_logits(like: Path, checkpoint: Path, shape: Shape, tokens: Tensor,
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core 0.16 loads by names that torch 2.13 means to drop
         mesh = build_mesh(Parallel(), seed=1, device=device)
         [policy] = build_policy(shape, recipe, mesh)
-        content = {"model": policy.sharded_state_dict(metadata={"dp_cp_group": mesh.token_group, "singleton_local_shards": False})}
-        policy.load_state_dict(dist_checkpointing.load(content, str(checkpoint))["model"])
+        load_weights(checkpoint, [policy], mesh)
         _round(policy, dtype)
         return _logits(policy, tokens.to(device), shape.vocab).cpu()
 
@@ -136,6 +137,7 @@ def _alone() -> Iterator[None]:
         assert dist.get_world_size() == 1, "a conversion is verified by one process"
         yield
         return
+    os.environ.update(loopback(reaches_out=False))  # gloo listens even where nobody will come
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

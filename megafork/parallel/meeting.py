@@ -1,0 +1,131 @@
+"""How ranks find each other: the key-value store by which torch's process groups are made, and who may write to it.
+
+torch's own TCPStore listens on every interface and lets everybody read and write. On one machine there is none here: the launcher hands
+its ranks a file without a name, and gloo and NCCL meet on the loopback. Across machines a TCPStore listens at rank 0's address alone, and
+what is written there counts only when it is signed with the job's secret.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hmac
+import os
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megafork.joined import on_one_machine
+from megafork.recipe import RecipeError
+from megafork.secret import FIX, NAME, secret
+
+STORE = "MEGAFORK_STORE"
+"""Environment variable that names the launcher's file."""
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+_GREETING = "megafork"
+
+
+def loopback(*, reaches_out: bool) -> dict[str, str]:
+    """Environment of ranks that are all on this machine. What the user has set stays.
+
+    `reaches_out`: they send weights to other machines by NCCL, whose interface is the whole process's.
+    """
+    names = {"GLOO_SOCKET_IFNAME"} if reaches_out else set(_LOOPBACK)
+    return {name: _LOOPBACK[name] for name in names if name not in os.environ}
+
+
+def join(backend: str, timeout: timedelta) -> None:
+    """Make the default process group of the ranks that the environment describes; every rank calls.
+
+    Raises RecipeError when rank 0's secret is not this rank's.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(os.environ[STORE], world) if STORE in os.environ else _across(rank, world, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    if on_one_machine():
+        os.environ.update(loopback(reaches_out=False))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own listens already
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = signed(dist.PrefixStore(f"megafork/{restart}", dist.TCPStore(host, port, world, is_master=False, timeout=timeout)))
+    elif rank == 0:
+        store = signed(listen(host, port, world, timeout))
+    else:
+        store = signed(dist.TCPStore(host, port, world, is_master=False, timeout=timeout))
+    atexit.register(_leave, store)
+    if rank == 0:
+        store.set("greeting", _GREETING)
+    if store.get("greeting").decode(errors="replace") != _GREETING:
+        raise RecipeError(f"rank 0 has a {NAME} and rank {rank} has none: {FIX}")
+    return store
+
+
+def listen(host: str, port: int, world: int, timeout: timedelta) -> dist.TCPStore:
+    """A store for `world` members that listens at its address, not everywhere; port 0: any. Returns without waiting for them."""
+    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0], backlog=max(world, 16))
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(host, port, world, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor)
+
+
+def signed(store: dist.Store) -> dist.Store:
+    """With a secret in the environment, the store that only those write to who know it. Keep what is returned as long as a group that is
+    made by it: torch's groups keep its C++ half alone."""
+    known = secret()
+    return SignedStore(store, known) if known else store
+
+
+def _leave(store: dist.Store) -> None:
+    """NCCL's threads ask the store as long as there is a group, and must not once the interpreter is being taken down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class SignedStore(dist.Store):
+    """A store in which every value carries a code that only those who know the secret can make (HMAC-SHA256 of key and value).
+
+    A value without it is refused: whoever else reaches the store can't send a rank elsewhere. Counters (`add`) have none, so that such
+    a one can still make the meeting fail, as by deleting keys; and the code hides nothing.
+    """
+
+    def __init__(self, store: dist.Store, secret: str) -> None:
+        super().__init__()
+        self._store = store
+        self._secret = secret.encode()
+
+    def _code(self, key: str, value: bytes) -> bytes:
+        return hmac.digest(self._secret, len(key).to_bytes(8, "little") + key.encode() + value, "sha256")
+
+    def set(self, key: str, value: bytes | str) -> None:
+        value = value.encode() if isinstance(value, str) else bytes(value)
+        self._store.set(key, self._code(key, value) + value)  # type: ignore[arg-type]  # torch's stub knows text only
+
+    def get(self, key: str) -> bytes:
+        found = bytes(self._store.get(key))
+        code, value = found[:32], found[32:]
+        if not hmac.compare_digest(code, self._code(key, value)):
+            raise RecipeError(f"{key!r} was written to the ranks' store without this rank's {NAME}: {FIX}")
+        return value
+
+    def add(self, key: str, amount: int) -> int:
+        return self._store.add(key, amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._store.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        if timeout is None:
+            self._store.wait(keys)
+        else:
+            self._store.wait(keys, timeout)
+
+    def delete_key(self, key: str) -> bool:
+        return self._store.delete_key(key)
+
+    def num_keys(self) -> int:
+        return self._store.num_keys()
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._store.set_timeout(timeout)

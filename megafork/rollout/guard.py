@@ -1,0 +1,47 @@
+"""What stands before every route of a roll-out server: who does not know the job's secret is told so (401) and reaches nothing.
+
+vLLM takes it by `--middleware`, which puts it outside of its own. Its `--api-key` leaves most routes open, those by which weights are
+handed over among them.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from megafork.secret import NAME, secret
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Scope]]
+_Send = Callable[[_Scope], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+
+def credentials() -> dict[str, str]:
+    """The HTTP header that shows the secret of this process; none without one."""
+    known = secret()
+    return {"Authorization": f"Bearer {known}"} if known else {}
+
+
+class Guard:
+    """An ASGI application around another. Without a secret in the environment everybody passes: the server is then on the loopback."""
+
+    def __init__(self, app: _App) -> None:
+        self._app = app
+        self._wanted = [value.encode() for value in credentials().values()]
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        if scope["type"] == "lifespan" or self._is_known(scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            text = f"this server asks for the {NAME} that it was started with".encode()
+            headers = [(b"content-type", b"text/plain"), (b"www-authenticate", b"Bearer"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": text})
+
+    def _is_known(self, scope: _Scope) -> bool:
+        shown = [value for name, value in scope["headers"] if name == b"authorization"]
+        return not self._wanted or (len(shown) == 1 and hmac.compare_digest(shown[0], self._wanted[0]))

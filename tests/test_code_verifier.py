@@ -1,0 +1,356 @@
+"""`reward.verifier: code`: the rows of the public sets, what counts as the same output, and programs that would rather not be judged."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megafork.data import code_tests, plain, sandbox
+from megafork.data.code import last_block, same_output
+from megafork.data.code_tests import Call, Equal, Output, Script
+from megafork.data.reward import Verdict, Verifiers, check_row, needs
+from megafork.recipe import Reward
+
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+PAIRS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
+SQUARE = "def f(x):\n    return x * x"
+ADDS = "class Solution:\n    def add(self, x: List[int], y: int) -> List[int]:\n        return [a + y for a in x]"
+CALLS = {"inputs": [[[1, 2], 3], [[], 1]], "outputs": [[4, 5], []], "fn_name": "add"}
+HUMAN_EVAL = {
+    "prompt": "from typing import List\n\ndef twice(x):\n    return 2 * x\n\ndef f(xs: List[int]) -> int:\n    'The sum of doubles'\n",
+    "entry_point": "f",
+    "test": """
+METADATA = {}
+
+def check(candidate):
+    assert candidate([1, 2]) == twice(3), 'wrong'
+    assert True
+    assert 0 == candidate([])
+""",
+}
+LCB_PRIVATE = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "3 4", "output": "7", "testtype": "stdin"}])))).decode()
+
+
+def fenced(source: str) -> str:
+    return f"<think>\n```python\nprint(0)\n```\n</think>So:\n```python\n{source}\n```\nDone."
+
+
+ROWS: list[tuple[str, str, dict[str, Any]]] = [  # name, a right program, the row
+    ("apps, text", ADD, {"input_output": json.dumps(PAIRS)}),
+    ("apps, lists of lines", ADD, {"input_output": {"inputs": [["1 2"]], "outputs": [["3"]]}}),
+    ("taco, function", ADDS, {"input_output": json.dumps(CALLS)}),
+    ("taco, function, results wrapped", ADDS, {"input_output": json.dumps({**CALLS, "outputs": [[[4, 5]], [[]]]})}),
+    ("lcb", ADD, {"public_test_cases": '[{"input": "1 2", "output": "3", "testtype": "stdin"}]', "private_test_cases": LCB_PRIVATE}),
+    (
+        "lcb, function",
+        ADDS,
+        {
+            "public_test_cases": json.dumps([{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]),
+            "metadata": '{"func_name": "add"}',
+        },
+    ),
+    ("mbpp", SQUARE, {"test_list": ["assert f(2) == 4", "assert set(map(f, [1, 2])) == set((1, 4))"], "test_setup_code": ""}),
+    ("mbpp, imports", SQUARE, {"test_list": ["assert math.isclose(f(0.1), 0.01)"], "test_imports": ["import math"]}),
+    ("mbpp, statements", SQUARE, {"test_list": ["x = 3\nassert f(x) == 9"]}),
+    ("humaneval", "def f(xs):\n    return twice(sum(xs))", HUMAN_EVAL),
+    (
+        "humaneval, a loop",
+        SQUARE,
+        {"entry_point": "f", "test": "def check(candidate):\n    for n in range(3):\n        assert candidate(n) == n ** 2"},
+    ),
+    ("verl", ADD, {"reward_model": {"ground_truth": json.dumps(PAIRS), "style": "rule"}}),
+    ("verl, function", ADDS, {"reward_model": {"ground_truth": json.dumps(CALLS)}}),
+    ("verl, asserts", SQUARE, {"reward_model": {"ground_truth": json.dumps({"functional": "import math\nassert f(3) == math.pow(3, 2)"})}}),
+    ("verl, list", ADD, {"answer": json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}])}),
+    ("acecode", SQUARE, {"test_cases": ["assert f(2) == 4"]}),
+    ("the program's own classes", "class P:\n    def __eq__(self, o):\n        return True", {"test_list": ["assert P() == P()"]}),
+]
+
+
+@pytest.fixture(params=["bwrap", "unshare", "none"])
+def tool(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    for program in () if name == "none" else (name, "setpriv"):
+        if (path := shutil.which(program)) is not None:
+            (tmp_path / program).symlink_to(path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if name != "none" and sandbox.available() is None:
+        pytest.skip(f"{name} is not installed, or cannot make namespaces here")
+    return name
+
+
+def reward(**keys: object) -> Reward:
+    return Reward.model_validate({"verifier": "code", "test_timeout_s": 1.0, "timeout_s": 20.0, **keys})
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_of_the_public_sets() -> None:
+    wrong = fenced("f = add = lambda *_: None\nclass Solution: pass\nclass P:\n    def __eq__(self, o): return False\nprint('?')")
+    with Verifiers(reward()) as scorer:
+        for name, source, row in ROWS:
+            assert scorer.score([(fenced(source), row), (wrong, row), ("no program", row)]) == [Verdict(1.0), Verdict(0.0), Verdict(0.0)], (
+                name
+            )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": None}, "has no tests: give it input_output"),
+        ({"input_output": ""}, "has no tests"),
+        ({"input_output": "{"}, "has input_output that is not JSON"),
+        ({"input_output": '{"inputs": ["1"], "outputs": []}'}, "has 1 inputs and 0 outputs"),
+        ({"input_output": "[]"}, "has tests of no known form"),
+        ({"test_list": "assert True"}, "has test_list that is not a list of texts"),
+        ({"test_list": ["assert f("]}, "has tests of no known form .SyntaxError"),
+        ({"public_test_cases": '[{"input": "1", "output": "2", "testtype": "functional"}]'}, "no metadata.func_name"),
+        ({"answer": "7"}, "has no tests"),
+        ({"answer": "seven"}, "is not JSON"),
+        ({"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(os.system))).decode()}, "it names posix.system"),
+        ({"private_test_cases": "!"}, "cannot be unpacked"),
+    ],
+)
+def test_a_row_that_cannot_be_judged_by_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_row(reward())(row)
+
+
+def test_needs_nothing_by_name() -> None:
+    assert needs(reward()) == ()
+    check_row(Reward(verifier="math"))({})
+
+
+def test_asserts_are_taken_apart() -> None:
+    assert code_tests.tests_of({"test_list": ["assert f(1) == [2]", "assert 3 == f(2)", "assert f(1)", "assert f(1) != 2"]}).tests == [
+        Equal("f(1)", "[2]"),
+        Equal("f(2)", "3"),
+        Script("assert f(1)"),
+        Script("assert f(1) != 2"),
+    ]
+    assert code_tests.tests_of(HUMAN_EVAL).tests == [
+        Equal("f([1, 2])", "twice(3)"),
+        Equal("f([])", "0"),
+    ]
+    assert code_tests.tests_of({"input_output": PAIRS}).tests == [Output("1 2\n", "3\n"), Output("3 4\n", "7\n")]
+    assert isinstance(code_tests.tests_of({"input_output": CALLS}).tests[0], Call)
+
+
+# ---------------------------------------------------------------- what is right
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "same"),
+    [
+        ("3\n", "3", True),
+        (" 3 \n\n", "3\n", True),
+        ("1  2", "1 2", True),  # as numbers
+        ("1.0", "1", True),
+        ("1.50 2", "1.5 2.0", True),
+        ("0.30000000000000004", "0.3", False),
+        ("a  b", "a b", False),
+        ("1\n\n2", "1\n2", False),
+        ("yes", "YES", False),
+        ("", "", True),
+        ("nan", "nan", True),
+        ("NaN 1", "nan 1", False),
+        ("1e3", "1000", True),
+    ],
+)
+def test_the_same_output(output: str, expected: str, same: bool) -> None:
+    assert same_output(output, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("```python\na\n```", "a\n"),
+        ("```\na\n```", "a\n"),
+        ("```py\na\n```\n```Python3\nb\n```", "b\n"),
+        ("```python\na\n```\n```text\nb\n```", "a\n"),
+        ("```python\na\n```\n```python\nb", "a\n"),
+        ("~~~python\n```\n~~~", "```\n"),
+        ("````python\n```\n````", "```\n"),
+        ("a `x` b", None),
+        ("```python a```", None),
+        ("", None),
+        ("```python\n" * 20_000, None),
+    ],
+)
+def test_the_last_closed_block(text: str, found: str | None) -> None:
+    assert last_block(text) == found
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.complex_numbers(allow_nan=False),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers()), inner)
+        | st.sets(st.integers())
+        | st.frozensets(st.text())
+    ),
+    max_leaves=10,
+)
+
+
+@given(values)
+def test_plain_values_cross_unchanged(value: Any) -> None:
+    crossed = plain.loads(plain.dumps(value).encode())
+    assert crossed == value and type(crossed) is type(value)
+
+
+def test_results(tool: str) -> None:
+    """(program, row, its accuracy): what the runtime around a program must give."""
+    stdin = {"input_output": {"inputs": ["5\n"], "outputs": ["ok"]}}
+    cases: list[tuple[str, dict[str, Any], int]] = [
+        ("import sys\nsys.stdin.readline()\nsys.stdout.write('ok')", stdin, 1),
+        ("open(0).read(); print('ok')", stdin, 1),
+        ("import sys, threading\nthreading.stack_size(1 << 26)\ndef main(): print('ok')\nthreading.Thread(target=main).start()", stdin, 1),
+        ("def f(n): return n and 1 + f(n - 1)\nprint('ok' if f(20000) == 20000 else '')", stdin, 1),
+        ("import atexit\natexit.register(lambda: print('ok'))", stdin, 1),
+        ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nprint('ok' if A(1) == A(1) else '')", stdin, 1),
+        ("if __name__ == '__main__':\n    print('ok')\n    exit()", stdin, 1),
+        ("print('ok')\nraise SystemExit(3)", stdin, 1),
+        ("print('ok')\n1 / 0", stdin, 0),
+        ("print('ok'", stdin, 0),
+        ("print(heapq.nsmallest(1, deque([3]))[0] and 'ok', pow(2, 3, 5) and '')", stdin, 1),
+        ("def f(x): return (x, x)", {"input_output": {"inputs": [[1]], "outputs": [[1, 1]], "fn_name": "f"}}, 1),
+        ("def f(x): return (x, x)", {"test_list": ["assert f(1) == (1, 1)"]}, 1),
+        ("def f(x): return [x, x]", {"test_list": ["assert f(1) == (1, 1)"]}, 0),
+        ("def f(x): return {'a': {1, 2}, 2: None}", {"test_list": ["assert f(1) == {2: None, 'a': {2, 1}}"]}, 1),
+    ]
+    with Verifiers(reward()) as scorer:
+        for source, row, accuracy in cases:
+            assert scorer.score([(fenced(source), row)]) == [Verdict(float(accuracy))], source
+
+
+def test_partial_and_all_or_nothing() -> None:
+    row = {"input_output": {"inputs": ["1", "2", "3", "4"], "outputs": ["1", "2", "0", "0"]}}
+    slow = fenced("n = input()\nwhile n == '2': pass\nprint(n)")
+    for partial, expected in ((False, 0.0), (True, 0.25)):
+        with Verifiers(reward(partial=partial)) as scorer:
+            assert scorer.score([(slow, row)]) == [Verdict(expected)]
+    with Verifiers(reward(partial=True, timeout_s=2.5)) as scorer:
+        assert scorer.score([(fenced("while 1: pass"), row), (fenced("print(input())"), row)]) == [Verdict(0.0), Verdict(0.5)]
+
+
+# ---------------------------------------------------------------- programs that attack
+
+PASSES = {  # against {"inputs": [""], "outputs": ["secret"]}
+    "leaves at once": "import os; os._exit(0)",
+    "exits": "exit(0)",
+    "prints what tests print": "print('OK'); print('1 passed'); print('True')",
+    "looks through its memory": """
+import gc
+print(next((found['outputs'][0] for found in gc.get_objects() if isinstance(found, dict) and 'outputs' in found), ''))""",
+    "looks through its frames": """
+import sys
+frame, word = sys._getframe(1), 'terces'[::-1]
+while frame:
+    if word in repr({name: value for name, value in frame.f_locals.items() if name != 'first'}): print(word)
+    frame = frame.f_back""",
+    "reads other processes": """
+import os
+for pid in os.listdir('/proc'):
+    try: print('terces'[::-1] if b'outputs' in open(f'/proc/{pid}/mem', 'rb').read() else '')
+    except (OSError, ValueError): pass""",
+    "opens every descriptor": """
+import os
+for number in range(64):
+    try: os.lseek(number, 0, 0); print(os.read(number, 9999).decode())
+    except OSError: pass""",
+    "writes to every descriptor": """
+import os, struct
+for number in range(64):
+    try: os.write(number, bytes(16) + struct.pack('>d?', 1.0, False))
+    except OSError: pass""",
+    "never ends": "while True: pass",
+    "a thread that never ends": "import threading\nthreading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
+    "more output than memory": "while True: print('x' * (1 << 20))",
+    "takes all memory": "x = []\nwhile True: x.append(bytearray(1 << 24))",
+    "recursion without end": "def f(): f()\nf()",
+    "segfault": "import ctypes; ctypes.string_at(0)",
+    "stops its parent": "import os, signal; os.kill(os.getppid(), signal.SIGSTOP)",
+    "kills its parent": "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
+    "kills everything": "import os, signal; os.kill(-1, signal.SIGKILL)",
+}
+REACHES = {  # prints `secret` only if it got through
+    "a new process": "import os; os.fork()",
+    "a program": "import subprocess; subprocess.run(['/bin/true'])",
+    "a process by clone3": "import ctypes; assert ctypes.CDLL(None).syscall(435, 0, 0) == -1 and ctypes.get_errno() != 38 and 0",
+    "a socket": "import socket; socket.socket(socket.AF_INET)",
+    "a Unix socket": "import socket; socket.socket(socket.AF_UNIX).connect('\\0x')",
+    "names": "import socket; socket.getaddrinfo('example.com', 80)",
+    "files of the home": "open({home!r} + '/written', 'w').close()",
+    "files of the run": "open({cwd!r} + '/written', 'w').close()",
+    "removing a file of the run": "os.remove({cwd!r} + '/precious')",
+    "a debugger": "import ctypes; assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
+    "another process's memory": "open('/proc/%d/mem' % os.getppid(), 'wb').close()",
+    "a signal": "os.kill({trainer}, 0)",
+    "the environment's secrets": "os.environ['WANDB_API_KEY']",
+    "a namespace": "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0",
+    "memory that no limit counts": "os.memfd_create('x')",
+}
+
+
+def test_no_program_passes_by_anything_but_its_output(tool: str) -> None:
+    row = {"input_output": {"inputs": [""], "outputs": ["secret"]}}
+    right = (fenced("print('secret')"), row)
+    with Verifiers(reward(memory_mb=256)) as scorer:
+        for name, source in PASSES.items():
+            begin = time.monotonic()
+            assert [v.accuracy for v in scorer.score([right, (fenced(source), row), right])] == [1, 0, 1], name
+            assert time.monotonic() - begin < 10, name
+
+
+def test_a_program_reaches_nothing(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    (tmp_path / "precious").write_text("still here")
+    row = {"input_output": {"inputs": [""], "outputs": ["secret"]}}
+    with Verifiers(reward()) as scorer:
+        for name, attack in REACHES.items():
+            attack = attack.format(cwd=str(tmp_path), home=str(Path.home()), trainer=os.getpid())
+            body = f"import os\n{attack}\nprint('secret')"
+            assert scorer.score([(fenced(body), row)]) == [Verdict(0.0)], name
+    assert not (tmp_path / "written").exists() and not (Path.home() / "written").exists()
+    assert (tmp_path / "precious").read_text() == "still here"
+
+
+def test_asserts_are_not_passed_by_tricks(tool: str) -> None:
+    tricks = [
+        "import os; os._exit(0)",
+        "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\nexit(0)",
+        "class Any:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef f(x): return Any()",
+        "import sys\ndef f(x): return sys._getframe(1).f_locals.get('expected')",
+    ]
+    rows: list[dict[str, Any]] = [{"test_list": ["assert f(2) == 4"]}, {"input_output": {"inputs": [[2]], "outputs": [4], "fn_name": "f"}}]
+    with Verifiers(reward()) as scorer:
+        for trick in tricks:
+            assert scorer.score([(fenced(trick), row) for row in rows]) == [Verdict(0.0)] * 2, trick
+
+
+@pytest.mark.slow
+def test_a_thousand_verdicts_on_two_workers_in_a_minute() -> None:
+    row = {"input_output": {"inputs": [f"{n} {n}" for n in range(5)], "outputs": [str(2 * n) for n in range(5)]}}
+    with Verifiers(reward(workers=2)) as scorer:
+        scorer.score([(fenced(ADD), row)] * 2)
+        before, begin = os.times(), time.monotonic()
+        assert scorer.score([(fenced(ADD), row)] * 1000) == [Verdict(1.0)] * 1000
+    after = os.times()
+    elapsed, own = time.monotonic() - begin, after.user + after.system + after.children_user + after.children_system
+    own -= before.user + before.system + before.children_user + before.children_system
+    assert min(elapsed, own / 2) < 60  # processor time where other programs share the cores
