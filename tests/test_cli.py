@@ -47,7 +47,7 @@ LAYOUTS = {
     ("parallel.pp=2", "parallel.first_stage_layers=2"): "parallel.pp is 2, first_stage_layers 2, but the model has 2 layers",
     ("rollout.max_response_length=600", "train.micro_batch_tokens=608"): "is 608 but the model knows 512 positions",
     ("model.path=nowhere",): "model.path is 'nowhere': no such folder; give a Hugging Face model folder",
-    ("data.train=nowhere.jsonl",): "data.train is 'nowhere.jsonl': no such file; give a .jsonl or .parquet file",
+    ("data.train=nowhere.jsonl",): "data.train is 'nowhere.jsonl': no such file; give a .jsonl, .json or .parquet file",
     (
         "data.max_prompt_length=3",
     ): "data.train: train.jsonl line 1 has a prompt of 4 tokens, over data.max_prompt_length=3: raise the limit",
@@ -121,11 +121,11 @@ def test_a_damaged_model_folder(name: str, task: Path) -> None:
 
 def test_a_tokenizer_of_another_model(task: Path) -> None:
     make_task(task / "small", vocab_size=5)
-    assert "its tokenizer has 13 tokens but the model only 5" in refused("model.path=small/model")
+    assert "its tokenizer has ids up to 12 but the model only 5 tokens" in refused("model.path=small/model")
 
 
 ROWS = {
-    '{"prompt": "max 1 2 ="}': 'data.train: train.jsonl line 1 has no answer (answer is None): give it an "answer", or delete the row',
+    '{"prompt": "max 1 2 ="}': 'data.train: train.jsonl line 1 has no answer (its fields: prompt): give it an "answer", name the column',
     "": "data.train is 'train.jsonl': it has no rows; give a dataset with at least one prompt",
     '{"prompt": "max 1 2 =", "answer": "2"': "data.train: train.jsonl line 1 is not valid JSON",
 }
@@ -138,7 +138,7 @@ def test_wrong_rows(rows: str, task: Path) -> None:
 
 
 def test_supervised_rows_that_are_too_long_or_have_no_response(task: Path) -> None:
-    assert "row 1 has a response of 2 tokens with its end, rollout.max_response_length is 1" in refused(
+    assert "train.jsonl line 1 has a response of 2 tokens with its end, rollout.max_response_length is 1" in refused(
         "rollout.max_response_length=1", command="sft"
     )
     (task / "train.jsonl").write_text('{"prompt": "max 1 2 =", "answer": "2"}')

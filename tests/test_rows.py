@@ -112,6 +112,7 @@ def test_data_columns_say_which_is_meant() -> None:
     with pytest.raises(RowError, match=r"has no column 'gold', which data.columns.answer names \(its fields: question, "):
         judged(row, prompt="question", answer="gold")
     assert read_row({"prompt": "1?", "answer": 1}, ("answer",), {"answer": "gold"}, everywhere=False)["answer"] == "1"
+    assert supervised({"prompt": "1?", "reply": "one"}, answer="gold", response="reply") == ("1?", "one"), "one recipe for train and sft"
 
 
 def test_a_verifier_of_ones_own_gets_the_row_as_it_is() -> None:

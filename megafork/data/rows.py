@@ -36,7 +36,8 @@ def read_row(raw: Row, needs: Sequence[str], columns: Columns, *, everywhere: bo
     Without "answer" in `needs` the row's own answer stays as it is, under that name. `columns`: the recipe's `data.columns`; unless
     `everywhere`, a row that lacks one is read by the usual names. Raises RowError; two columns that could be meant and disagree are one.
     """
-    columns = _named(raw, columns, everywhere)
+    other = "answer" if "response" in needs else "response"  # which this reading has no use for
+    columns = _named(raw, {meaning: name for meaning, name in columns.items() if meaning != other}, everywhere)
     if "response" in needs:
         prompt, response = _supervised(raw, columns)
         return {**raw, "prompt": prompt, "response": response}
@@ -133,7 +134,7 @@ def _answer(raw: Row, columns: Columns, prompt: str) -> str:
         return solved
     if not found:
         name = next((name for name in (columns.get("answer"), *_ANSWERS) if name and _find(raw, name) is not _NOTHING), None)
-        shown = f"{name} is {_find(raw, name)!r}" if name else _fields(raw)
+        shown = f"{name} is {_find(raw, name)!r:.60}" if name else _fields(raw)
         raise RowError(f'has no answer ({shown}): give it an "answer", name the column that is one in data.columns, or delete the row')
     (column, text), *others = found.items()
     for other, its in others:
