@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
+
+from megafork.files import full_disk
 
 WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # megatron-core 0.16.1: its own default for CUDA graphs, which megafork does not use
@@ -41,6 +44,13 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message, category, module)
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_is_error)
+    threading.excepthook = _tell_of_thread
+
+
+def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer finds the disk full in a thread of its own, and raises it again where it is called."""
+    if full_disk(failure.exc_value) is None:
+        threading.__excepthook__(failure)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

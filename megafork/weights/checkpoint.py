@@ -209,7 +209,11 @@ def _write_and_sum(write: Callable[..., None], folder: Path, saver: int, rank: i
         die_with_parent(saver)  # else it would go on writing where the next run begins to
     write(rank, *arguments)
     sums = {file.name: sum_of(file) for file in folder.glob(f"__{rank}_*")}
-    (folder / f"sums_{rank}").write_text(json.dumps(sums))
+    file = folder / f"sums_{rank}"
+    try:
+        file.write_text(json.dumps(sums))
+    except OSError:  # rank 0 sums what nobody has, or finds no room either
+        file.unlink(missing_ok=True)
 
 
 def _named(chunks: list[Policy]) -> list[tuple[str, Policy]]:
