@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import pickle
-import shutil
+import secrets
 import time
 import zlib
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafork.data import code_tests, plain, sandbox
+from megafork.data import code_tests, plain
 from megafork.data.code import last_block, same_output
 from megafork.data.code_tests import Call, Equal, Output, Script
 from megafork.data.reward import Verdict, Verifiers, check_row, needs
@@ -76,18 +76,6 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [  # name, a right program, the ro
     ("acecode", SQUARE, {"test_cases": ["assert f(2) == 4"]}),
     ("the program's own classes", "class P:\n    def __eq__(self, o):\n        return True", {"test_list": ["assert P() == P()"]}),
 ]
-
-
-@pytest.fixture(params=["bwrap", "unshare", "none"])
-def tool(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    for program in () if name == "none" else (name, "setpriv"):
-        if (path := shutil.which(program)) is not None:
-            (tmp_path / program).symlink_to(path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if name != "none" and sandbox.available() is None:
-        pytest.skip(f"{name} is not installed, or cannot make namespaces here")
-    return name
 
 
 def reward(**keys: object) -> Reward:
@@ -249,24 +237,34 @@ def test_partial_and_all_or_nothing() -> None:
 
 # ---------------------------------------------------------------- programs that attack
 
-PASSES = {  # against {"inputs": [""], "outputs": ["secret"]}
+READS_OTHERS = "reads other processes"
+PASSES = {  # against an output of `secret-` and eight hexadecimal digits
     "leaves at once": "import os; os._exit(0)",
     "exits": "exit(0)",
     "prints what tests print": "print('OK'); print('1 passed'); print('True')",
     "looks through its memory": """
 import gc
-print(next((found['outputs'][0] for found in gc.get_objects() if isinstance(found, dict) and 'outputs' in found), ''))""",
+print(*{*re.findall('secret-[0-9a-f]{8}', repr([found for found in gc.get_objects() if isinstance(found, (dict, list, str))]))})""",
     "looks through its frames": """
 import sys
-frame, word = sys._getframe(1), 'terces'[::-1]
+frame, found = sys._getframe(1), set()
 while frame:
-    if word in repr({name: value for name, value in frame.f_locals.items() if name != 'first'}): print(word)
-    frame = frame.f_back""",
-    "reads other processes": """
+    found |= {*re.findall('secret-[0-9a-f]{8}', repr(frame.f_locals) + repr(frame.f_globals))}
+    frame = frame.f_back
+print(*found)""",
+    READS_OTHERS: """
 import os
+found = set()
 for pid in os.listdir('/proc'):
-    try: print('terces'[::-1] if b'outputs' in open(f'/proc/{pid}/mem', 'rb').read() else '')
-    except (OSError, ValueError): pass""",
+    try:
+        for line in open(f'/proc/{pid}/maps'):
+            if ' rw' not in line: continue
+            start, end = (int(number, 16) for number in line.split()[0].split('-'))
+            with open(f'/proc/{pid}/mem', 'rb') as memory:
+                memory.seek(start)
+                found |= {*re.findall(rb'secret-[0-9a-f]{8}', memory.read(end - start))}
+    except (OSError, ValueError): pass
+print(*(text.decode() for text in found))""",
     "opens every descriptor": """
 import os
 for number in range(64):
@@ -307,10 +305,13 @@ REACHES = {  # prints `secret` only if it got through
 
 
 def test_no_program_passes_by_anything_but_its_output(tool: str) -> None:
-    row = {"input_output": {"inputs": [""], "outputs": ["secret"]}}
-    right = (fenced("print('secret')"), row)
+    secret = f"secret-{secrets.token_hex(4)}"
+    row = {"input_output": {"inputs": [""], "outputs": [secret]}}
+    right = (fenced(f"print('{secret[:9]}' + '{secret[9:]}')"), row)
     with Verifiers(reward(memory_mb=256)) as scorer:
         for name, source in PASSES.items():
+            if name == READS_OTHERS and tool == "none":
+                continue  # only a sandbox promises this
             begin = time.monotonic()
             assert [v.accuracy for v in scorer.score([right, (fenced(source), row), right])] == [1, 0, 1], name
             assert time.monotonic() - begin < 10, name

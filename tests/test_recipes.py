@@ -26,6 +26,7 @@ MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
 CLUSTER = [f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "fork_fp8", "all_tokens")]
 PRESETS = [f"presets/{name}.yaml" for name in ("default", "paper", "official_code")]
 QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml"]
+CODE = ["code/sft.yaml", "code/train.yaml"]
 ABLATION = [f"ablation/{file.name}" for file in sorted((RECIPES / "ablation").glob("*.yaml"))]
 
 
@@ -35,8 +36,8 @@ def plan(name: str, gpus: int | None = None, overrides: list[str] | None = None)
 
 
 def test_these_are_all_recipes_and_no_two_share_a_run_folder() -> None:
-    assert {str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml")} == {*CLUSTER, *PRESETS, *QUICKSTART, *ABLATION}
-    runs = [*CLUSTER, *QUICKSTART, *ABLATION]
+    assert {str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml")} == {*CLUSTER, *PRESETS, *QUICKSTART, *CODE, *ABLATION}
+    runs = [*CLUSTER, *QUICKSTART, *CODE, *ABLATION]
     assert len({load_recipe(RECIPES / name).run_folder for name in runs}) == len(runs)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 
-from megafork.data import sandbox
 from megafork.data.reward import Item, Verdict, Verifiers, check
 from megafork.recipe import RecipeError, Reward
 
@@ -111,20 +109,6 @@ REACHES = {
     "an older limit": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); reached = True",
     "what the last item left": "reached = os.path.exists('/tmp/next') or os.path.exists('/dev/shm/next')",
 }
-
-
-@pytest.fixture(params=["bwrap", "unshare", "none"])
-def tool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Only this one is found, or none."""
-    name: str = request.param
-    folder = tmp_path_factory.mktemp("bin")
-    for program in () if name == "none" else (name, "setpriv"):
-        if (path := shutil.which(program)) is not None:
-            (folder / program).symlink_to(path)
-    monkeypatch.setenv("PATH", str(folder))
-    if name != "none" and sandbox.available() is None:
-        pytest.skip(f"{name} is not installed, or cannot make namespaces here")
-    return name
 
 
 @pytest.fixture

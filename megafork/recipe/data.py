@@ -75,7 +75,7 @@ class Reward(Section):
     memory_mb: Megabytes = 2048
     """Memory that judging one item may take, in MB. Over it: scored 0, counted and reported."""
     test_timeout_s: Seconds = 4.0
-    """Seconds that one test may take under `verifier: code`. Over it the test has failed."""
+    """Processor seconds that one test may take under `verifier: code`, and four times as many by the clock. Over it the test has failed."""
     partial: bool = False
     """Under `verifier: code`: the share of the tests that passed. Otherwise 1 if all passed, and 0."""
     overlong: Literal["shaping", "filter", "none"] = "shaping"
