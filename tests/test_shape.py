@@ -305,6 +305,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None}, "its model_type is None"),
     ({"architectures": ["Qwen3MoeForCausalLM"]}, "a Qwen3MoeForCausalLM: megafork trains Qwen3ForCausalLM"),
     ({"architectures": []}, "a model with architectures []"),
+    ({"architectures": "Qwen3ForCausalLM"}, "a model with architectures 'Qwen3ForCausalLM'"),
     ({"architectures": {"a": 1}}, "a model with architectures {'a': 1}"),
     ({"architectures": ["Qwen3ForCausalLM", "LlamaForCausalLM"]}, "a model with architectures ['Qwen3ForCausalLM', 'LlamaForCausalLM']"),
     ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "its dual_chunk_attention_config is"),
@@ -409,7 +410,7 @@ def test_a_config_that_is_no_file(tmp_path: Path) -> None:
     for name, make in (("folder", lambda path: path.mkdir()), ("fifo", os.mkfifo), ("loop", lambda path: path.symlink_to(path))):
         (tmp_path / name).mkdir()
         make(tmp_path / name / "config.json")
-        with pytest.raises(RecipeError, match=r"its config.json is not a file|it has no config.json"):
+        with pytest.raises(RecipeError, match=r"its config.json is not a file"):
             read_shape(tmp_path / name)
 
 

@@ -83,9 +83,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not os.path.isdir(folder):
         raise RecipeError(f"{said}: no such folder; give a Hugging Face model folder")
     refuse_adapter(folder, said)
-    if not file.exists():
+    if not os.path.lexists(file):
         raise RecipeError(f"{said}: it has no config.json; give a Hugging Face model folder")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise RecipeError(f"{said}: its config.json is not a file; give a Hugging Face model folder")
     try:
         config = json.loads(file.read_bytes().decode(), object_pairs_hook=_once, parse_constant=_no_number)

@@ -96,7 +96,7 @@ def read_dtype(folder: Path) -> str | None:
 
 def _architecture(config: Keys) -> str:
     named = config.values.get("architectures")
-    architecture = named[0] if isinstance(named, list) and len(named) == 1 else named
+    architecture = named[0] if isinstance(named, list) and len(named) == 1 else None
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         what = architecture if isinstance(architecture, str) else f"model with architectures {named!r:.80}"
         raise RecipeError(f"model.path is {str(config.folder)!r}, a {what}: megafork trains {', '.join(FAMILIES)}")
