@@ -507,6 +507,7 @@ def test_restore_refuses_a_position_beyond_the_data() -> None:
 def test_fingerprint_sees_every_change(tokenizer: Tokenizer) -> None:
     prompts = numbered(3)
     changed = [
+        [replace(prompts[0], row={**prompts[0].row, "test_list": ["assert f(1) == 2"]}), *prompts[1:]],
         prompts[:2],
         prompts[::-1],
         [*prompts[:2], Prompt(2, "x", (2,), prompts[2].row)],
@@ -514,5 +515,5 @@ def test_fingerprint_sees_every_change(tokenizer: Tokenizer) -> None:
         [*prompts[:2], Prompt(2, "2", (2,), {"prompt": "2", "answer": "2"})],
         [*prompts[:2], Prompt(2, "2", (2,), {"prompt": "2", "answer": 2, "response": "r"})],
     ]
-    assert len({fingerprint(p) for p in [prompts, *changed]}) == 7
+    assert len({fingerprint(p) for p in [prompts, *changed]}) == 8
     assert fingerprint(numbered(3)) == fingerprint(prompts)

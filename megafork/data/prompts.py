@@ -98,11 +98,10 @@ def without_training_prompts(held_out: Sequence[Prompt], train: Sequence[Prompt]
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits that change when any prompt, answer, response, token or the order changes."""
+    """16 hex digits that change when any prompt, token, the order, or anything of a row changes: a verifier may read all of it."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        said = [prompt.text, prompt.tokens, prompt.row.get("answer"), prompt.row.get("response")]
-        digest.update(json.dumps(said, default=str).encode() + b"\n")
+        digest.update(json.dumps([prompt.text, prompt.tokens, prompt.row], default=str, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
