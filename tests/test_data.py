@@ -507,7 +507,7 @@ def test_restore_refuses_a_position_beyond_the_data() -> None:
 def test_fingerprint_sees_every_change(tokenizer: Tokenizer) -> None:
     prompts = numbered(3)
     changed = [
-        [replace(prompts[0], row={**prompts[0].row, "test_list": ["assert f(1) == 2"]}), *prompts[1:]],
+        [*prompts[:2], Prompt(2, "2", (2,), {**prompts[2].row, "test_list": ["assert f(1) == 2"]})],
         prompts[:2],
         prompts[::-1],
         [*prompts[:2], Prompt(2, "x", (2,), prompts[2].row)],
