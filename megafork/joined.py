@@ -37,7 +37,7 @@ def joined() -> bool:
 
 
 def on_one_machine() -> bool:
-    """Whether all ranks are on this machine: torchrun says how many are; else by the address, which no other machine must reach."""
+    """Whether all ranks are on this machine: torchrun says how many are; else where they meet at an address that no other machine has."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or is_loopback(os.environ["MASTER_ADDR"])
 
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from megafork.compat import noise
 from megafork.files import full_disk
-from megafork.joined import joined
+from megafork.joined import joined, on_one_machine
 from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
 
@@ -66,6 +66,10 @@ def do(job: Job, world: int, folder: Path, *, reaches_out: bool = False) -> int:
     """
     if not joined():
         return _start(job, world, folder / "logs", reaches_out)
+    if on_one_machine():
+        from megafork.parallel.meeting import loopback
+
+        os.environ.update(loopback(reaches_out=reaches_out))
     code = _rank(job)
     if code != DONE:
         _leave(code)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 import os
-import socket
 
 from megafork.recipe.kinds import RecipeError
 
@@ -24,11 +22,14 @@ def secret() -> str | None:
     return found
 
 
-@functools.cache
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`, a name or an address. False for a name that nobody knows."""
+    """Whether only this machine reaches `host`: `localhost`, or an address of the loopback.
+
+    Another name is not looked up: many a machine knows its own by the loopback, under which others still reach it elsewhere.
+    """
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

@@ -38,6 +38,7 @@ def own_address() -> str:
 
 def _meet(address: str, port: int, secrets: list[str]) -> Any:
     rank = dist.get_rank()
+    dist.barrier()
     dist.destroy_process_group()
     os.environ.pop("LOCAL_WORLD_SIZE", None)
     os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": str(port), NAME: secrets[rank]})
@@ -154,6 +155,22 @@ def test_ranks_that_others_started_are_joined(environment: dict[str, str], monke
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert joined()
+
+
+def test_which_hosts_only_this_machine_reaches() -> None:
+    for host in ("localhost", "127.0.0.1", "127.8.0.9", "::1", "::ffff:127.0.0.1"):
+        assert is_loopback(host)
+    for host in ("", "0.0.0.0", "::", "192.0.2.1", socket.gethostname(), "localhost.example.org", "::ffff:192.0.2.1"):
+        assert not is_loopback(host)
+
+
+def test_a_store_listens_at_its_address_alone() -> None:
+    for host, wanted in (("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), (own_address(), own_address())):
+        store = meeting.listen(host, 0, 1, LIMIT)
+        listening = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.laddr.port == store.port and c.status == "LISTEN"}
+        assert listening == {wanted} or (host == "localhost" and listening == {"::1"})
+        store.set("key", "value")
+        assert dist.TCPStore(host, store.port, is_master=False, timeout=LIMIT).get("key") == b"value"
 
 
 def test_no_secret_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

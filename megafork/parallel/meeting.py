@@ -15,9 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megafork.joined import on_one_machine
 from megafork.recipe import RecipeError
-from megafork.secret import FIX, NAME, secret
+from megafork.secret import FIX, NAME, is_loopback, secret
 
 STORE = "MEGAFORK_STORE"
 """Environment variable that names the launcher's file."""
@@ -41,12 +40,11 @@ def join(backend: str, timeout: timedelta) -> None:
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(os.environ[STORE], world) if STORE in os.environ else _across(rank, world, timeout)
+    store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
-    if on_one_machine():
-        os.environ.update(loopback(reaches_out=False))
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own listens already
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -64,8 +62,14 @@ def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
 
 
 def listen(host: str, port: int, world: int, timeout: timedelta) -> dist.TCPStore:
-    """A store for `world` members that listens at its address, not everywhere; port 0: any. Returns without waiting for them."""
-    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0], backlog=max(world, 16))
+    """A store for `world` members that listens at its address, not everywhere; port 0: any. Returns without waiting for them.
+
+    Everywhere all the same where this machine knows its own name by the loopback (Debian), for others know it by another address.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if is_loopback(str(address[0])) and not is_loopback(host):
+        family, address = socket.AF_INET, ("", port)
+    listener = socket.create_server(address[:2], family=family, backlog=max(world, 16))
     port, descriptor = listener.getsockname()[1], listener.detach()
     return dist.TCPStore(host, port, world, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor)
 
@@ -128,4 +132,5 @@ class SignedStore(dist.Store):
         return self._store.num_keys()
 
     def set_timeout(self, timeout: timedelta) -> None:
+        super().set_timeout(timeout)
         self._store.set_timeout(timeout)
