@@ -160,11 +160,6 @@ def test_a_damaged_line_further_up_is_named(tmp_path: Path) -> None:
         list(Store(tmp_path).rows())
 
 
-def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:
-    with Store(tmp_path).append(0), pytest.raises(RecipeError, match="another process is writing"), Store(tmp_path).append(0):
-        pass
-
-
 def test_the_digest_sees_any_byte_and_no_name(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     digest = NamedModel("", model).digest()
