@@ -23,11 +23,11 @@ from typing import IO, Any
 
 from megafork.compat import noise
 from megafork.files import full_disk
-from megafork.joined import joined, on_one_machine
+from megafork.joined import first_host, joined, on_one_machine
 from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
 
-__all__ = ["DONE", "FAILED", "WRONG_INPUT", "Interrupted", "Job", "do", "is_main", "joined", "record", "say"]
+__all__ = ["DONE", "FAILED", "WRONG_INPUT", "Interrupted", "Job", "do", "first_host", "is_main", "joined", "record", "say"]
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from smollm import save_smollm
 from task import make_task
+from test_lock import another
 from test_rollout import free_port
 from tiny import save_model
 
+from megafork import launch
 from megafork.data.prompts import Prompt
 from megafork.data.reward import Verifiers
 from megafork.data.templates import template_text
@@ -158,6 +160,13 @@ def test_a_damaged_line_further_up_is_named(tmp_path: Path) -> None:
     file.write_text(lines[0] + lines[1][:20] + "\n" + lines[2])
     with pytest.raises(RecipeError, match=r"part-0.jsonl' line 2 is not a completion: delete that line"):
         list(Store(tmp_path).rows())
+
+
+def test_two_evaluations_do_not_write_one_folder(task: Path, tmp_path: Path) -> None:
+    settings = _settings(task, out=str(tmp_path), verifier="exact")
+    job = prepare(settings).job()
+    with another(job.store(job.samplings[0]).folder), pytest.raises(RecipeError, match=r"--out is .*: another process is writing there"):
+        launch.evaluate(settings)
 
 
 def test_the_digest_sees_any_byte_and_no_name(tmp_path: Path) -> None:
