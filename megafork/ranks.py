@@ -101,7 +101,7 @@ def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
                 try:
                     for rank in range(world):
                         ranks.append(_Started.new(rank, shared, (work, store), logs))
-                    while any(rank.running() for rank in ranks) and not any(rank.failed for rank in ranks):
+                    while sum(rank.running() for rank in ranks) and not any(rank.failed for rank in ranks):  # each is looked at
                         time.sleep(_LOOK_S)
                 finally:
                     _end(ranks)
