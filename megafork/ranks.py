@@ -101,7 +101,7 @@ def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
                 try:
                     for rank in range(world):
                         ranks.append(_Started.new(rank, shared, (work, store), logs))
-                    while sum(rank.running() for rank in ranks) and not any(rank.failed for rank in ranks):  # each is looked at
+                    while _all_is_well(ranks):
                         time.sleep(_LOOK_S)
                 finally:
                     _end(ranks)
@@ -185,6 +185,12 @@ class _Started:
             return json.loads(self.words.read())
         except ValueError:
             return None
+
+
+def _all_is_well(ranks: Iterable[_Started]) -> bool:
+    """Some run, and none has failed; each is looked at, for its peers may not notice."""
+    running = [rank.running() for rank in ranks]
+    return any(running) and not any(rank.failed for rank in ranks)
 
 
 def _end(ranks: Iterable[_Started]) -> None:

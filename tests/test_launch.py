@@ -10,12 +10,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from task import make_task, write_recipe
 
+from megafork import ranks
 from megafork.joined import first_host
 
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
@@ -192,3 +194,20 @@ def test_joins_the_ranks_of_slurm(task: Path) -> None:
 )
 def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
+
+
+def _fail_behind_a_back(folder: Path, rank: int) -> int:
+    """One rank fails; the others wait for it in no collective that could tell them."""
+    if os.environ["RANK"] == str(rank):
+        return 3
+    (folder / os.environ["RANK"]).touch()
+    while True:
+        time.sleep(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_failure_that_no_other_rank_notices(rank: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ranks.do(partial(_fail_behind_a_back, tmp_path, rank), 3, tmp_path) == ranks.FAILED
+    assert f"rank {rank} ended with exit code 3 and no word of its own" in capfd.readouterr().err
+    assert not psutil.Process().children(recursive=True)
