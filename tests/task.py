@@ -36,7 +36,14 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
         "run": {"name": "run", "folder": str(folder / "runs"), "seed": 7},
         "model": {"path": str(folder / "model")},
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "held_out.jsonl"), "max_prompt_length": 8},
-        "rollout": {"prompts": 8, "samples": 4, "max_response_length": 4, "kv_cache_mb": 32, "max_refills": 2},
+        "rollout": {
+            "prompts": 8,
+            "samples": 4,
+            "max_response_length": 4,
+            "kv_cache_mb": 32,
+            "max_refills": 2,
+            "max_empty_steps": 1000,  # a random model is wrong for many steps
+        },
         "reward": {"verifier": "exact", "overlong": "none"},
         "optimizer": {"lr": 3e-3},
         "precision": {"dtype": "fp32"},

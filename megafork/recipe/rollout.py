@@ -43,7 +43,7 @@ class Rollout(Section):
     """Drop groups whose responses are all right or all wrong, and sample others."""
     max_refills: CountOrZero = 10
     """Rounds of dynamic sampling after the first before the step trains on what there is."""
-    max_empty_steps: Count = 3
+    max_empty_steps: Count = 10
     """Steps in a row without a response to learn from (each group all right or all wrong) after which the run ends, with a checkpoint."""
     max_mismatch: Positive | None = None
     """KL between vLLM's and the trainer's log-probs at equal weights, in nats per token, over which the first step stops the run before it
