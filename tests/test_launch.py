@@ -207,7 +207,10 @@ def _fail_behind_a_back(folder: Path, rank: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_failure_that_no_other_rank_notices(rank: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_that_no_other_rank_notices(
+    rank: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the ranks find this file there
     assert ranks.do(partial(_fail_behind_a_back, tmp_path, rank), 3, tmp_path) == ranks.FAILED
     assert f"rank {rank} ended with exit code 3 and no word of its own" in capfd.readouterr().err
     assert not psutil.Process().children(recursive=True)
