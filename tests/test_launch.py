@@ -38,6 +38,7 @@ class Run:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "MEGAFORK_TEST": self.mark, **environment},
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background commands ignore it
             )
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
