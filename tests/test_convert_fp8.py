@@ -167,6 +167,7 @@ def reference(folder: Path, *, fp8: bool) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM's kernel for AMX leaves activations in bf16: a CPU without AMX")
 def test_vllm_computes_with_it(tmp_path: Path) -> None:
     source, folder = fp8_folder(tmp_path, num_hidden_layers=1)  # in more, rounding of rounding hides what is compared
     found = torch.tensor(score(folder, "with"))

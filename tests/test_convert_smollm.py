@@ -29,7 +29,7 @@ import vllm
 asked = [[{"role": "user", "content": text}] for text in json.loads(sys.argv[1])]
 said, engines = [], []  # an engine that is dropped would take the process groups along
 for folder in sys.argv[2:]:
-    llm = vllm.LLM(folder, enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=256, max_num_seqs=4)
+    llm = vllm.LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=256, max_num_seqs=4)
     done = llm.chat(asked, vllm.SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
     engines.append(llm)
     said.append([[out.outputs[0].text, list(out.outputs[0].token_ids)] for out in done])
