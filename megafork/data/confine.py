@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import signal
 import sys
 from dataclasses import dataclass
 
 from megafork.data import seccomp
 
-_PDEATHSIG, _SET_DUMPABLE, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS, _AMBIENT = 1, 4, 24, 36, 38, 47
+_SET_DUMPABLE, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS, _AMBIENT = 4, 24, 36, 38, 47
 _AMBIENT_CLEAR_ALL = 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _NOBODY = 65534
@@ -45,13 +44,6 @@ def show() -> None:
 def adopt_orphans() -> None:
     """What descendants of this process leave behind becomes its child."""
     _libc.prctl(_SUBREAPER, 1, 0, 0, 0)
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent dies, even if it is stuck in C code."""
-    _libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
 
 
 def drop_capabilities() -> None:

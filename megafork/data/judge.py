@@ -18,6 +18,7 @@ from typing import Any
 
 from megafork.data import confine, sandbox, seccomp, verifiers, wire
 from megafork.data.processes import end_all_but_me, leaving, silence
+from megafork.process import die_with_parent
 
 Judging = Callable[[str, verifiers.Row], wire.Plain]
 
@@ -42,7 +43,7 @@ class Options:
 def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.socket, verdicts: socket.socket) -> None:
     """Until the trainer closes its end. `loaded`: the verifier, None if it is to be loaded here."""
     if not options.boxed:
-        confine.die_with(os.getppid())
+        die_with_parent(os.getppid())
         confine.adopt_orphans()
     if loaded is None:
         try:
@@ -128,7 +129,7 @@ def _in_child(
 def _confine(options: Options, parent: int) -> None:
     own_file = ":" in options.verifier
     if not options.boxed:
-        confine.die_with(parent)
+        die_with_parent(parent)
     if not own_file:
         silence(1, 2)
     limits = confine.Limits(options.memory_mb, options.timeout_s * (os.cpu_count() or 1), sandbox.SCRATCH_MB)

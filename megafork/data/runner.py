@@ -23,6 +23,7 @@ from typing import Any
 
 from megafork.data import confine, plain, seccomp
 from megafork.data.processes import leaving, silence
+from megafork.process import die_with_parent
 
 OUTPUT_MB = 16
 _RECURSION = 50_000
@@ -125,7 +126,7 @@ class Nursery:
 def _serve(control: socket.socket, limits: Limits, parent: int) -> None:
     """Fork a process for each program, and say how it ended."""
     if not limits.boxed:
-        confine.die_with(parent)
+        die_with_parent(parent)
     silence(0, 1, 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
@@ -164,7 +165,7 @@ def _run(files: Sequence[int], limits: Limits, parent: int) -> None:
     first = json.loads(_read(program))
     os.close(program)
     if not limits.boxed:
-        confine.die_with(parent)
+        die_with_parent(parent)
     os.setsid()
     os.chdir("/tmp" if limits.boxed else "/")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})

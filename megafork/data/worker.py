@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from megafork.data import confine, judge, mounts, sandbox, verifiers, wire
 from megafork.data.processes import end_all_but_me, leaving
+from megafork.process import die_with_parent
 
 _TICK_S = 0.05
 _END_LIMIT_S = 1.0
@@ -40,7 +41,7 @@ def main() -> None:
         if os.getpid() != 1:  # `end_all_but_me` would end processes of others
             raise SystemExit("a verifier in a sandbox is its process 1")
     else:
-        confine.die_with(int(parent))
+        die_with_parent(int(parent))
         confine.adopt_orphans()
     confine.hide()
     control = socket.socket(fileno=int(control_fd))
