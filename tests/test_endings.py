@@ -103,7 +103,7 @@ def test_what_a_run_lacks_at_its_end_is_made_good_and_nothing_listens_to_others(
         time.sleep(0.1)
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert len({pid for pid, _ in seen}) == 2, "the ranks' gloo was seen"
+    assert len({pid for pid, _ in seen}) >= 2, "the ranks' gloo was seen (a child that has not yet called exec holds it too)"
     assert process.pid not in {pid for pid, _ in seen}, "the launcher needs no port"
     assert all(is_loopback(ip) for _, ip in seen), seen
 
