@@ -15,7 +15,7 @@ from ranks import on_ranks
 from tiny import recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe

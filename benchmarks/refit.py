@@ -19,16 +19,15 @@ from test_rollout import free_port
 from tiny import recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
-from megafork.plan.refit import COMPARED, ENGINES, Refit, count_refit
+from megafork.plan.refit import COMPARED, ENGINES, Refit, cost, cost_of_full_gather, count_refit
 from megafork.recipe import Recipe
 from megafork.shape import read_shape
-from megafork.weights.bridge import Bridge
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
-from megafork.weights.reshard import cost, cost_of_full_gather
+from megafork.weights.refit import Bridge
 
 OURS, GATHER, DISK = "bridge", "full gather", "write and read a folder"
 SIZES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 
 if TYPE_CHECKING:
-    from megafork.weights.convert import Converted, Tick
+    from megafork.convert.convert import Converted, Tick
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 convert = typer.Typer(no_args_is_help=True, help="Weights from Hugging Face's format to Megatron's, and back.")
@@ -60,7 +60,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a run's report again, or one page that compares several runs."""
-    from megafork.analysis.watch import watch, write_page
+    from megafork.report.watch import watch, write_page
 
     for run in runs:
         if not (run / "metrics.jsonl").exists():
@@ -99,9 +99,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """avg@k, pass@k and maj@k on benchmarks, with their intervals. The same call again goes on where it was killed."""
-    from megafork.evaluation.settings import Settings, decodings
+    from megafork.evaluate.options import EvaluationOptions, decodings
 
-    settings = Settings(
+    options = EvaluationOptions(
         model=model,
         benchmarks=tuple(name.strip() for name in benchmarks.split(",")),
         decodings=decodings(temperature, top_p, fork_temperature, fork_threshold, sweep),
@@ -121,10 +121,10 @@ def evaluate(
         kv_cache_mb=kv_cache_mb,
         out=out,
     )
-    from megafork import launch
-    from megafork.evaluation.table import results_table
+    from megafork import commands
+    from megafork.evaluate.table import results_table
 
-    code, results = launch.evaluate(settings)
+    code, results = commands.evaluate(options)
     if results is not None:
         console.print(results_table(results))
         typer.echo(f"results: {results['file']}")
@@ -163,9 +163,9 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Entropy patterns of a model's responses: which tokens fork, and how that changes over checkpoints."""
-    from megafork.study.settings import Settings
+    from megafork.analyze.options import AnalysisOptions
 
-    settings = Settings(
+    options = AnalysisOptions(
         model=model,
         prompts=prompts,
         out=out,
@@ -188,10 +188,10 @@ def analyze(
         dtype=dtype,
         kv_cache_mb=kv_cache_mb,
     )
-    from megafork import launch
-    from megafork.study.summary import summary
+    from megafork import commands
+    from megafork.analyze.summary import summary
 
-    code, results = launch.analyze(settings)
+    code, results = commands.analyze(options)
     if results is not None:
         console.print(summary(results))
         _finish(as_json, **results)
@@ -209,13 +209,13 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Train recipes over the same seeds, and tabulate what they differ in. The same call again goes on where it was killed."""
-    from megafork.ablation.settings import Settings
+    from megafork.ablate.options import AblationOptions
 
-    settings = Settings.parse(arguments, seeds, out)
-    from megafork import launch
-    from megafork.ablation.table import tables
+    options = AblationOptions.parse(arguments, seeds, out)
+    from megafork import commands
+    from megafork.ablate.table import tables
 
-    code, results = launch.ablate(settings)
+    code, results = commands.ablate(options)
     console.print(tables(results))
     typer.echo(f"results: {results['file']}")
     _finish(as_json, **results)
@@ -230,12 +230,12 @@ def doctor(
 ) -> None:
     """What this machine has, what each missing part costs, and whether a recipe can run here."""
     checked = load_recipe(recipe, overrides) if recipe else None
-    from megafork import launch
+    from megafork import commands
     from megafork.doctor import can_run, examine, of_inputs, render
 
     findings = examine(checked)
-    if checked and can_run(findings) and launch.is_here(checked):
-        findings.append(of_inputs(launch.refusals(checked)))
+    if checked and can_run(findings) and commands.is_here(checked):
+        findings.append(of_inputs(commands.refusals(checked)))
     console.print(render(findings))
     runs = can_run(findings)
     _finish(as_json, can_run=runs, findings=[vars(finding) for finding in findings])
@@ -281,7 +281,7 @@ def hf_to_megatron(
     as_json: Json = False,
 ) -> None:
     """A Hugging Face folder becomes a Megatron distributed checkpoint."""
-    from megafork.weights import convert
+    from megafork.convert import convert
 
     _convert(lambda tick: convert.hf_to_megatron(source, target, tp=tp, pp=pp, dtype=dtype, verify=verify, progress=tick), as_json)
 
@@ -297,7 +297,7 @@ def megatron_to_hf(
     as_json: Json = False,
 ) -> None:
     """A Megatron checkpoint becomes a Hugging Face folder. A Hugging Face folder is rewritten: in another dtype, or quantised."""
-    from megafork.weights import convert
+    from megafork.convert import convert
 
     _convert(
         lambda tick: convert.megatron_to_hf(source, target, dtype=dtype, fp8=fp8, quantize=quantize, verify=verify, progress=tick), as_json
@@ -308,8 +308,8 @@ def _convert(work: Callable[[Tick], Converted], as_json: bool) -> None:
     from megafork.compat import noise
 
     noise.silence()
-    from megafork.weights.convert import progress_bar
-    from megafork.weights.verify import VerifyError
+    from megafork.convert.convert import progress_bar
+    from megafork.convert.verify import VerifyError
 
     try:
         with progress_bar("converting") as tick:
@@ -324,12 +324,12 @@ def _convert(work: Callable[[Tick], Converted], as_json: bool) -> None:
 
 def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | None, as_json: bool) -> None:
     recipe = load_recipe(file, overrides)  # before the imports below, which take a second
-    from megafork import launch
-    from megafork.analysis.report import write_report
-    from megafork.analysis.run_folder import read_metrics
+    from megafork import commands
     from megafork.ranks import DONE, is_main
+    from megafork.report.report import write_report
+    from megafork.run_folder import read_metrics
 
-    code = launch.run(command, recipe)
+    code = commands.run(command, recipe)
     if code == DONE and is_main():
         folder = recipe.run_folder
         metrics = folder / "metrics.jsonl"

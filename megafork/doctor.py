@@ -20,9 +20,9 @@ import torch
 from packaging.specifiers import SpecifierSet
 from rich.table import Table
 
-from megafork.data import sandbox
 from megafork.data.hub import is_hub_name
 from megafork.data.row_files import data_files
+from megafork.data.verdicts import sandbox
 from megafork.ranks import GB_A_CPU_RANK
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.data import listed

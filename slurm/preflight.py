@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from megafork import launch
+from megafork import commands
+from megafork.commands import Command
 from megafork.compat import noise
 from megafork.data.hub import local_model
 from megafork.doctor import examine
-from megafork.launch import Command
 from megafork.plan.hardware import Gpu, gpu_here
 from megafork.plan.planner import make_plan
 from megafork.plan.table import verdict
@@ -89,7 +89,7 @@ def _gpus(wanted: int) -> Iterator[str]:
 
 def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
     """What is the same for all nodes: layout, model, data, the run's checkpoint, and room for the next ones. Raises RecipeError."""
-    launch.preflight(command, recipe, ranks)
+    commands.preflight(command, recipe, ranks)
     if torch.cuda.is_available() and os.environ.get("MEGAFORK_CPU") != "1":
         gpu = gpu_here(torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1])
         yield from does_not_fit(recipe, command, ranks, gpu)

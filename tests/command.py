@@ -18,7 +18,7 @@ import torch
 from ranks import import_vllm, on_ranks
 from test_rollout import free_port
 
-from megafork import launch
+from megafork import commands
 from megafork import ranks as launcher
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
@@ -87,14 +87,14 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
         os._exit(code)  # skip what the parent registered for its own end
 
 
-def run_on_forks(command: launch.Command, file: Path, *overrides: str) -> None:
+def run_on_forks(command: commands.Command, file: Path, *overrides: str) -> None:
     """What `megafork COMMAND FILE` has its ranks do, checked before as it does, on forked ranks: without launcher and report."""
     recipe = load_recipe(file, list(overrides))
     world = recipe.run.ranks or recipe.parallel.model_size
-    launch.preflight(command, recipe, world)
+    commands.preflight(command, recipe, world)
     assert on_ranks(world, _rank, command, recipe, free_port(), engines=command == "train") == [0] * world
 
 
-def _rank(command: launch.Command, recipe: Recipe, port: int) -> int:
+def _rank(command: commands.Command, recipe: Recipe, port: int) -> int:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return launch._train(command, recipe, None)
+    return commands._train(command, recipe, None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from megafork.data import sandbox
+from megafork.data.verdicts import sandbox
 
 torch.set_num_threads(1)
 
@@ -20,7 +20,7 @@ settings.register_profile("same everywhere", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same everywhere")
 
-LONGEST = ("test_slurm", "test_bridge", "test_update", "test_vllm_server", "test_kills", "test_runs", "test_ablation", "test_launch")
+LONGEST = ("test_slurm", "test_refit", "test_update", "test_vllm_server", "test_kills", "test_runs", "test_ablation", "test_launch")
 """Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone. Those that start
 most processes, Slurm's and the servers', do not come side by side."""
 

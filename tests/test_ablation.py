@@ -21,11 +21,11 @@ from rich.console import Console
 from scipy import stats
 from task import make_task, write_recipe
 
-from megafork import launch
-from megafork.ablation.results import summarise
-from megafork.ablation.settings import Settings, Trial, check_begun
-from megafork.ablation.statistics import Paired, Spread, paired, spread
-from megafork.ablation.table import tables
+from megafork import commands
+from megafork.ablate.options import AblationOptions, Trial, check_begun
+from megafork.ablate.results import summarise
+from megafork.ablate.statistics import Paired, Spread, paired, spread
+from megafork.ablate.table import tables
 from megafork.recipe import RecipeError
 
 
@@ -59,8 +59,8 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_trials_are_the_recipes_with_each_seed(recipes: list[str]) -> None:
-    settings = Settings.parse([*recipes, "train.steps=5", recipes[0]], "3, 1", "out")
-    trials = settings.trials()
+    options = AblationOptions.parse([*recipes, "train.steps=5", recipes[0]], "3, 1", "out")
+    trials = options.trials()
     assert [str(trial) for trial in trials] == ["top, seed 3", "all, seed 3", "top, seed 1", "all, seed 1"]
     assert [str(trial.recipe.run_folder) for trial in trials[:2]] == ["out/top-seed_3", "out/all-seed_3"]
     assert [trial.recipe.run.seed for trial in trials] == [3, 3, 1, 1]
@@ -83,24 +83,24 @@ REFUSED = {
 def test_what_cannot_be_compared(arguments: tuple[str, ...], recipes: list[str]) -> None:
     Path("other.yaml").write_text("extends: top.yaml\neval: {samples: 4}\n")
     with pytest.raises(RecipeError) as caught:
-        Settings.parse(arguments, "1,2", "out").trials()
+        AblationOptions.parse(arguments, "1,2", "out").trials()
     assert REFUSED[arguments] in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("seeds", ["", "1,1", "1,,2", "-1", "one", "01,1"])
 def test_wrong_seeds(seeds: str) -> None:
     with pytest.raises(RecipeError, match=r"--seeds is .*: give different whole numbers such as 1,2,3"):
-        Settings.parse(["top.yaml"], seeds, "out")
+        AblationOptions.parse(["top.yaml"], seeds, "out")
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_trial(recipes: list[str]) -> None:
-    [trial] = Settings.parse(["top.yaml"], "1", "out").trials()
+    [trial] = AblationOptions.parse(["top.yaml"], "1", "out").trials()
     trial.recipe.run_folder.mkdir(parents=True)
     (trial.recipe.run_folder / "recipe.yaml").write_text(trial.recipe.to_yaml())
     for fine in ((), ("train.steps=4",), ("log.text=true",), ("run.ranks=2",)):
-        check_begun(Settings.parse(["top.yaml", *fine], "1", "out").trials()[0])
+        check_begun(AblationOptions.parse(["top.yaml", *fine], "1", "out").trials()[0])
     for key, was, now in (("optimizer.lr", "0.003", "0.001"), ("train.steps", "3", "2"), ("forks.select", "top", "all")):
-        [other] = Settings.parse(["top.yaml", f"{key}={now}"], "1", "out").trials()
+        [other] = AblationOptions.parse(["top.yaml", f"{key}={now}"], "1", "out").trials()
         with pytest.raises(RecipeError, match=f"--out has 'out/top-seed_1', a run with {key}={was}, not {now}: choose another --out"):
             check_begun(other)
 
@@ -126,9 +126,9 @@ def shown(results: dict[str, Any], width: int) -> list[str]:
 
 
 def test_the_numbers_are_those_of_the_runs(recipes: list[str]) -> None:
-    settings = Settings.parse([*recipes, "all2.yaml"], "1,2,3", "out")
+    options = AblationOptions.parse([*recipes, "all2.yaml"], "1,2,3", "out")
     Path("all2.yaml").write_text("extends: all.yaml\n")
-    trials = settings.trials()
+    trials = options.trials()
     ends = {"top": [0.5, 0.25, 0.75], "all": [0.25, 0.25, 0.5], "all2": [0.0, 0.0, 0.0]}
     for trial in trials:
         end = ends[trial.name][trial.seed - 1]
@@ -136,7 +136,7 @@ def test_the_numbers_are_those_of_the_runs(recipes: list[str]) -> None:
         if trial.name != "all2":
             write_run(trial, [0.0, 0.8, end], prompts, eval__response_length=trial.seed, entropy__mean=0.1 * trial.seed)
     failed = {trial: "see above" for trial in trials if trial.name == "all2"}
-    results = summarise(settings, trials, failed)
+    results = summarise(options, trials, failed)
     assert json.loads(Path("out/ablation.json").read_text()) == json.loads(json.dumps(results))
     top, every = results["recipes"]
     assert [run["end"] for run in top["runs"]] == ends["top"] and [run["best"] for run in every["runs"]] == [0.8] * 3
@@ -165,39 +165,39 @@ def test_the_numbers_are_those_of_the_runs(recipes: list[str]) -> None:
 
 def test_a_run_that_found_nothing_to_learn_from(recipes: list[str]) -> None:
     """Dynamic sampling may drop all groups of all steps: there is no entropy then."""
-    settings = Settings.parse(recipes, "1", "out")
-    trials = settings.trials()
+    options = AblationOptions.parse(recipes, "1", "out")
+    trials = options.trials()
     for trial in trials:
         write_run(trial, [0.0, 0.0], [0.0, 0.0])
         file = trial.recipe.run_folder / "metrics.jsonl"
         file.write_text(file.read_text().replace("entropy/mean", "other"))
-    results = summarise(settings, trials, {})
+    results = summarise(options, trials, {})
     assert results["recipes"][0]["entropy"] == {"mean": None, "sd": None}
     assert shown(results, width=80)[1].split() == ["top", "1", "0.0", "0.0", "0.0", "1.0", "-", "1.0"]
 
 
 def test_held_out_prompts_that_changed_between_runs(recipes: list[str]) -> None:
-    settings = Settings.parse(recipes, "1", "out")
-    trials = settings.trials()
+    options = AblationOptions.parse(recipes, "1", "out")
+    trials = options.trials()
     write_run(trials[0], [0.0, 0.5], [0.5, 0.5])
     write_run(trials[1], [0.0, 0.5], [0.5, 0.5, 0.5])
     with pytest.raises(
         RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' answered 2 held-out prompts and .* 3 held"
     ):
-        summarise(settings, trials, {})
-    assert not Path(settings.out, "ablation.json").exists()
+        summarise(options, trials, {})
+    assert not Path(options.out, "ablation.json").exists()
 
 
 def test_held_out_prompts_that_are_others_between_runs(recipes: list[str]) -> None:
     """Recipes with other training data may have other held-out prompts left out, as many as they may be."""
-    settings = Settings.parse(recipes, "1", "out")
-    trials = settings.trials()
+    options = AblationOptions.parse(recipes, "1", "out")
+    trials = options.trials()
     for trial, problems in zip(trials, ("aa", "bb"), strict=True):
         write_run(trial, [0.0, 0.5], [0.5, 0.5])
         [file] = (trial.recipe.run_folder / "evaluations").iterdir()
         file.write_text(json.dumps({**json.loads(file.read_text()), "problems": problems}))
     with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered other prompts"):
-        summarise(settings, trials, {})
+        summarise(options, trials, {})
 
 
 def test_recipes_whose_held_out_prompts_would_differ_are_refused_before_any_trains(recipes: list[str], tmp_path: Path) -> None:
@@ -206,19 +206,19 @@ def test_recipes_whose_held_out_prompts_would_differ_are_refused_before_any_trai
     (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text() + held_out[0])
     Path("all.yaml").write_text(f"extends: top.yaml\ndata: {{train: {tmp_path / 'more.jsonl'}}}\n")
     with pytest.raises(RecipeError, match=r"^data.eval shares prompts with data.train, and not the same ones in top and all"):
-        launch.ablate(Settings.parse(recipes, "1", "out"))
+        commands.ablate(AblationOptions.parse(recipes, "1", "out"))
     assert not Path("out").exists()
 
 
 def test_one_seed_and_a_reference_that_failed(recipes: list[str]) -> None:
-    settings = Settings.parse(recipes, "1,2", "out")
-    trials = settings.trials()
+    options = AblationOptions.parse(recipes, "1,2", "out")
+    trials = options.trials()
     for trial in trials:
         write_run(trial, [0.0, 0.5], [0.5, 0.5])
-    one = summarise(replace(settings, seeds=(1,)), trials[:2], {})
+    one = summarise(replace(options, seeds=(1,)), trials[:2], {})
     assert one["recipes"][0]["end"] == {"mean": 0.5, "sd": None}
     assert one["comparisons"][0]["end"]["seeds"] == {"mean": 0.0, "low": None, "high": None, "p": None, "n": 1}
-    unpaired = summarise(settings, trials, {trials[0]: "x", trials[3]: "y"})
+    unpaired = summarise(options, trials, {trials[0]: "x", trials[3]: "y"})
     assert unpaired["comparisons"] == [], "no seed in common"
     assert [len(row["runs"]) for row in unpaired["recipes"]] == [1, 1]
     for results in (one, unpaired):

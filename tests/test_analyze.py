@@ -25,15 +25,15 @@ from task import make_task, write_recipe
 from test_rollout import free_port
 from tiny import save_model
 
-from megafork.analysis.overlap import ChangeByBin, Overlap
-from megafork.analysis.sorted_stream import SortedStream, kept
+from megafork.analyze import responses
+from megafork.analyze.inputs import AnalysisInputs, read_inputs
+from megafork.analyze.options import AnalysisOptions
+from megafork.analyze.overlap import ChangeByBin, Overlap
+from megafork.analyze.sorted_stream import SortedStream, kept
+from megafork.analyze.statistics import analyse
+from megafork.convert.convert import megatron_to_hf
 from megafork.parallel.quantile import top_threshold
 from megafork.recipe import RecipeError
-from megafork.study import responses
-from megafork.study.settings import Settings
-from megafork.study.statistics import analyse
-from megafork.study.work import Work, prepare
-from megafork.weights.convert import megatron_to_hf
 
 ENTROPIES = st.lists(st.floats(0, 12, width=32) | st.sampled_from([0.0, 0.5, 1e-7]), min_size=1, max_size=60)
 """With ties and tiny ones."""
@@ -115,7 +115,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task(tmp_path_factory.mktemp("task"))
 
 
-def _settings(task: Path, **changes: Any) -> Settings:
+def _options(task: Path, **changes: Any) -> AnalysisOptions:
     values: dict[str, Any] = {
         "model": str(task / "model"),
         "prompts": str(task / "held_out.jsonl"),
@@ -127,33 +127,33 @@ def _settings(task: Path, **changes: Any) -> Settings:
         "kv_cache_mb": 32,
         "out": str(task / "analysis"),
     }
-    return Settings(**{**values, **changes})
+    return AnalysisOptions(**{**values, **changes})
 
 
-def _made_up(work: Work, tokens: int, length: int = 500) -> None:
+def _made_up(inputs: AnalysisInputs, tokens: int, length: int = 500) -> None:
     """Files of an analysis as `score` leaves them, of responses of `length` tokens with entropies from a seed."""
     count = tokens // length
     groups = [min(responses.AT_ONCE, count - start) for start in range(0, count, responses.AT_ONCE)]
     generator = np.random.default_rng(0)
-    prompt = next(iter(work.job.prompts))
+    prompt = next(iter(inputs.job.prompts))
     row = {"prompt": prompt, "sample": 0, "prompt_tokens": [1], "truncated": False, "response": ""}
     written = ([{**row, "tokens": generator.integers(0, 13, length, dtype=np.int32)} for _ in range(size)] for size in groups)
-    responses._write(work.responses, responses._RESPONSES, work.identity, written)
-    for label in work.models:
+    responses._write(inputs.responses, responses._RESPONSES, inputs.identity, written)
+    for label in inputs.models:
         entropies = (
             [{"entropies": generator.exponential(size=length).astype(np.float32), "log_probs": []} for _ in range(n)] for n in groups
         )
-        responses.write_entropies(work, label, entropies)
+        responses.write_entropies(inputs, label, entropies)
 
 
 def test_memory_does_not_grow_with_the_tokens(task: Path, tmp_path: Path) -> None:
     """A million tokens of two models, against a quarter of them."""
     peaks = []
     for tokens in (250_000, 1_000_000):
-        work = prepare(_settings(task, against=(f"base={task / 'model'}",), out=str(tmp_path / str(tokens))))
-        _made_up(work, tokens)
+        inputs = read_inputs(_options(task, against=(f"base={task / 'model'}",), out=str(tmp_path / str(tokens))))
+        _made_up(inputs, tokens)
         tracemalloc.start()
-        results = analyse(work)
+        results = analyse(inputs)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert results["tokens"] == tokens
@@ -208,18 +208,18 @@ def _check(out: Path, models: dict[str, Path], results: dict[str, Any], rho: flo
     assert top["mean"] == pytest.approx(own[ids == highest].mean(), abs=1e-4)
 
 
-def _sample_and_score(each: list[Settings], port: int) -> None:
+def _sample_and_score(each: list[AnalysisOptions], port: int) -> None:
     """On a rank: what `launch.analyze` does before its statistics."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from megafork.analyze.score import score_responses
     from megafork.rollout.sample import sample
-    from megafork.study.score import score
 
-    for settings in each:
-        work = prepare(settings)
-        if any(work.job.missing()):
-            sample(work.job, work.author.tensors(), torch.device("cpu"))
+    for options in each:
+        inputs = read_inputs(options)
+        if any(inputs.job.missing()):
+            sample(inputs.job, inputs.author.tensors(), torch.device("cpu"))
         torch.distributed.barrier()
-        score(work, torch.device("cpu"))
+        score_responses(inputs, torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -228,17 +228,17 @@ def test_entropies_are_those_of_transformers_under_any_layout(layout: dict[str, 
     other = tmp_path / "other"
     shutil.copytree(task / "model", other)
     save_model(other, vocab_size=13, num_hidden_layers=2, seed=5)
-    settings = _settings(task, against=(f"other={other}",), out=str(tmp_path / "out"), rho=0.3, **layout)
+    options = _options(task, against=(f"other={other}",), out=str(tmp_path / "out"), rho=0.3, **layout)
     shutil.copytree(_completions(task), tmp_path / "out/completions")
-    on_ranks(2, _sample_and_score, [settings], free_port(), engines=True)
-    _check(tmp_path / "out", {"other": other, "model": task / "model"}, analyse(prepare(settings)), 0.3)
+    on_ranks(2, _sample_and_score, [options], free_port(), engines=True)
+    _check(tmp_path / "out", {"other": other, "model": task / "model"}, analyse(read_inputs(options)), 0.3)
 
 
 def _completions(task: Path) -> Path:
     """Sampled once for all layouts."""
     folder = task / "sampled"
     if not folder.exists():
-        on_ranks(1, _sample_and_score, [_settings(task, out=str(folder))], free_port(), engines=True)
+        on_ranks(1, _sample_and_score, [_options(task, out=str(folder))], free_port(), engines=True)
     return folder / "completions"
 
 
@@ -274,7 +274,7 @@ def test_real_weights(tmp_path: Path) -> None:
     """SmolLM2-135M in its chat template."""
     model = save_smollm(tmp_path / "smollm")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is 12 + 30?"}\n{"prompt": "Name a prime number."}\n')
-    settings = Settings(
+    options = AnalysisOptions(
         model=str(model),
         prompts=str(tmp_path / "prompts.jsonl"),
         template="chat",
@@ -285,8 +285,8 @@ def test_real_weights(tmp_path: Path) -> None:
         kv_cache_mb=64,
         out=str(tmp_path / "out"),
     )
-    on_ranks(1, _sample_and_score, [settings], free_port(), engines=True)
-    _check(tmp_path / "out", {"smollm": model}, analyse(prepare(settings)), 0.2)
+    on_ranks(1, _sample_and_score, [options], free_port(), engines=True)
+    _check(tmp_path / "out", {"smollm": model}, analyse(read_inputs(options)), 0.2)
 
 
 def test_wrong_settings(task: Path, tmp_path: Path) -> None:
@@ -312,24 +312,24 @@ def test_wrong_settings(task: Path, tmp_path: Path) -> None:
         ({"against": (str(words),)}, "--against words is of another vocabulary .*: compare checkpoints of one model"),
     ):
         with pytest.raises(RecipeError, match=message) as caught:
-            prepare(_settings(task, **changes))
+            read_inputs(_options(task, **changes))
         assert "\n" not in str(caught.value)
 
 
 def test_files_of_other_responses_are_not_mixed(task: Path, tmp_path: Path) -> None:
-    settings = _settings(task, out=str(tmp_path))
-    work = prepare(settings)
-    _made_up(work, 2000)
-    file = work.entropies("model")
-    assert responses.is_current(file, work.identity_of("model"))
+    options = _options(task, out=str(tmp_path))
+    inputs = read_inputs(options)
+    _made_up(inputs, 2000)
+    file = inputs.entropies("model")
+    assert responses.is_current(file, inputs.identity_of("model"))
     for changed in (
-        replace(settings, samples=4),
-        replace(settings, temperature=0.5),
-        replace(settings, limit=3),
-        replace(settings, dtype="bf16"),
+        replace(options, samples=4),
+        replace(options, temperature=0.5),
+        replace(options, limit=3),
+        replace(options, dtype="bf16"),
     ):
-        assert not responses.is_current(file, prepare(changed).identity_of("model"))
+        assert not responses.is_current(file, read_inputs(changed).identity_of("model"))
     file.write_bytes(file.read_bytes()[:-50])
-    assert not responses.is_current(file, work.identity_of("model"))
+    assert not responses.is_current(file, inputs.identity_of("model"))
     with pytest.raises(RecipeError, match=r"model\.parquet' is damaged"):
         list(responses.read_lists(file, "entropies"))

@@ -51,7 +51,7 @@ def test_the_page_says_what_the_results_say() -> None:
 
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
-    names = ("threshold", "head_memory", "head_time", "kernels")  # layouts and refit run in tests/test_update.py and tests/test_bridge.py
+    names = ("threshold", "head_memory", "head_time", "kernels")  # layouts and refit run in tests/test_update.py and tests/test_refit.py
     subprocess.run([sys.executable, "-m", "benchmarks", *names, "--quick", "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=280)
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert set(results) == set(names)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megafork.doctor import can_run, examine
 from megafork.recipe import Log, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
-from megafork.train.boards import TensorBoard, WeightsAndBiases, check
+from megafork.train.boards import TensorBoard, WeightsAndBiases, check_boards
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -96,16 +96,16 @@ def test_a_resumed_run_is_the_same_run_and_a_new_one_another(recipe: Recipe) -> 
 
 
 def test_what_is_missing_is_said_before_the_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(Log())
+    check_boards(Log())
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "wandb", None)
         with pytest.raises(
             RecipeError, match=r"log.wandb is 'forks' but the package wandb is not installed: pip install 'megafork\[wandb\]'"
         ):
-            check(recipe.log)
-        check(Log())
+            check_boards(recipe.log)
+        check_boards(Log())
     with pytest.raises(RecipeError, match=r"log\.wandb is 'a/b': it names a project"):
-        check(Log(wandb="a/b"))
+        check_boards(Log(wandb="a/b"))
 
 
 def test_doctor_looks_for_the_package(recipe: Recipe) -> None:

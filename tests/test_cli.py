@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from task import make_task, write_recipe
 from tiny import save_model
 
-from megafork.launch import preflight
+from megafork.commands import preflight
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafork.data import code_tests, plain
-from megafork.data.code import last_block, same_output
-from megafork.data.code_tests import Call, Equal, Output, Script
 from megafork.data.reward import Verdict, Verifiers, check_row, needs
+from megafork.data.verdicts import code_tests, plain
+from megafork.data.verdicts.code import last_block, same_output
+from megafork.data.verdicts.code_tests import Call, Equal, Output, Script
 from megafork.recipe import Reward
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"

@@ -11,9 +11,9 @@ import pytest
 from command import megafork
 from test_report import HOSTILE, METRICS, RECIPE, Elements, assert_points, drawing, needs_chromium, read_curve, report, shown_by_a_browser
 
-from megafork.analysis.comparison import STYLES, write_comparison
-from megafork.analysis.numbers import MISSING
 from megafork.recipe import RecipeError
+from megafork.report.comparison import STYLES, write_comparison
+from megafork.report.numbers import MISSING
 
 LONGER: list[dict[str, Any]] = [
     {"step": 0, "eval/accuracy": 0.2},

@@ -28,7 +28,7 @@ from megafork.compat import megatron as megatron_fixes
 from megafork.compat import noise
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat.cpu import CpuRngTracker
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.colocated import ColocatedEngine

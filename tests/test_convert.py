@@ -21,18 +21,18 @@ from tiny import recipe, save_model
 from torch import Tensor
 from training import Rig
 
-from megafork.model.qwen3 import build_policy
+from megafork.convert.convert import Converted, hf_to_megatron, megatron_to_hf
+from megafork.convert.sources import open_source
+from megafork.convert.verify import VerifyError, compare_logits, compare_tensors
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.shape import read_shape
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.checksums import write_sums
-from megafork.weights.convert import Converted, hf_to_megatron, megatron_to_hf
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy, local_parameters
 from megafork.weights.shards import Spec, write_shards
-from megafork.weights.sources import open_source
-from megafork.weights.verify import VerifyError, compare_logits, compare_tensors
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Qwen3", {}),
@@ -388,7 +388,7 @@ def test_an_interrupted_conversion_leaves_nothing(there: bool, verify: bool, sou
 _MEASURE = """
 import sys
 from pathlib import Path
-import megafork.weights.convert as convert, megafork.weights.verify  # imports count before
+import megafork.convert.convert as convert, megafork.convert.verify  # imports count before
 def resident(what):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
 before = resident("VmRSS")

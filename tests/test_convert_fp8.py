@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
+from megafork.convert.convert import hf_to_megatron, megatron_to_hf
+from megafork.convert.sources import open_source
+from megafork.convert.verify import VerifyError, compare_blocks
 from megafork.model.fp8 import BLOCK, dequantize, is_quantized, quantize
 from megafork.recipe import RecipeError
-from megafork.weights.convert import hf_to_megatron, megatron_to_hf
-from megafork.weights.sources import open_source
-from megafork.weights.verify import VerifyError, compare_blocks
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
 """Sizes that blocks fit."""

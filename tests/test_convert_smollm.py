@@ -16,7 +16,7 @@ import torch
 from ranks import on_ranks
 from smollm import save_smollm
 
-from megafork.weights.convert import hf_to_megatron, megatron_to_hf
+from megafork.convert.convert import hf_to_megatron, megatron_to_hf
 from megafork.weights.huggingface import HuggingFaceWeights
 
 pytestmark = pytest.mark.slow

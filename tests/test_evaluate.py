@@ -28,23 +28,23 @@ from test_lock import another
 from test_rollout import free_port
 from tiny import save_model
 
-from megafork import launch
+from megafork import commands
+from megafork.convert.convert import hf_to_megatron
+from megafork.convert.named import NamedModel, find_model
 from megafork.data.prompts import Prompt
 from megafork.data.reward import Verifiers
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import load_tokenizer
-from megafork.evaluation.benchmarks import KNOWN, load_benchmarks
-from megafork.evaluation.judge import Answered, judge
-from megafork.evaluation.metrics import estimate, majority_at, pass_at
-from megafork.evaluation.run import score
-from megafork.evaluation.settings import Decoding, Settings, decodings
-from megafork.evaluation.work import prepare
+from megafork.evaluate.benchmarks import KNOWN, load_benchmarks
+from megafork.evaluate.inputs import read_inputs
+from megafork.evaluate.judge import Answered, judge
+from megafork.evaluate.metrics import estimate, majority_at, pass_at
+from megafork.evaluate.options import Decoding, EvaluationOptions, decodings
+from megafork.evaluate.results import judge_responses
 from megafork.recipe import Data, RecipeError, Reward
+from megafork.rl.fork_temperature import ForkTemperature, sweep
 from megafork.rollout.engine import Completion
 from megafork.rollout.store import Store
-from megafork.rollout.temperature import ForkTemperature, sweep
-from megafork.weights.convert import hf_to_megatron
-from megafork.weights.named import NamedModel, find_model
 
 SAMPLES = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 3)), st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=7)
 
@@ -163,10 +163,10 @@ def test_a_damaged_line_further_up_is_named(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_do_not_write_one_folder(task: Path, tmp_path: Path) -> None:
-    settings = _settings(task, out=str(tmp_path), verifier="exact")
-    job = prepare(settings).job()
+    options = _options(task, out=str(tmp_path), verifier="exact")
+    job = read_inputs(options).job()
     with another(job.store(job.samplings[0]).folder), pytest.raises(RecipeError, match=r"--out is .*: another process is writing there"):
-        launch.evaluate(settings)
+        commands.evaluate(options)
 
 
 def test_the_digest_sees_any_byte_and_no_name(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_prompts_are_encoded_as_the_options_say(task: Path, tmp_path: Path) -> N
     asked = {"model": str(model), "benchmarks": (odd,), "columns": "{prompt: task, answer: gold}"}
 
     def prompt(**options: Any) -> tuple[str, int]:
-        problem = prepare(_settings(task, **asked, **options)).benchmarks[0].problems[0]
+        problem = read_inputs(_options(task, **asked, **options)).benchmarks[0].problems[0]
         return problem.text, problem.tokens.count(1)
 
     assert prompt() == ("1 2 =", 0) and prompt(add_bos="true") == ("1 2 =", 1)
@@ -291,7 +291,7 @@ def test_templates_are_the_papers_and_qwens(task: Path, tmp_path: Path) -> None:
         template_text("papr", tokenizer)
 
 
-def _settings(task: Path, **changes: Any) -> Settings:
+def _options(task: Path, **changes: Any) -> EvaluationOptions:
     values: dict[str, Any] = {
         "model": str(task / "model"),
         "benchmarks": (str(task / "held_out.jsonl"),),
@@ -303,7 +303,7 @@ def _settings(task: Path, **changes: Any) -> Settings:
         "kv_cache_mb": 32,
         "out": str(task / "evaluations"),
     }
-    return Settings(**{**values, **changes})
+    return EvaluationOptions(**{**values, **changes})
 
 
 def test_what_the_options_ask_for() -> None:
@@ -343,7 +343,7 @@ def test_wrong_settings(case: str, task: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(task)
     changes, message = WRONG[case]
     with pytest.raises(RecipeError) as caught:
-        prepare(_settings(task, **changes))
+        read_inputs(_options(task, **changes))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
@@ -364,10 +364,12 @@ def test_wrong_files(task: Path, tmp_path: Path) -> None:
         ({"model": str(tmp_path / "run")}, "it has neither a config.json nor checkpoints; give"),
     ):
         with pytest.raises(RecipeError, match=message):
-            prepare(_settings(task, **changes))
-    assert prepare(_settings(task, benchmarks=(unanswered,), verifier=_own(tmp_path))).benchmarks, "a verifier of one's own needs no answer"
+            read_inputs(_options(task, **changes))
+    assert read_inputs(_options(task, benchmarks=(unanswered,), verifier=_own(tmp_path))).benchmarks, (
+        "a verifier of one's own needs no answer"
+    )
     shutil.copytree(task / "model", tmp_path / "run/hf")
-    assert prepare(_settings(task, model=str(tmp_path / "run"))).model.folder == tmp_path / "run/hf"
+    assert read_inputs(_options(task, model=str(tmp_path / "run"))).model.folder == tmp_path / "run/hf"
 
 
 def _own(folder: Path) -> str:
@@ -376,22 +378,22 @@ def _own(folder: Path) -> str:
     return f"{folder / 'own.py'}:score"
 
 
-def _evaluate(each: list[Settings], port: int) -> list[Any]:
-    """On a rank: what `launch.evaluate` does, without starting ranks."""
+def _evaluate(each: list[EvaluationOptions], port: int) -> list[Any]:
+    """On a rank: what `commands.evaluate` does, without starting ranks."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from megafork.rollout.sample import sample
 
     results = []
-    for settings in each:
-        work = prepare(settings)
-        sample(work.job(), work.model.tensors(), torch.device("cpu"))
+    for options in each:
+        inputs = read_inputs(options)
+        sample(inputs.job(), inputs.model.tensors(), torch.device("cpu"))
         torch.distributed.barrier()
-        results.append(score(work) if torch.distributed.get_rank() == 0 else None)
+        results.append(judge_responses(inputs) if torch.distributed.get_rank() == 0 else None)
     return results
 
 
-def _lines(settings: Settings) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in sorted(Path(settings.out).rglob("part-*.jsonl")) for line in file.read_text().splitlines()]
+def _lines(options: EvaluationOptions) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in sorted(Path(options.out).rglob("part-*.jsonl")) for line in file.read_text().splitlines()]
 
 
 def _key(line: dict[str, Any]) -> tuple[int, str]:
@@ -402,19 +404,19 @@ def _numbers(results: Any) -> Any:
     return results["results"]
 
 
-def _check_greedy(settings: Settings) -> None:
-    """Each decoding of the settings must be greedy; against transformers' own generation in fp32, one problem at a time."""
+def _check_greedy(options: EvaluationOptions) -> None:
+    """Each decoding of the options must be greedy; against transformers' own generation in fp32, one problem at a time."""
     import transformers
 
-    work = prepare(settings)
-    ((results,),) = on_ranks(1, _evaluate, [settings], free_port(), engines=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    inputs = read_inputs(options)
+    ((results,),) = on_ranks(1, _evaluate, [options], free_port(), engines=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     right, lengths, cut = [], [], []
-    for problem in work.benchmarks[0].problems:
-        prompt, eos = torch.tensor([problem.tokens]), list(work.tokenizer.eos_ids)
-        greedy = model.generate(prompt, do_sample=False, max_new_tokens=settings.max_tokens, eos_token_id=eos, pad_token_id=0)
+    for problem in inputs.benchmarks[0].problems:
+        prompt, eos = torch.tensor([problem.tokens]), list(inputs.tokenizer.eos_ids)
+        greedy = model.generate(prompt, do_sample=False, max_new_tokens=options.max_tokens, eos_token_id=eos, pad_token_id=0)
         answer = greedy[0, prompt.shape[1] :].tolist()
-        right.append(float(problem.row["answer"] in work.tokenizer.decode(answer).split()))
+        right.append(float(problem.row["answer"] in inputs.tokenizer.decode(answer).split()))
         lengths.append(len(answer))
         cut.append(float(answer[-1] not in eos))
     count = len(right)
@@ -432,7 +434,7 @@ GREEDY = (Decoding(temperature=0.0), Decoding(forks=ForkTemperature(0.0, 0.0)))
 
 @pytest.mark.slow
 def test_greedy_evaluation_is_that_of_transformers(task: Path, tmp_path: Path) -> None:
-    _check_greedy(_settings(task, samples=1, max_tokens=9, decodings=GREEDY, verifier=_own(tmp_path), out=str(tmp_path)))
+    _check_greedy(_options(task, samples=1, max_tokens=9, decodings=GREEDY, verifier=_own(tmp_path), out=str(tmp_path)))
 
 
 @pytest.mark.slow
@@ -442,7 +444,7 @@ def test_real_weights(task: Path, tmp_path: Path) -> None:
     rows = [{"question": f"What is {a} + {b}? Answer with the number only.", "answer": str(a + b)} for a, b in ((1, 1), (2, 3), (48, 17))]
     source, own = _rows(tmp_path / "sums.jsonl", rows), _own(tmp_path)
     _check_greedy(
-        _settings(
+        _options(
             task,
             model=str(model),
             benchmarks=(source,),
@@ -458,29 +460,29 @@ def test_real_weights(task: Path, tmp_path: Path) -> None:
     )
 
 
-def _arguments(settings: Settings, *more: str) -> list[str]:
+def _arguments(options: EvaluationOptions, *more: str) -> list[str]:
     """Of `megafork`, as a user gives them."""
-    options = {
-        "benchmarks": settings.benchmarks[0],
-        "samples": settings.samples,
-        "max-tokens": settings.max_tokens,
-        "template": settings.template,
-        "verifier": settings.verifier,
+    values = {
+        "benchmarks": options.benchmarks[0],
+        "samples": options.samples,
+        "max-tokens": options.max_tokens,
+        "template": options.template,
+        "verifier": options.verifier,
         "ranks": 1,
         "kv-cache-mb": 32,
-        "out": settings.out,
+        "out": options.out,
     }
-    arguments = [f"--{name}={value}" for name, value in options.items()] + [f"--k={k}" for k in settings.ks]
-    return ["eval", settings.model, *arguments, *more]
+    arguments = [f"--{name}={value}" for name, value in values.items()] + [f"--k={k}" for k in options.ks]
+    return ["eval", options.model, *arguments, *more]
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) -> None:
     """Killed by SIGKILL, continued, asked again, and asked for more samples; against two ranks that were never disturbed."""
-    settings = _settings(task, samples=8, max_tokens=24, ks=(1, 2, 8), verifier=_own(tmp_path), out=str(tmp_path / "killed"))
-    victim = start_megafork(*_arguments(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    options = _options(task, samples=8, max_tokens=24, ks=(1, 2, 8), verifier=_own(tmp_path), out=str(tmp_path / "killed"))
+    victim = start_megafork(*_arguments(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (found := list(Path(settings.out).rglob("part-0.jsonl"))) or found[0].stat().st_size < 1000:
+    while not (found := list(Path(options.out).rglob("part-0.jsonl"))) or found[0].stat().st_size < 1000:
         assert victim.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.005)
     victim.send_signal(signal.SIGKILL)
@@ -489,23 +491,23 @@ def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) 
     kept = written[: written.rfind("\n") + 1]
     assert 0 < kept.count("\n") < 160
 
-    again = megafork(*_arguments(settings, "--json"), cwd=tmp_path)
+    again = megafork(*_arguments(options, "--json"), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     results = json.loads(again.stdout.splitlines()[-1])
     assert found[0].read_text().startswith(kept), "what was there is there, and was not written again"
-    assert len(_lines(settings)) == len(set(map(_key, _lines(settings)))) == 160
+    assert len(_lines(options)) == len(set(map(_key, _lines(options)))) == 160
 
-    whole, (logs,) = found[0].read_bytes(), Path(settings.out).rglob("logs")
+    whole, (logs,) = found[0].read_bytes(), Path(options.out).rglob("logs")
     shutil.rmtree(logs)
-    third = megafork(*_arguments(settings, "--json"), cwd=tmp_path)
+    third = megafork(*_arguments(options, "--json"), cwd=tmp_path)
     assert json.loads(third.stdout.splitlines()[-1]) == results
     assert found[0].read_bytes() == whole and not logs.exists(), "the same call starts no rank"
 
-    more = prepare(replace(settings, samples=9)).job().missing()
+    more = read_inputs(replace(options, samples=9)).job().missing()
     assert [sample for _, sample in more[0]] == [8] * 20, "one more sample each, and no other"
 
-    undisturbed = replace(settings, ranks=2, out=str(tmp_path / "undisturbed"))
+    undisturbed = replace(options, ranks=2, out=str(tmp_path / "undisturbed"))
     (at_once,), others = on_ranks(2, _evaluate, [undisturbed], free_port(), engines=True)
     assert others == [None]
     assert _numbers(results) == json.loads(json.dumps(_numbers(at_once))) == _numbers(json.loads(Path(results["file"]).read_text()))
-    assert {_key(line): line["tokens"] for line in _lines(undisturbed)} == {_key(line): line["tokens"] for line in _lines(settings)}
+    assert {_key(line): line["tokens"] for line in _lines(undisturbed)} == {_key(line): line["tokens"] for line in _lines(options)}

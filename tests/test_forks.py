@@ -17,7 +17,7 @@ from responses import LAYOUTS, Layout, Name, Token, by_token, joined, make_respo
 from tiny import recipe, save_model
 from torch import Tensor
 
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Forks, Recipe
 from megafork.rl.batch import MicroBatch, Response

@@ -17,14 +17,14 @@ from test_rollout import PROMPTS, free_port
 from tiny import recipe, save_model
 from training import Rig
 
-from megafork.launch import preflight
+from megafork.commands import preflight
+from megafork.convert.convert import megatron_to_hf
 from megafork.model.fp8 import Quantized
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rollout.engine import Completion, Request, Sampling
-from megafork.weights.bridge import Bridge
-from megafork.weights.convert import megatron_to_hf
 from megafork.weights.huggingface import write_folder
+from megafork.weights.refit import Bridge
 
 HEADS_FOR_TWO: dict[str, Any] = {**WIDE, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 """Sizes whose halves blocks fit."""

@@ -13,7 +13,7 @@ from task import make_task, write_recipe
 from tiny import recipe
 
 from megafork import doctor
-from megafork.launch import preflight
+from megafork.commands import preflight
 from megafork.model import precision
 from megafork.parallel.context import zigzag_index
 from megafork.plan.hardware import gpu_named

@@ -11,9 +11,9 @@ import pytest
 from task import make_task, write_recipe
 from test_data import CHAT, write_tokenizer
 
+from megafork.commands import preflight
 from megafork.data.prompts import load_prompts
 from megafork.data.tokenizer import load_tokenizer
-from megafork.launch import preflight
 from megafork.recipe import Data, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.train.inputs import Inputs

@@ -11,8 +11,8 @@ from ranks import on_ranks
 from tiny import recipe, save_model
 
 from megafork.model.attention import PackedSequences
+from megafork.model.build import build_policy
 from megafork.model.policy import HeadRequest
-from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.shape import read_shape

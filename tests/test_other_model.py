@@ -16,15 +16,15 @@ from task import make_task, write_recipe
 from tiny import save_model
 from torch import Tensor
 
-from megafork.launch import preflight
+from megafork.commands import preflight
+from megafork.convert.convert import hf_to_megatron, megatron_to_hf
+from megafork.convert.named import find_model
 from megafork.plan.models import shape_for
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.shape import read_shape
 from megafork.weights import huggingface
-from megafork.weights.convert import hf_to_megatron, megatron_to_hf
 from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.named import find_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"

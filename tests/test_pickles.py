@@ -21,14 +21,14 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from training import Rig
 
 from megafork.compat import pickles
-from megafork.model.qwen3 import build_policy
+from megafork.convert.convert import hf_to_megatron, megatron_to_hf
+from megafork.convert.torch_dist import DistReader
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import read_shape
 from megafork.weights import checkpoint
 from megafork.weights.checksums import SUMS, sum_of
-from megafork.weights.convert import hf_to_megatron, megatron_to_hf
-from megafork.weights.torch_dist import DistReader
 
 
 class Exploit:

@@ -25,12 +25,13 @@ from safetensors.torch import load_file
 from tiny import recipe, save_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megafork.model.qwen3 import build_policy
+from megafork.convert.convert import megatron_to_hf
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.activations import stage_activations
+from megafork.plan.fixes import fixes
 from megafork.plan.hardware import FRAGMENTS, GPUS, RESERVED, VLLM_ASLEEP, gpu_named
 from megafork.plan.memory import engine_memory, refit_buffer
-from megafork.plan.mends import mends
 from megafork.plan.models import KNOWN, shape_for
 from megafork.plan.parameters import count_parameters, lay_out, stage_weights
 from megafork.plan.planner import Plan, changed, gpus_for, make_plan
@@ -44,7 +45,6 @@ from megafork.rl.loss import policy_loss
 from megafork.rl.packing import packer
 from megafork.shape import Shape, read_shape
 from megafork.train.learner import Learner
-from megafork.weights.convert import megatron_to_hf
 from megafork.weights.mapping import huggingface_shapes
 from megafork.weights.reshard import Reshard, needed
 
@@ -279,21 +279,21 @@ LONG: dict[str, Any] = {"rollout__max_response_length": 20480, "data__max_prompt
 def test_what_does_not_fit_is_named_with_the_keys_that_make_it_fit() -> None:
     kept = planned(gpus=128, model__recompute="none", **LONG)
     assert set(kept.over) == {"update"}
-    assert {"model.recompute": "full"} in mends(kept)
+    assert {"model.recompute": "full"} in fixes(kept)
     crowded = planned(rollout__gpu_memory_fraction=0.8)
     assert "rollout" in crowded.over
-    assert [set(changes) for changes in mends(crowded)] == [{"rollout.park_training"}, {"rollout.gpu_memory_fraction"}]
+    assert [set(changes) for changes in fixes(crowded)] == [{"rollout.park_training"}, {"rollout.gpu_memory_fraction"}]
     no_cache = planned(rollout__gpu_memory_fraction=0.2)
     assert no_cache.over["cache"] > 0 and no_cache.stages[0].engine.concurrent == 0
     both = planned(gpus=128, model__recompute="none", rollout__gpu_memory_fraction=0.9, **LONG)
     assert {"rollout", "update"} < set(both.over)
-    assert {"rollout.gpu_memory_fraction", "model.recompute"} in [set(changes) for changes in mends(both)]
+    assert {"rollout.gpu_memory_fraction", "model.recompute"} in [set(changes) for changes in fixes(both)]
     for plan in (kept, crowded, no_cache, both):
-        assert not plan.fits and mends(plan)
-        for changes in mends(plan):
+        assert not plan.fits and fixes(plan)
+        for changes in fixes(plan):
             assert plan.with_changes(changes).fits
     hopeless = planned(gpus=8, parallel__tp=8, parallel__pp=1)
-    assert not hopeless.fits and mends(hopeless) == []
+    assert not hopeless.fits and fixes(hopeless) == []
 
 
 def test_the_optimizers_step_has_room_where_a_rank_keeps_much_of_it() -> None:

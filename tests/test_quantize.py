@@ -13,15 +13,15 @@ import torch
 from test_convert_fp8 import PROMPTS, WIDE, reference, score
 from tiny import save_model
 
+from megafork.convert.convert import megatron_to_hf
 from megafork.recipe import RecipeError
-from megafork.weights.convert import megatron_to_hf
 
 HERE = importlib.util.find_spec("modelopt") is not None
 
 _CONVERT = """
 import sys
 from pathlib import Path
-from megafork.weights.convert import hf_to_megatron, megatron_to_hf
+from megafork.convert.convert import hf_to_megatron, megatron_to_hf
 hf_to_megatron(Path(sys.argv[1]) / "in", Path(sys.argv[1]) / "megatron")
 megatron_to_hf(Path(sys.argv[1]) / "megatron", Path(sys.argv[1]) / "out", quantize=sys.argv[2])
 """

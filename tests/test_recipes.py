@@ -12,8 +12,8 @@ from ranks import on_ranks
 from test_countdown import countdown
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megafork.model.build import build_policy
 from megafork.model.precision import lacking
-from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.hardware import gpu_named
 from megafork.plan.models import shape_for

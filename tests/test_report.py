@@ -20,13 +20,13 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megafork.analysis.entropy import entropy_histogram, entropy_summary
-from megafork.analysis.figures import Series, line_chart, nice_ticks
-from megafork.analysis.report import write_report
-from megafork.analysis.responses import MOST_TOKENS
-from megafork.analysis.run_folder import open_rollouts, read_entropies, read_rows
 from megafork.recipe import RecipeError
-from megafork.train.record import SCHEMA
+from megafork.report.entropy import entropy_histogram, entropy_summary
+from megafork.report.figures import Series, line_chart, nice_ticks
+from megafork.report.report import write_report
+from megafork.report.responses import MOST_TOKENS
+from megafork.run_folder import open_rollouts, read_entropies, read_rows
+from megafork.train.rollout_files import SCHEMA
 
 HOSTILE = [
     '<script>alert("x")</script>',

@@ -11,16 +11,17 @@ import torch
 from ranks import on_ranks
 from tiny import recipe, save_model
 
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
+from megafork.plan.refit import cost, cost_of_full_gather, lower_bound
 from megafork.recipe import Parallel, Recipe
 from megafork.shape import Shape, read_shape
-from megafork.weights.bridge import Bridge
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import full_shape, parameters, pieces
 from megafork.weights.policy_weights import export_policy, load_policy
-from megafork.weights.reshard import Reshard, cost, cost_of_full_gather, lower_bound, needed
+from megafork.weights.refit import Bridge
+from megafork.weights.reshard import Reshard, needed
 
 TINY_SHAPE = Shape("Qwen3ForCausalLM", 4, 64, 96, 4, 2, 32, 99, True, 1e-6, 1e4, None, 512)
 

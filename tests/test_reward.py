@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafork.data import verifiers
-from megafork.data.reward import Verdict, Verifiers, check, needs
+from megafork.data.reward import Verdict, Verifiers, check_verifier, needs
 from megafork.data.sources import read_rows
 from megafork.recipe import RecipeError, Reward
 
@@ -154,7 +154,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(folder: Path, response: str) -> N
     assert parent.stdout is not None and parent.stdout.readline() == b"up\n"
     time.sleep(0.2)
     started = psutil.Process(parent.pid).children(recursive=True)
-    workers = [child.pid for child in started if "megafork.data.worker" in child.cmdline()]
+    workers = [child.pid for child in started if "megafork.data.verdicts.worker" in child.cmdline()]
     assert len(workers) >= 2
     parent.kill()
     parent.wait()
@@ -172,7 +172,9 @@ def gone(pids: list[int], within_s: float = 5.0) -> bool:
 
 
 def test_a_worker_imports_neither_torch_nor_the_recipe() -> None:
-    script = "import sys, megafork.data.worker; print([name for name in ('torch', 'pydantic', 'transformers') if name in sys.modules])"
+    script = (
+        "import sys, megafork.data.verdicts.worker; print([name for name in ('torch', 'pydantic', 'transformers') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -191,14 +193,14 @@ def test_a_worker_imports_neither_torch_nor_the_recipe() -> None:
 )
 def test_check_needs_no_process(folder: Path, verifier: str, message: str) -> None:
     with pytest.raises(RecipeError, match="^reward.verifier is .*" + message.replace("?", r"\?")):
-        check(reward(verifier))
+        check_verifier(reward(verifier))
 
 
 def workers() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.ZombieProcess):  # of another test, ended and not yet waited for
-            found += [child] if "megafork.data.worker" in child.cmdline() else []
+            found += [child] if "megafork.data.verdicts.worker" in child.cmdline() else []
     return found
 
 

@@ -18,15 +18,15 @@ from test_update import compare, specs
 from tiny import recipe, save_model
 from training import reference, train_on_rank
 
+from megafork.convert.convert import hf_to_megatron
+from megafork.convert.named import find_model
+from megafork.convert.verify import _megatron_logits, _transformers_logits
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.rollout.engine import Completion, Request, Sampling, request_seed
 from megafork.rollout.sample import response_limit
 from megafork.shape import read_shape
 from megafork.train.inputs import _check_rollout
-from megafork.weights.convert import hf_to_megatron
-from megafork.weights.named import find_model
-from megafork.weights.verify import _megatron_logits, _transformers_logits
 
 ROPES: dict[str, dict[str, Any]] = {
     "YaRN": {"rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 16},

@@ -11,7 +11,7 @@ from ranks import on_ranks
 from tiny import TINY, recipe
 from torch import Tensor
 
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.rl.batch import Response

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megafork.data.reward import Item, Verdict, Verifiers, check
+from megafork.data.reward import Item, Verdict, Verifiers, check_verifier
 from megafork.recipe import RecipeError, Reward
 
 EVALUATES = """
@@ -249,9 +249,9 @@ def test_an_error_is_one_printable_line(folder: Path, tool: str) -> None:
 def test_full_is_refused_where_it_cannot_be_had(folder: Path, tool: str) -> None:
     if tool == "none":
         with pytest.raises(RecipeError, match=r"^reward.isolation is 'full': this machine has no .*; install bubblewrap"):
-            check(reward(isolation="full"))
+            check_verifier(reward(isolation="full"))
     else:
-        check(reward(isolation="full"))
+        check_verifier(reward(isolation="full"))
 
 
 def test_a_file_that_is_trusted_keeps_its_state_its_network_and_its_environment(targets: dict[str, object], folder: Path) -> None:

@@ -167,14 +167,14 @@ def _own_denominator() -> None:
 
 def _norms_not_summed() -> None:
     """The norms' gradients, of a share of the tokens on each sequence-parallel rank, are not summed over them."""
-    from megafork.model import policy, qwen3
+    from megafork.model import build, policy
 
     class Planted(policy.RMSNorm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.weight.sequence_parallel = False  # type: ignore[attr-defined]
 
-    qwen3.RMSNorm = Planted  # type: ignore[misc]
+    build.RMSNorm = Planted  # type: ignore[misc]
 
 
 def _layers_in_a_row() -> None:

@@ -30,7 +30,7 @@ from tiny import recipe, save_model
 from torch import Tensor
 
 from megafork.compat import vllm as vllm_fixes
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.background import Background

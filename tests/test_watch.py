@@ -16,7 +16,7 @@ import yaml
 from command import start_megafork
 from task import make_task, write_recipe
 
-from megafork.analysis.run_folder import read_metrics
+from megafork.run_folder import read_metrics
 
 REFRESH = '<meta http-equiv="refresh" content="1">'
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe, Rollout
 from megafork.rl.batch import MicroBatch, Response

@@ -11,15 +11,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from megafork import recipe
-from megafork.data import sandbox, seccomp
-from megafork.data.verifier_process import Item, Verdict, VerifierProcess
+from megafork.data.verdicts import sandbox, seccomp
+from megafork.data.verdicts.verifier_process import Item, Verdict, VerifierProcess
 from megafork.data.verifiers import BUILT_IN
 from megafork.recipe import RecipeError
 
-__all__ = ["Item", "Verdict", "Verifiers", "check", "check_row", "needs"]
+__all__ = ["Item", "Verdict", "Verifiers", "check_row", "check_verifier", "needs"]
 
 
-def check(reward: recipe.Reward) -> None:
+def check_verifier(reward: recipe.Reward) -> None:
     """Refuse by RecipeError an unknown verifier, a missing file, and an isolation that cannot be had here. Loads no verifier."""
     name = reward.verifier
     path, _, function = name.rpartition(":")
@@ -48,7 +48,7 @@ def check_row(reward: recipe.Reward) -> Callable[[dict[str, Any]], None]:
     """A check of one row for this verifier (for `load_prompts`): raises ValueError, whose text continues `FILE line N ...`."""
     if reward.verifier != "code":
         return lambda row: None
-    from megafork.data.code_tests import tests_of
+    from megafork.data.verdicts.code_tests import tests_of
 
     def has_tests(row: dict[str, Any]) -> None:
         tests_of(row)
@@ -63,7 +63,7 @@ class Verifiers:
     """
 
     def __init__(self, reward: recipe.Reward) -> None:
-        check(reward)
+        check_verifier(reward)
         tool = None if reward.isolation == "process" else sandbox.available()
         if tool is not None:
             sandbox.compile_packages(reward.verifier)

@@ -135,7 +135,7 @@ def load(name: str) -> Verifier:
     elif name == "reasoning_gym":
         import reasoning_gym  # noqa: F401
     elif name == "code":
-        import megafork.data.runner  # noqa: F401 - each program starts as a copy of this process
+        import megafork.data.verdicts.runner  # noqa: F401 - each program starts as a copy of this process
     if name in BUILT_IN:
         return BUILT_IN[name]
     path, _, function_name = name.rpartition(":")

@@ -1,6 +1,6 @@
 """What a forward and backward keep on a rank: closed forms of the tensors that our model's autograd graph saves.
 
-Counted from the model as it is built (`model/qwen3.py`: Megatron's unfused layer, RMSNorm in fp32, flash attention), and checked against
+Counted from the model as it is built (`model/build.py`: Megatron's unfused layer, RMSNorm in fp32, flash attention), and checked against
 what a run on the CPU allocates. With context parallelism the count is for attention that keeps no score matrix, as on a GPU.
 """
 

@@ -119,7 +119,7 @@ def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
 
 
 def refit_buffer(shape: Shape, recipe: Recipe) -> int:
-    """Bytes at most for the bucket that travels (`weights/bridge.py`): its whole tensors, what a rank receives, and what the ranks of the
+    """Bytes at most for the bucket that travels (`weights/refit.py`): its whole tensors, what a rank receives, and what the ranks of the
     one stage that holds it send to all the others. An estimate."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
     vocabulary = shape.vocab * shape.hidden

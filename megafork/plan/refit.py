@@ -5,17 +5,99 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megafork.plan.hardware import GPUS_A_NODE
 from megafork.plan.parameters import WIDTH
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import Shape, check_engines, check_layout, check_world
-from megafork.weights.reshard import Cost, LowerBound, Reshard, cost, cost_of_full_gather, lower_bound
+from megafork.weights.mapping import full_shape, parameters, pieces
+from megafork.weights.reshard import Reshard, area, meet, needed
 
 COMPARED = (Parallel(tp=8, pp=4, sp=True), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2, sp=True), Parallel(tp=8, sp=True))
 """Training layouts that `refits` sets beside the recipe's own, each with engines of `ENGINES` ranks."""
 ENGINES = (4, 8)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Elements that cross between ranks in one refit: what the busiest rank receives and sends, and what crosses between nodes in all."""
+
+    received: int
+    sent: int
+    total: int
+    between_nodes: int
+
+
+def cost(plan: Reshard) -> Cost:
+    """Of the plan."""
+    received, sent = [0] * plan.world, [0] * plan.world
+    between_nodes = 0
+    for bucket, times in plan.alike:
+        for transfer in plan.transfers(bucket):
+            if transfer.source != transfer.target:
+                count = transfer.numel * times
+                received[transfer.target] += count
+                sent[transfer.source] += count
+                between_nodes += count if transfer.source // plan.node != transfer.target // plan.node else 0
+    return Cost(max(received), max(sent), sum(received), between_nodes)
+
+
+def cost_of_full_gather(plan: Reshard) -> Cost:
+    """Of the plain way: every rank collects every tensor whole from the ranks of its own model replica."""
+    shape, layout = plan.shape, plan.layout
+    split, replicated = [0] * layout.pp, [0] * layout.pp
+    for parameter in parameters(shape):
+        size = sum(_numel(full_shape(name, shape)) for name in parameter.huggingface())
+        (replicated if parameter.rule.kind == "replicated" else split)[plan.stage(parameter)] += size
+    per_stage = plan.world // layout.pp
+    received, sent = [0] * plan.world, [0] * plan.world
+    between_nodes = 0
+    for rank, stage, tp_rank in itertools.product(range(plan.world), range(layout.pp), range(layout.tp)):
+        source = stage * per_stage + rank % per_stage // layout.tp * layout.tp + tp_rank
+        if source != rank:
+            count = split[stage] // layout.tp + (replicated[stage] if tp_rank == rank % layout.tp else 0)
+            received[rank] += count
+            sent[source] += count
+            between_nodes += count if source // plan.node != rank // plan.node else 0
+    return Cost(max(received), max(sent), sum(received), between_nodes)
+
+
+class LowerBound(NamedTuple):
+    """Elements that no way can do without."""
+
+    received: int
+    """What the busiest rank's engine loads and the rank does not hold."""
+    between_nodes: int
+    """What the engines of each node load and none of its ranks holds, counted once a node, of all nodes."""
+
+
+def lower_bound(plan: Reshard) -> LowerBound:
+    """Counted from what ranks need and hold, and not from the plan's transfers."""
+    ranks, nodes = (range(0, plan.world, size) for size in (1, plan.node))
+    return LowerBound(
+        received=max(_lacking(plan, range(rank, rank + 1)) for rank in ranks),
+        between_nodes=sum(_lacking(plan, range(first, min(first + plan.node, plan.world))) for first in nodes),
+    )
+
+
+def _lacking(plan: Reshard, ranks: range) -> int:
+    """Elements that the engines on these ranks load and none of the ranks holds. Two engine ranks load the same part or distinct ones."""
+    shape, layout, per_stage = plan.shape, plan.layout, plan.world // plan.layout.pp
+    lacking = 0
+    for bucket, times in plan.alike:
+        for parameter in bucket:
+            shards = {rank % layout.tp for rank in ranks if rank // per_stage == plan.stage(parameter)}
+            held = {piece for shard in shards for piece in pieces(parameter, shape, layout.tp, shard)}
+            for name in parameter.huggingface():
+                for part in {needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp) for rank in ranks}:
+                    there = (meet(*part, piece) for piece in held if piece.name == name)
+                    lacking += times * (area(*part) - sum(area(*covered) for covered in there if covered))
+    return lacking
+
+
+def _numel(size: tuple[int, ...]) -> int:
+    return size[0] * (size[1] if len(size) > 1 else 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from megafork.plan.fixes import fixes
 from megafork.plan.hardware import (
     DECODE_SHARE,
     FP8_GAIN,
@@ -23,7 +24,6 @@ from megafork.plan.hardware import (
     VLLM_OVERHEAD,
 )
 from megafork.plan.memory import engines
-from megafork.plan.mends import mends
 from megafork.plan.planner import Plan
 from megafork.plan.refit import Refit
 
@@ -178,7 +178,7 @@ def verdict(plan: Plan) -> list[str]:
         phase, peak = max(plan.peaks.items(), key=lambda item: item[1])
         return [f"[green]fits[/]: the fullest moment is the {phase}, {_gib(peak)} of {_gib(plan.gpu.memory)} GiB"]
     lines = [f"[bold red]does not fit[/]: {_WHAT[phase]}: {_gib(bytes_)} GiB too much" for phase, bytes_ in plan.over.items()]
-    found = [", ".join(f"{name}={str(value).lower()}" for name, value in changes.items()) for changes in mends(plan)]
+    found = [", ".join(f"{name}={str(value).lower()}" for name, value in changes.items()) for changes in fixes(plan)]
     advice = f"any one of these makes it fit: {'; '.join(found)}" if found else "no two keys make it fit: see --search, or give more GPUs"
     return [*lines, advice]
 

@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from megafork.rl.fork_temperature import ForkTemperature
 from megafork.rollout.engine import Completion, Request, Sampling
-from megafork.rollout.temperature import ForkTemperature
 from megafork.secret import NAME, secret
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megafork.recipe import RecipeError
-from megafork.rollout.temperature import ForkTemperature
+from megafork.rl.fork_temperature import ForkTemperature
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import interface as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from megafork.rollout.temperature import ARGUMENT, ForkTemperature, scale_logits
+from megafork.rl.fork_temperature import ARGUMENT, ForkTemperature, scale_logits
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2

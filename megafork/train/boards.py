@@ -24,7 +24,7 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
-def check(log: Log) -> None:
+def check_boards(log: Log) -> None:
     """Raises RecipeError where Weights & Biases is asked for and cannot be had. At a terminal wandb asks for the key that it lacks."""
     if log.wandb is None:
         return

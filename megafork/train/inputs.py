@@ -42,7 +42,7 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     check_layout(shape, recipe.parallel)
     if not supervised:
         _check_rollout(shape, recipe)
-        reward.check(recipe.reward)
+        reward.check_verifier(recipe.reward)
     weights = HuggingFaceWeights(folder)
     weights.check(shape)
     tokenizer = load_tokenizer(recipe.model.path)

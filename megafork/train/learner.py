@@ -18,7 +18,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_tokens
 from megafork.recipe import Optimizer, Recipe
 from megafork.rl.batch import MicroBatch
-from megafork.rollout.temperature import fork_temperature
+from megafork.rl.fork_temperature import fork_temperature
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' counts `micro.mask`."""

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megafork.analysis.run_folder import is_evaluated
 from megafork.data.reward import Verifiers
 from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
@@ -19,20 +18,21 @@ from megafork.rl.batch import MicroBatch
 from megafork.rl.packing import packer, placement
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.rollout.server import ServerEngine
-from megafork.train.ahead import Ahead
+from megafork.run_folder import is_evaluated
 from megafork.train.clock import Clock
-from megafork.train.exchange import exchange
 from megafork.train.inputs import Inputs
 from megafork.train.learner import Learner
-from megafork.train.parking import Parking
-from megafork.train.record import write_evaluation, write_rollouts
+from megafork.train.offload import Offload
+from megafork.train.prefetch import Prefetch
+from megafork.train.redistribute import redistribute
 from megafork.train.remarks import Remarks, all_failed, mismatch
+from megafork.train.rollout_files import write_evaluation, write_rollouts
 from megafork.train.run import Metrics, Run, Stopped, build_learner
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import staleness
 from megafork.train.update import update_policy
-from megafork.weights.bridge import Bridge
 from megafork.weights.policy_weights import WholeWeights
+from megafork.weights.refit import Bridge
 
 
 class Trainer:
@@ -44,9 +44,9 @@ class Trainer:
         self.mesh = mesh
         self.inputs = inputs
         self.learner = learner
-        self.parking = Parking(learner.model, learner.optimizer, mesh.device)
+        self.offload = Offload(learner.model, learner.optimizer, mesh.device)
         if recipe.rollout.park_training:
-            self.parking.park()  # vLLM takes its memory when it is made
+            self.offload.to_host()  # vLLM takes its memory when it is made
         self.engine: ServerEngine | ColocatedEngine
         self.weights: WholeWeights | Bridge
         """What a refit hands over."""
@@ -57,7 +57,7 @@ class Trainer:
             self.weights = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
-        self.ahead = Ahead(self.sampler)
+        self.prefetch = Prefetch(self.sampler)
         self.order = self.sampler.order.state()
         """Where the prompts' order stood after the last step's responses; a checkpoint keeps it."""
         self.reward_error: str | None = None
@@ -71,10 +71,10 @@ class Trainer:
         """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
         clock = Clock()
         with clock("rollout"):
-            collected = self.ahead.collect(step)
+            collected = self.prefetch.collect(step)
             self.order, self.example = collected.order, collected.example
             self.engine.sleep()
-            self.parking.unpark()
+            self.offload.to_device()
         minibatches = self.place(collected)
         everything = [micro for mini in minibatches for micro in mini]
         updated: Metrics = {}
@@ -83,7 +83,7 @@ class Trainer:
             updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
         with clock("refit"):
             if self.recipe.rollout.park_training:
-                self.parking.park()
+                self.offload.to_host()
             self.engine.wake()
             self.refit(step)
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
@@ -103,7 +103,7 @@ class Trainer:
             for rank, micros in enumerate(placed):
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
-        mine = {(r.group, r.sample): r for r in exchange(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
+        mine = {(r.group, r.sample): r for r in redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
         packed = packer(self.recipe, self.mesh, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
@@ -154,7 +154,7 @@ class Trainer:
         """Accuracy on the held-out prompts, or nothing without any. Rank 0 writes down each prompt's, after `step`."""
         if not self.inputs.held_out:
             return {}
-        found = self.ahead.evaluate(self.inputs.held_out)
+        found = self.prefetch.evaluate(self.inputs.held_out)
         if found.metrics["eval/errors"] == found.responses:
             raise Stopped(all_failed(found.responses, self._first(found.first_error)))
         if self.mesh.is_rank_zero:

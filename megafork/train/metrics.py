@@ -16,9 +16,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from megafork.analysis import numbers
-from megafork.analysis.run_folder import read_metrics
 from megafork.files import whole
+from megafork.report import numbers
+from megafork.run_folder import read_metrics
 from megafork.train.boards import Board
 
 __all__ = ["RunLog", "gap", "read_metrics"]

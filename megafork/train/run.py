@@ -8,15 +8,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megafork.analysis.run_folder import ORIGIN, origin
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
+from megafork.run_folder import ORIGIN, origin
+from megafork.train.batch_job import BatchJob
 from megafork.train.boards import open_boards
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.learner import Learner
 from megafork.train.metrics import RunLog
-from megafork.train.stop import BatchJob
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import write_folder
 from megafork.weights.policy_weights import export_policy, load_policy

@@ -20,8 +20,8 @@ from megafork.recipe import Recipe
 from megafork.recipe.kinds import shown
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
+from megafork.rl.fork_temperature import fork_temperature
 from megafork.rollout.engine import Engine, Request, Sampling, request_seed
-from megafork.rollout.temperature import fork_temperature
 
 
 class Outcome(NamedTuple):

@@ -39,7 +39,7 @@ class Transfer(NamedTuple):
 
     @property
     def numel(self) -> int:
-        return _area(self.rows, self.columns)
+        return area(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Reshard:
         for tp_rank in [own_tp] if replicated else range(self.layout.tp):
             source = self._source(target, stage, tp_rank)
             for piece in pieces(parameter, self.shape, self.layout.tp, tp_rank):
-                part = _meet(*needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp), piece)
+                part = meet(*needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp), piece)
                 if part:
                     rows, columns = part
                     left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
@@ -133,7 +133,7 @@ def _share(size: int, parts: int, part: int) -> Span:
     return part * (size // parts), (part + 1) * (size // parts)
 
 
-def _meet(rows: Span, columns: Span | None, piece: Piece) -> tuple[Span, Span | None] | None:
+def meet(rows: Span, columns: Span | None, piece: Piece) -> tuple[Span, Span | None] | None:
     """The part of these rows and columns that lies in the piece."""
     height = _overlap(rows, piece.rows)
     width = _overlap(columns, piece.columns or columns) if columns else None
@@ -145,86 +145,5 @@ def _overlap(one: Span, other: Span) -> Span | None:
     return (start, stop) if start < stop else None
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Elements that cross between ranks in one refit: what the busiest rank receives and sends, and what crosses between nodes in all."""
-
-    received: int
-    sent: int
-    total: int
-    between_nodes: int
-
-
-def cost(plan: Reshard) -> Cost:
-    """Of the plan."""
-    received, sent = [0] * plan.world, [0] * plan.world
-    between_nodes = 0
-    for bucket, times in plan.alike:
-        for transfer in plan.transfers(bucket):
-            if transfer.source != transfer.target:
-                count = transfer.numel * times
-                received[transfer.target] += count
-                sent[transfer.source] += count
-                between_nodes += count if transfer.source // plan.node != transfer.target // plan.node else 0
-    return Cost(max(received), max(sent), sum(received), between_nodes)
-
-
-def cost_of_full_gather(plan: Reshard) -> Cost:
-    """Of the plain way: every rank collects every tensor whole from the ranks of its own model replica."""
-    shape, layout = plan.shape, plan.layout
-    split, replicated = [0] * layout.pp, [0] * layout.pp
-    for parameter in parameters(shape):
-        size = sum(_numel(full_shape(name, shape)) for name in parameter.huggingface())
-        (replicated if parameter.rule.kind == "replicated" else split)[plan.stage(parameter)] += size
-    per_stage = plan.world // layout.pp
-    received, sent = [0] * plan.world, [0] * plan.world
-    between_nodes = 0
-    for rank, stage, tp_rank in itertools.product(range(plan.world), range(layout.pp), range(layout.tp)):
-        source = stage * per_stage + rank % per_stage // layout.tp * layout.tp + tp_rank
-        if source != rank:
-            count = split[stage] // layout.tp + (replicated[stage] if tp_rank == rank % layout.tp else 0)
-            received[rank] += count
-            sent[source] += count
-            between_nodes += count if source // plan.node != rank // plan.node else 0
-    return Cost(max(received), max(sent), sum(received), between_nodes)
-
-
-class LowerBound(NamedTuple):
-    """Elements that no way can do without."""
-
-    received: int
-    """What the busiest rank's engine loads and the rank does not hold."""
-    between_nodes: int
-    """What the engines of each node load and none of its ranks holds, counted once a node, of all nodes."""
-
-
-def lower_bound(plan: Reshard) -> LowerBound:
-    """Counted from what ranks need and hold, and not from the plan's transfers."""
-    ranks, nodes = (range(0, plan.world, size) for size in (1, plan.node))
-    return LowerBound(
-        received=max(_lacking(plan, range(rank, rank + 1)) for rank in ranks),
-        between_nodes=sum(_lacking(plan, range(first, min(first + plan.node, plan.world))) for first in nodes),
-    )
-
-
-def _lacking(plan: Reshard, ranks: range) -> int:
-    """Elements that the engines on these ranks load and none of the ranks holds. Two engine ranks load the same part or distinct ones."""
-    shape, layout, per_stage = plan.shape, plan.layout, plan.world // plan.layout.pp
-    lacking = 0
-    for bucket, times in plan.alike:
-        for parameter in bucket:
-            shards = {rank % layout.tp for rank in ranks if rank // per_stage == plan.stage(parameter)}
-            held = {piece for shard in shards for piece in pieces(parameter, shape, layout.tp, shard)}
-            for name in parameter.huggingface():
-                for part in {needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp) for rank in ranks}:
-                    there = (_meet(*part, piece) for piece in held if piece.name == name)
-                    lacking += times * (_area(*part) - sum(_area(*covered) for covered in there if covered))
-    return lacking
-
-
-def _area(rows: Span, columns: Span | None) -> int:
+def area(rows: Span, columns: Span | None) -> int:
     return (rows[1] - rows[0]) * (columns[1] - columns[0] if columns else 1)
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    return size[0] * (size[1] if len(size) > 1 else 1)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megafork.analysis.run_folder import read_steps
+from megafork.run_folder import read_steps
 
 MEANS = ("time/", "throughput/", "memory/", "refit/", "rollout_mismatch/", "loss/capped_fraction")
 """Taken over all steps but the first, which also starts things."""

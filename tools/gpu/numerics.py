@@ -19,8 +19,8 @@ import transformers
 from random_model import SIZES
 
 from megafork.model.attention import PackedSequences
+from megafork.model.build import build_policy
 from megafork.model.policy import HeadRequest, Policy
-from megafork.model.qwen3 import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh, join_world
 from megafork.parallel.quantile import top_threshold
 from megafork.parallel.vocab import log_prob_and_entropy

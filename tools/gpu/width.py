@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from megafork.model import precision
-from megafork.model.qwen3 import build_policy
+from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh, join_world
 from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response

@@ -1,0 +1,118 @@
+"""The numbers of an ablation, read from the folders of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megafork.ablate.options import AblationOptions, Trial
+from megafork.ablate.statistics import paired, spread
+from megafork.files import whole
+from megafork.recipe import RecipeError
+from megafork.report.charts import known_values, number
+from megafork.run_folder import read_steps
+
+Results = dict[str, Any]
+ACCURACIES = ("end", "best", "area")
+"""Of the held-out accuracy's curve: its last value, its highest, and its mean over the steps by the trapezoid rule."""
+OTHERS = ("length", "entropy")
+"""Mean tokens of a held-out response and mean entropy (nats) of the step's tokens, both at the last step."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished run in numbers."""
+
+    trial: Trial
+    values: dict[str, float]
+    """Of ACCURACIES and OTHERS, and "seconds" in steps. Without entropy where no step had tokens to learn from."""
+    prompts: np.ndarray
+    """Accuracy of each held-out prompt after the last step, float64."""
+    problems: str | None
+    """Which these are; None in what an older version wrote."""
+
+
+def measure(trial: Trial) -> Measured:
+    folder = trial.recipe.run_folder
+    metrics = read_steps(folder)
+    curve = [(row["step"], value) for row in metrics if (value := number(row, "eval/accuracy")) is not None]
+    steps, accuracies = (np.array(column, np.float64) for column in zip(*curve, strict=True))
+    values = {
+        "end": accuracies[-1],
+        "best": accuracies.max(),
+        "area": np.trapezoid(accuracies, steps) / (steps[-1] - steps[0]),
+        "length": known_values(metrics, "eval/response_length")[-1],
+        "seconds": sum(known_values(metrics, "time/step")),
+    }
+    if entropies := known_values(metrics, "entropy/mean"):
+        values["entropy"] = entropies[-1]
+    last = json.loads((folder / "evaluations" / f"step_{curve[-1][0]:06d}.json").read_text())
+    accuracies_of_prompts = np.array(last["accuracies"], np.float64)
+    return Measured(trial, {name: float(value) for name, value in values.items()}, accuracies_of_prompts, last.get("problems"))
+
+
+def summarise(options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> Results:
+    """Writes `ablation.json` in the ablation's folder, and returns what it holds.
+
+    {"files" (the recipes'), "overrides", "seeds", "file" (this one), "recipes": [{"recipe", "runs": [{"seed", "folder", the values of
+    `Measured`}], each value's {"mean", "sd"} over seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`},
+    "end" also: {"prompts": `Paired`}}], "failed": [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its
+    accuracies averaged over the seeds. A recipe without a finished run is in "failed" alone; one that shares no seed with the first is not
+    compared. Raises RecipeError when the runs have not answered the same prompts.
+    """
+    runs: dict[str, dict[int, Measured]] = {}
+    for trial in trials:
+        if trial not in failed:
+            runs.setdefault(trial.name, {})[trial.seed] = measure(trial)
+    _check_alike([one for of_recipe in runs.values() for one in of_recipe.values()])
+    reference = trials[0].name
+    compared = [name for name in runs if name != reference and runs[name].keys() & runs.get(reference, {}).keys()]
+    file = Path(options.out) / "ablation.json"
+    results = {
+        "files": list(options.recipes),
+        "overrides": list(options.overrides),
+        "seeds": list(options.seeds),
+        "file": str(file),
+        "recipes": [_recipe(name, measured) for name, measured in runs.items()],
+        "comparisons": [{"recipe": name, "against": reference, **_compare(runs[name], runs[reference])} for name in compared],
+        "failed": [{"recipe": trial.name, "seed": trial.seed, "why": why} for trial, why in failed.items()],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _check_alike(measured: Sequence[Measured]) -> None:
+    for one in measured[1:]:
+        if len(one.prompts) != len(measured[0].prompts):
+            both = (f"{str(run.trial.recipe.run_folder)!r} answered {len(run.prompts)} held-out prompts" for run in (measured[0], one))
+            raise RecipeError(f"data.eval has changed between runs: {' and '.join(both)}; delete one, or choose another --out")
+        if one.problems != measured[0].problems:
+            runs = " and ".join(repr(str(run.trial.recipe.run_folder)) for run in (measured[0], one))
+            raise RecipeError(f"data.eval has changed between runs: {runs} answered other prompts; delete one, or choose another --out")
+
+
+def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:
+    rows = [{"seed": seed, "folder": str(one.trial.recipe.run_folder), **one.values} for seed, one in measured.items()]
+    spreads = {
+        key: asdict(spread([one.values[key] for one in measured.values() if key in one.values]))
+        for key in (*ACCURACIES, *OTHERS, "seconds")
+    }
+    return {"recipe": name, "runs": rows, **spreads}
+
+
+def _compare(ours: Mapping[int, Measured], theirs: Mapping[int, Measured]) -> dict[str, Any]:
+    """Ours minus theirs, over the seeds that both have."""
+    seeds = [seed for seed in ours if seed in theirs]
+    result = {
+        name: {"seeds": asdict(paired([ours[seed].values[name] - theirs[seed].values[name] for seed in seeds]))} for name in ACCURACIES
+    }
+    differences = np.mean([ours[seed].prompts - theirs[seed].prompts for seed in seeds], axis=0)
+    result["end"]["prompts"] = asdict(paired(differences.tolist()))
+    return result

@@ -1,0 +1,156 @@
+"""What an analysis works on: models, tokenizer and prompts, checked against each other; and where its files lie. No ranks needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafork.analyze.options import AnalysisOptions
+from megafork.convert.named import NamedModel, as_options, find_model
+from megafork.convert.sources import config_folder
+from megafork.data.prompts import load_prompts
+from megafork.data.templates import template_text
+from megafork.data.tokenizer import Tokenizer
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe_file import data_of_options
+from megafork.rollout.engine import Sampling
+from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
+from megafork.rollout.store import prompt_key
+from megafork.shape import check_layout, check_rollout_tp
+from megafork.weights.checkpoint import complete
+
+
+@dataclass(frozen=True)
+class AnalysisInputs:
+    """An analysis' inputs, checked against each other."""
+
+    options: AnalysisOptions
+    models: dict[str, NamedModel]
+    """By label, oldest first; the last one wrote the responses."""
+    digests: dict[str, str]
+    tokenizer: Tokenizer
+    vocab: int
+    job: SampleJob
+    """The responses."""
+    remarks: list[str]
+    """What of the prompts does not count, a line each."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.options.out)
+
+    @property
+    def author(self) -> NamedModel:
+        return next(reversed(self.models.values()))
+
+    @property
+    def responses(self) -> Path:
+        return self.folder / "responses.parquet"
+
+    def entropies(self, label: str) -> Path:
+        return self.folder / "entropies" / f"{label}.parquet"
+
+    @property
+    def identity(self) -> str:
+        """What decides the responses, as 16 hex digits; their file carries it."""
+        store = self.job.store(self.job.samplings[0]).folder
+        said = [store.name, next(reversed(self.digests.values())), self.job.samples, list(self.job.prompts)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+    def identity_of(self, label: str) -> str:
+        """What decides a model's entropies; their file carries it."""
+        return f"{self.identity} {self.digests[label]} {self.job.recipe.precision.dtype}"
+
+
+@as_options()
+def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
+    """Read and check models, tokenizer and prompts; starts nothing. Raises RecipeError."""
+    models = _models(options)
+    label, author = next(reversed(models.items()))
+    shape = author.check()
+    tokenizer = author.tokenizer()
+    for other in list(models)[:-1]:
+        if models[other].check() != shape:
+            raise RecipeError(
+                f"--against {other} ({models[other].name!r}) is of another shape than {label}: compare checkpoints of one model"
+            )
+        _same_vocabulary(other, models[other].tokenizer(), tokenizer)
+    remarks: list[str] = []
+    data = data_of_options(
+        options.prompts,
+        LONGEST_PROMPT,
+        template_text(options.template, tokenizer),
+        options.columns,
+        options.chat_template_args,
+        options.add_bos,
+    )
+    prompts = load_prompts(options.prompts, data, tokenizer, needs=(), field="--prompts", remark=remarks.append)[: options.limit]
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    max_tokens = response_limit(options.max_tokens, shape, longest)
+    recipe = Recipe.model_validate(
+        {
+            "run": {"seed": options.seed},
+            "model": {"path": str(author.folder)},
+            "parallel": {"tp": options.tp, "pp": options.pp, "cp": options.cp},
+            "data": {"train": options.prompts, "max_prompt_length": longest},
+            "rollout": {
+                "max_response_length": max_tokens,
+                "temperature": options.temperature,
+                "tp": options.tp,
+                "kv_cache_mb": options.kv_cache_mb,
+                "gpu_memory_fraction": 0.9,
+            },
+            "reward": {"overlong": "none"},
+            "precision": {"dtype": options.dtype or author.dtype},
+        }
+    )
+    check_layout(shape, recipe.parallel)
+    check_rollout_tp(shape, recipe.rollout.tp)
+    digests = {name: model.digest() for name, model in models.items()}
+    sampling = Sampling(max_tokens, options.temperature, stop=tokenizer.eos_ids)
+    by_key = {prompt_key(prompt.tokens): prompt.tokens for prompt in prompts}
+    job = SampleJob(recipe, by_key, options.samples, (sampling,), Path(options.out) / "completions" / digests[label])
+    return AnalysisInputs(options, models, digests, tokenizer, shape.vocab, job, remarks)
+
+
+def _models(options: AnalysisOptions) -> dict[str, NamedModel]:
+    author, place = find_model(options.model), Path(os.path.expanduser(options.model))
+    found = [_labelled(word) for word in options.against] or _of_run(place)
+    label = "final" if not options.against and found else place.resolve().name
+    models: dict[str, NamedModel] = {}
+    for name, model in [*found, (label, author)]:
+        if name in models:
+            raise RecipeError(f"--against: two models are called {name!r}: name one of them, as in LABEL=MODEL")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise RecipeError(f"--against: {name!r} names a file, use letters, digits, `_`, `-` and `.`: name it, as in LABEL=MODEL")
+        models[name] = model
+    return models
+
+
+def _labelled(word: str) -> tuple[str, NamedModel]:
+    label, equals, said = word.partition("=")
+    return (label, find_model(said)) if equals else (Path(word).resolve().name, find_model(word))
+
+
+def _of_run(folder: Path) -> list[tuple[str, NamedModel]]:
+    """What a run started from, and its checkpoints but for a last one that was exported as well; nothing of what is no run."""
+    checkpoints = [path for _, path in complete(folder / "checkpoints")]
+    if not checkpoints:
+        return []
+    base = find_model(str(config_folder(checkpoints[0])))
+    between = checkpoints[:-1]  # the last one is what the run's model is
+    return [("base", base), *((path.name, find_model(str(path))) for path in between)]
+
+
+def _same_vocabulary(label: str, other: Tokenizer, tokenizer: Tokenizer) -> None:
+    mine, theirs = tokenizer.backend.get_vocab(), other.backend.get_vocab()
+    if mine != theirs:
+        odd = next(iter(sorted(mine.items() ^ theirs.items())))
+        raise RecipeError(
+            f"--against {label} is of another vocabulary ({len(theirs)} tokens, not {len(mine)}; {odd[0]!r} differs): compare checkpoints "
+            "of one model"
+        )

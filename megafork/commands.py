@@ -1,0 +1,329 @@
+"""What the commands do: inputs checked first, then ranks that work, then what comes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from megafork import ranks
+from megafork.compat import noise
+from megafork.lock import sole_writer
+from megafork.ranks import DONE, FAILED
+from megafork.recipe import Recipe, RecipeError
+from megafork.recipe.data import listed
+from megafork.secret import FIX, NAME, is_loopback, secret
+from megafork.shape import check_engines, check_layout, check_world, read_shape
+
+if TYPE_CHECKING:
+    from megafork.ablate.options import AblationOptions, Trial
+    from megafork.ablate.results import Results as AblationResults
+    from megafork.analyze.inputs import AnalysisInputs
+    from megafork.analyze.options import AnalysisOptions
+    from megafork.analyze.statistics import Results as AnalysisResults
+    from megafork.convert.named import NamedModel
+    from megafork.evaluate.options import EvaluationOptions
+    from megafork.evaluate.results import Results
+    from megafork.rollout.sample import SampleJob
+    from megafork.train.inputs import Inputs
+
+Command = Literal["train", "sft"]
+COMMANDS: tuple[Command, ...] = ("train", "sft")
+
+
+def run(command: Command, recipe: Recipe) -> int:
+    """Run a recipe and return the exit code: 0 done, 1 failed, 2 the input was wrong (before ranks start: raised as RecipeError).
+
+    Starts the ranks and waits for them, unless torchrun or Slurm has started this process as one of them. Inputs are checked before any
+    rank starts. A run that already has all its steps is said to be so.
+    """
+    noise.silence()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps collectives with matmuls in the order it launched them
+    recipe = _with_local_model(recipe)
+    joined = ranks.joined()
+    world = int(os.environ["WORLD_SIZE"]) if joined else _ranks_here(recipe)
+    if not joined:
+        check_room(world)
+    inputs, _ = preflight(command, recipe, world)
+    from megafork.train.inputs import check_resume
+    from megafork.train.metrics import gap
+
+    with _sole_writer(recipe.run_folder, f"run.folder is {recipe.run.folder!r} and run.name {recipe.run.name!r}"):
+        done = check_resume(recipe, inputs)
+        if done >= recipe.train.steps and not _lacks(command, recipe, done):
+            ranks.say(f"run {recipe.run.name!r} has all its {recipe.train.steps} steps: raise train.steps, or choose another run.name")
+            if ranks.is_main() and (lost := gap(recipe.run_folder / "metrics.jsonl", done)):
+                ranks.say(lost)
+            return DONE
+        _say(inputs.remarks)
+        job = partial(_train, command, recipe, inputs if joined else None)
+        return ranks.do(job, world, recipe.run_folder, reaches_out=bool(_remote_servers(recipe)))
+
+
+def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
+    """Run the trials of an ablation one after the other, or what is left of them. Returns the exit code and what the finished ones say.
+
+    A trial that fails is named, and the others go on. Raises RecipeError before any rank starts, and in a job of several ranks.
+    """
+    noise.silence()
+    if ranks.joined():
+        raise RecipeError("megafork ablate starts ranks itself: call it outside of torchrun and srun, or `megafork train` in them")
+    from megafork.ablate.options import check_begun
+    from megafork.ablate.results import summarise
+    from megafork.data.prompts import problems
+
+    trials = options.trials()
+    held_out: dict[str, str] = {}
+    for trial in trials:
+        if trial.begun:
+            check_begun(trial)
+        elif trial.seed == options.seeds[0]:
+            inputs, _ = preflight("train", trial.recipe, _ranks_here(trial.recipe))
+            held_out[problems(inputs.held_out)] = trial.name
+    if len(held_out) > 1:
+        raise RecipeError(
+            f"data.eval shares prompts with data.train, and not the same ones in {' and '.join(held_out.values())}, so that their held-out "
+            "prompts differ: hold out prompts that none of them trains on"
+        )
+    failed: dict[Trial, str] = {}
+    with _sole_writer(Path(options.out), f"--out is {options.out!r}"):
+        for number, trial in enumerate(trials, 1):
+            left = "done before" if trial.finished else str(trial.recipe.run_folder)
+            ranks.say(f"run {number} of {len(trials)}: {trial}: {left}")
+            if not trial.finished and (why := _attempt(trial.recipe)):
+                failed[trial] = why
+        return FAILED if failed else DONE, summarise(options, trials, failed)
+
+
+def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
+    """Run an evaluation, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+
+    Raises RecipeError. Without completions to generate, no rank is started.
+    """
+    noise.silence()
+    from megafork.evaluate.inputs import read_inputs
+    from megafork.evaluate.results import judge_responses
+
+    inputs = read_inputs(options)
+    _say(inputs.remarks)
+    job = inputs.job()
+    with contextlib.ExitStack() as held:
+        for sampling in job.samplings:
+            held.enter_context(_sole_writer(job.store(sampling).folder, f"--out is {options.out!r}"))
+        if any(job.missing()):
+            job.describe()
+            code = ranks.do(partial(_sample, job, inputs.model), options.ranks or _gpus(options.tp), inputs.folder)
+            if code != DONE:
+                return code, None
+        return DONE, judge_responses(inputs) if ranks.is_main() else None
+
+
+def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:
+    """Run an analysis, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+
+    Raises RecipeError. What was sampled or scored before is not done again.
+    """
+    noise.silence()
+    from megafork.analyze.inputs import read_inputs
+    from megafork.analyze.score import unscored
+
+    inputs = read_inputs(options)
+    _say(inputs.remarks)
+    world = options.ranks or _gpus(options.model_size)
+    with _sole_writer(inputs.folder, f"--out is {options.out!r}"):
+        if any(inputs.job.missing()):
+            inputs.job.describe()
+            code = ranks.do(partial(_sample, inputs.job, inputs.author), world, inputs.folder)
+            if code != DONE:
+                return code, None
+        if unscored(inputs):
+            code = ranks.do(partial(_score, inputs), world, inputs.folder)
+            if code != DONE:
+                return code, None
+        if not ranks.is_main():
+            return DONE, None
+        from megafork.analyze.page import write_page
+        from megafork.analyze.statistics import analyse
+
+        results = analyse(inputs)
+        write_page(inputs, results)
+        return DONE, results
+
+
+def is_here(recipe: Recipe) -> bool:
+    """Whether model and data can be read without a network."""
+    return Path(recipe.model.path).expanduser().is_dir() and not any(
+        source.startswith("hub:") for source in (*listed(recipe.data.train), *listed(recipe.data.eval))
+    )
+
+
+def refusals(recipe: Recipe) -> dict[str, str]:
+    """Why `megafork train`, and why `megafork sft`, would refuse the recipe here; without those that would not."""
+    noise.silence()
+    refused: dict[str, str] = {}
+    for command in COMMANDS:
+        try:
+            world = _ranks_here(recipe)
+            check_room(world)
+            preflight(command, _with_local_model(recipe), world)
+        except RecipeError as error:
+            refused[command] = str(error)
+    return refused
+
+
+def check_room(world: int) -> None:
+    """Refuse more ranks than this machine has GPUs or, without any, memory for."""
+    import psutil
+    import torch
+
+    which, elsewhere = (
+        f"run.ranks (or parallel.tp x pp x cp) is {world}",
+        "start fewer, or start them on more machines by Slurm or torchrun",
+    )
+    gpus, memory = torch.cuda.device_count(), psutil.virtual_memory().total / 1e9
+    if gpus and world > gpus:
+        raise RecipeError(f"{which}, but this machine has {gpus} GPUs: {elsewhere}")
+    if not gpus and world * ranks.GB_A_CPU_RANK > memory:
+        raise RecipeError(
+            f"{which}: so many ranks take {world * ranks.GB_A_CPU_RANK:.0f} GB to start and this machine has {memory:.0f} GB: {elsewhere}"
+        )
+
+
+def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:
+    """Check everything about the input that can be known before ranks start. Raises RecipeError, for what is quickly seen first.
+
+    Returns what was read, and the step that the run folder's newest checkpoint holds, 0 without any.
+    """
+    check_world(recipe.parallel, world)
+    if command == "train" and (remote := _remote_servers(recipe)) and secret() is None:
+        raise RecipeError(f"rollout.servers has {remote[0]!r}, on another machine, and {NAME} is not set: {FIX}")
+    if command == "train" and not recipe.rollout.servers:
+        check_engines(recipe.rollout.tp, world)
+    shape = read_shape(Path(recipe.model.path))
+    check_layout(shape, recipe.parallel)
+    if command == "train":
+        from megafork.model import fp8
+
+        fp8.check_rollouts(shape, recipe)
+    if recipe.precision.train_fp8:
+        from megafork.model import precision
+
+        precision.check_training(shape, recipe)
+        precision.check_machine(recipe)
+    from megafork.data.reward import Verifiers
+    from megafork.train import boards
+    from megafork.train.inputs import check_resume, read_inputs
+    from megafork.train.sft import examples
+
+    boards.check_boards(recipe.log)
+    if command == "train" and ":" in recipe.reward.verifier:  # a file of the user's own may not load
+        with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
+            pass
+    inputs = read_inputs(recipe, supervised=command == "sft")
+    if command == "sft":
+        examples(inputs.train, inputs.tokenizer, recipe)
+    return inputs, check_resume(recipe, inputs)
+
+
+def _say(remarks: list[str]) -> None:
+    """Once, whoever started the ranks."""
+    for remark in remarks if ranks.is_main() else ():
+        ranks.say(remark)
+
+
+def _with_local_model(recipe: Recipe) -> Recipe:
+    from megafork.data.hub import local_model
+
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": local_model(recipe.model.path)})})
+
+
+def _attempt(recipe: Recipe) -> str | None:
+    """Train, and write the report. Returns what went wrong, which is also said at once; None when nothing did."""
+    try:
+        code = run("train", recipe)
+    except RecipeError as error:
+        ranks.say(f"megafork: {error}")
+        return str(error)
+    if code != DONE:
+        return f"see above, and {recipe.run_folder / 'logs'}"
+    from megafork.report.report import write_report
+
+    write_report(recipe.run_folder)
+    return None
+
+
+def _remote_servers(recipe: Recipe) -> list[str]:
+    return [url for url in recipe.rollout.servers if not is_loopback(urlsplit(url).hostname or "")]
+
+
+def _lacks(command: Command, recipe: Recipe, step: int) -> bool:
+    """Whether a run whose last checkpoint is of `step` was killed before all that comes after it was there."""
+    from megafork.run_folder import is_evaluated, is_exported
+
+    return not is_exported(recipe, step) or (command == "train" and not is_evaluated(recipe, step))
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path, field: str) -> Iterator[None]:
+    """As `lock.sole_writer`, by the one process that speaks for the ranks.
+
+    A batch job that is queued again waits: the server of a network file system takes minutes to notice that a node is lost.
+    """
+    if not ranks.is_main():
+        yield
+        return
+    with sole_writer(folder, field, patience_s=180.0 if os.environ.get("MEGAFORK_JOB") else 0.0):
+        yield
+
+
+def _ranks_here(recipe: Recipe) -> int:
+    if recipe.run.ranks is not None:
+        return recipe.run.ranks
+    import torch
+
+    return torch.cuda.device_count() or recipe.parallel.model_size
+
+
+def _gpus(multiple: int) -> int:
+    """As many ranks as there are GPUs, of what `multiple` divides; without GPUs `multiple`."""
+    import torch
+
+    return torch.cuda.device_count() // multiple * multiple or multiple
+
+
+def _train(command: Command, recipe: Recipe, inputs: Inputs | None) -> int:
+    from megafork.parallel.mesh import build_mesh, join_world
+    from megafork.train.inputs import read_inputs
+    from megafork.train.loop import train
+    from megafork.train.run import Stopped
+    from megafork.train.sft import sft
+
+    device = join_world()
+    mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
+    inputs = inputs or read_inputs(recipe, supervised=command == "sft")
+    try:
+        {"train": train, "sft": sft}[command](recipe, mesh, inputs)
+    except Stopped as reason:
+        ranks.record(str(reason))
+        return FAILED
+    return DONE
+
+
+def _sample(job: SampleJob, model: NamedModel) -> int:
+    from megafork.parallel.mesh import join_world
+    from megafork.rollout.sample import sample
+
+    sample(job, model.tensors(), join_world())
+    return DONE
+
+
+def _score(inputs: AnalysisInputs) -> int:
+    from megafork.analyze.score import score_responses
+    from megafork.parallel.mesh import join_world
+
+    score_responses(inputs, join_world())
+    return DONE

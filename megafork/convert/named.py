@@ -1,0 +1,128 @@
+"""A model by what people call it: a Hugging Face folder, `owner/model` on the hub, a run, or one of a run's checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from megafork.convert.sources import config_folder, open_source
+from megafork.data.hub import local_model
+from megafork.data.tokenizer import Tokenizer, load_tokenizer
+from megafork.recipe import RecipeError
+from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
+from megafork.weights.checkpoint import complete
+from megafork.weights.checksums import SUMS, sum_of
+from megafork.weights.huggingface import HuggingFaceWeights
+from megafork.weights.mapping import huggingface_shapes
+
+_READS_AT_ONCE = 4
+_ALSO = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """Where a model's parts lie."""
+
+    name: str
+    """What it was called."""
+    folder: Path
+    """config.json and the tokenizer, and the weights unless they are in a checkpoint."""
+    checkpoint: Path | None = None
+    """A run's checkpoint, in Megatron's format, that holds the weights."""
+
+    def check(self) -> Shape:
+        """Its shape. Raises RecipeError where the weights are not of it, or damaged."""
+        shape = read_shape(self.folder)
+        if self.checkpoint is None:
+            HuggingFaceWeights(self.folder).check(shape)
+        else:
+            open_source(self.checkpoint, keep=True)
+        return shape
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises RecipeError for one that does not fit the model, or names no end."""
+        tokenizer = load_tokenizer(str(self.folder))
+        tokenizer.check(read_shape(self.folder).vocab, f"MODEL is {self.name!r}")
+        return tokenizer
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """To compute in: fp32 where config.json says so, else bf16."""
+        return "fp32" if read_dtype(self.folder) == "float32" else "bf16"
+
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over every byte of the weights, config.json and the tokenizer.
+
+        Nothing is skipped: a few steps of bf16 training leave most weights as they were, so that a sample of the bytes would miss them.
+        """
+        weights = [*self.folder.glob("*.safetensors")]
+        if self.checkpoint is not None:  # of somebody else's there may be no sums, which stand for what they were checked against
+            summed = (self.checkpoint / SUMS).exists()
+            weights = [self.checkpoint / SUMS] if summed else [file for file in self.checkpoint.iterdir() if file.is_file()]
+        files = sorted([*weights, *(self.folder / name for name in _ALSO if (self.folder / name).exists())])
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            sums = dict(zip([file.name for file in files], threads.map(sum_of, files), strict=True))
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep. Raises RecipeError for NaN."""
+        with as_options():
+            if self.checkpoint is not None:
+                yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
+                return
+            source = HuggingFaceWeights(self.folder)
+            for name, shape in huggingface_shapes(read_shape(self.folder)).items():
+                yield name, source.read(name, (0, shape[0]))
+
+
+def find_model(said: str) -> NamedModel:
+    """The model called `said`; of a run its exported model, or its newest checkpoint where there is none. Raises RecipeError."""
+    folder = Path(local_model(said))
+    refuse_adapter(folder, f"MODEL is {said!r}")
+    if not os.path.isdir(folder):
+        raise RecipeError(f"MODEL is {said!r}: no such folder; give a Hugging Face folder, `owner/model`, a run or one of its checkpoints")
+    if (folder / "config.json").exists():
+        return NamedModel(said, folder)
+    if (folder / "metadata.json").exists():  # Megatron's
+        return NamedModel(said, config_folder(folder), folder)
+    if (folder / "hf/config.json").exists():
+        return NamedModel(said, folder / "hf")
+    checkpoints = complete(folder / "checkpoints")
+    if checkpoints:
+        return NamedModel(said, config_folder(checkpoints[-1][1]), checkpoints[-1][1])
+    raise RecipeError(
+        f"MODEL is {said!r}: it has neither a config.json nor checkpoints; give a Hugging Face folder, `owner/model`, a run or one of its "
+        "checkpoints"
+    )
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """The checks of a run speak of its recipe; here the same values are arguments and options of a command."""
+    names = {
+        "model.path is": "MODEL is",
+        "SRC is": "MODEL is",
+        "reward.verifier": "--verifier",
+        "parallel.": "--",
+        "rollout.tp": "--tp",
+        "data.template": "--template",
+        "data.chat_template_args": "--chat-template-args",
+        "data.add_bos": "--add-bos",
+        "data.columns": "--columns",
+    }
+    try:
+        yield
+    except RecipeError as error:
+        said = str(error)
+        for key, option in names.items():
+            said = said.replace(key, option)
+        raise RecipeError(said) from None

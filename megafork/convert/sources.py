@@ -1,0 +1,142 @@
+"""What can be converted: a model in any of its forms, checked, and given in Hugging Face names one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megafork.convert.checkpoint_keys import Stored, stored_parameters
+from megafork.convert.torch_dist import DistReader
+from megafork.recipe import RecipeError
+from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
+from megafork.weights.checkpoint import complete, read_state
+from megafork.weights.checksums import SUMS, damaged_files
+from megafork.weights.huggingface import HuggingFaceWeights, is_finite, not_finite
+from megafork.weights.mapping import full_shape, huggingface_shapes, pieces
+from megafork.weights.shards import Spec
+
+HF = "hf"
+"""Folder of a converted Megatron checkpoint that holds the model's config and tokenizer, and no weights."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose tensors fit its config."""
+
+    folder: Path
+    like: Path
+    """Folder with config.json and the tokenizer."""
+    shape: Shape
+    specs: list[Spec]
+    """Every tensor, in Hugging Face names, shapes, and the dtypes that it has."""
+    read: Callable[[], Iterator[tuple[str, Tensor]]]
+    """Gives the tensors in the order of `specs`, each time anew. A tensor may be a view: it is the receiver's until the next one."""
+
+
+def open_source(folder: Path, *, keep: bool) -> Source:
+    """A Hugging Face folder, or a Megatron checkpoint (converted, or of a run). `keep`: dtypes must be what config.json says."""
+    if not folder.is_dir():
+        raise RecipeError(f"SRC is {str(folder)!r}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
+    if (folder / "metadata.json").exists() or (folder / ".metadata").exists():
+        return _open_megatron(folder)
+    newest = complete(folder / "checkpoints")
+    if newest:
+        raise RecipeError(f"SRC is {str(folder)!r}, a run: give one of its checkpoints, such as {str(newest[-1][1])!r}")
+    if not (folder / "config.json").exists():
+        refuse_adapter(folder, f"SRC is {str(folder)!r}")
+        raise RecipeError(
+            f"SRC is {str(folder)!r}: it has neither a config.json nor a metadata.json; give a Hugging Face folder or a Megatron checkpoint"
+        )
+    return open_huggingface(folder, keep=keep)[0]
+
+
+def open_huggingface(folder: Path, *, keep: bool) -> tuple[Source, HuggingFaceWeights]:
+    """A Hugging Face folder, and its weights by slices. Raises RecipeError that lists every tensor that does not fit the config."""
+    shape, said = read_shape(folder), read_dtype(folder)
+    weights = HuggingFaceWeights(folder)
+    try:
+        weights.check(shape, dtype=getattr(torch, said) if keep and said else None, listed=None)
+    except RecipeError as error:
+        mend = "; --dtype converts dtypes" if " has dtype " in str(error) else ""
+        raise RecipeError(f"{error}{mend}") from None
+    specs = [Spec(name, size, _known(weights.dtype(name))) for name, size in huggingface_shapes(shape).items()]
+    if keep and len({spec.dtype for spec in specs}) > 1:
+        raise RecipeError(f"model.path is {str(folder)!r}: its tensors are of several dtypes; choose one with --dtype")
+    return Source(
+        folder, folder, shape, specs, lambda: ((spec.name, weights.read(spec.name, (0, spec.shape[0]))) for spec in specs)
+    ), weights
+
+
+def _known(dtype: torch.dtype | None) -> torch.dtype:
+    assert dtype is not None  # `check` refuses others
+    return dtype
+
+
+def _open_megatron(folder: Path) -> Source:
+    like = config_folder(folder)
+    shape = read_shape(like)
+    reader = _reader(folder)
+    stored = list(stored_parameters(shape))
+    _check(folder, reader, stored, shape)
+    specs = [Spec(name, full_shape(name, shape), reader.dtype(s.key)) for s in stored for name in s.parameter.huggingface()]
+    return Source(folder, like, shape, specs, lambda: (pair for s in stored for pair in _split(s, reader, shape)))
+
+
+def config_folder(folder: Path) -> Path:
+    """Where a Megatron checkpoint has its model's config and tokenizer: in itself, or, of a run, where the run took its model from."""
+    if (folder / HF).is_dir():
+        return folder / HF
+    if (folder / SUMS).exists():  # of a run: its recipe says where the model came from
+        path = Path(read_state(folder)["recipe"]["model"]["path"])
+        if (path / "config.json").is_file():
+            return path
+        raise RecipeError(
+            f"SRC is {str(folder)!r}: its recipe's model.path {str(path)!r} has no config.json; put the model's config.json and tokenizer "
+            f"into {str(folder / HF)!r}"
+        )
+    raise RecipeError(
+        f"SRC is {str(folder)!r}: it does not say which model it is of; put the model's config.json and tokenizer into {str(folder / HF)!r}"
+    )
+
+
+def _reader(folder: Path) -> DistReader:
+    try:
+        damaged = damaged_files(folder) if (folder / SUMS).exists() else []
+    except (OSError, ValueError) as error:
+        damaged = [f"{SUMS} cannot be read ({error})"]
+    try:
+        if damaged:
+            raise ValueError("; ".join(damaged))
+        return DistReader(folder)
+    except ValueError as error:
+        raise RecipeError(f"SRC is {str(folder)!r}: the checkpoint is damaged: {error}; copy or convert it again") from None
+
+
+def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape) -> None:
+    """The checkpoint's tensors fit the config; what an optimizer keeps besides is left alone."""
+    wanted = {s.key: s for s in stored}
+    keys = reader.keys()
+    wrong = [f"missing {key}" for key in wanted if key not in keys]
+    wrong += [f"unknown {key}" for key in sorted(keys - set(wanted)) if not key.startswith("optimizer.")]
+    for key in sorted(keys & set(wanted)):
+        said, held, kind = wanted[key].size, reader.size(key), wanted[key].parameter.rule.kind
+        padded = kind == "vocab" and len(held) == len(said) and held[0] >= shape.vocab and held[1:] == said[1:]
+        if held != said and not padded:
+            wrong.append(f"{key} is {list(held)}, config.json says {list(said)}")
+    if wrong:
+        raise RecipeError(f"SRC is {str(folder)!r}: its tensors do not fit its config.json: {'; '.join(wrong)}")
+
+
+def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
+    """A parameter's Hugging Face tensors: views of it where they are one piece."""
+    whole = reader.read(stored.key, stored.layer)
+    if not is_finite(whole):
+        raise not_finite(f"SRC is {str(reader.folder)!r}", stored.parameter.name)
+    parts = pieces(stored.parameter, shape, 1, 0)
+    for name in stored.parameter.huggingface():
+        mine = [whole[part.at : part.at + part.rows[1] - part.rows[0]] for part in parts if part.name == name]
+        yield name, mine[0] if len(mine) == 1 else torch.cat(mine)

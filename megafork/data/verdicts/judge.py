@@ -1,0 +1,160 @@
+"""The judge of a verifier process (`worker.py`): it reads items and answers each with its verdict.
+
+What it runs itself decides nothing by what a model wrote but the verdict: `exact`, `math`, most tasks of reasoning-gym, and a file of the
+user's own under `reward.isolation: process`. Everything else runs in a child for that item alone, which has no descriptor of the trainer's
+channel and cannot read this process: a file of the user's own (nobody knows what it does with an answer) and the tasks of reasoning-gym
+that evaluate. Of `code`, each test's program runs in a process of its own (`runner.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megafork.data import verifiers
+from megafork.data.verdicts import confine, sandbox, seccomp, wire
+from megafork.data.verdicts.processes import end_all_but_me, leaving, silence
+from megafork.process import die_with_parent
+
+Judging = Callable[[str, verifiers.Row], wire.Plain]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a verifier process, from the recipe's section `reward`."""
+
+    verifier: str
+    boxed: bool
+    """In a sandbox."""
+    lasting: bool
+    """A file of the user's own that is judged with in one process, loaded there."""
+    timeout_s: float
+    test_timeout_s: float
+    memory_mb: int
+    partial: bool
+    kept: Sequence[str]
+    """Of the sandbox's view, what lies in its scratch folders."""
+
+
+def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.socket, verdicts: socket.socket) -> None:
+    """Until the trainer closes its end. `loaded`: the verifier, None if it is to be loaded here."""
+    if not options.boxed:
+        die_with_parent(os.getppid())
+        confine.adopt_orphans()
+    if loaded is None:
+        try:
+            loaded = verifiers.load(options.verifier)
+        except BaseException as error:  # noqa: BLE001 - a user's file may raise anything, SystemExit included
+            wire.send_word(verdicts, describe(error))
+            return
+    judging = _judging(options, loaded, (items, verdicts))
+    confine.limit_memory(options.memory_mb)
+    wire.send_word(verdicts, wire.READY)
+    with items.makefile("rb") as file:
+        while (item := wire.receive_item(file)) is not None:
+            number, response, row = item
+            verdict = judging(response, row)
+            last = not empty_scratch(options)
+            wire.send_verdict(verdicts, number, verdict._replace(last=last))
+            if last:
+                return
+
+
+def _judging(options: Options, loaded: verifiers.Verifier, channel: tuple[socket.socket, ...]) -> Judging:
+    if options.verifier == "code":
+        from megafork.data.verdicts.code import Grader
+        from megafork.data.verdicts.runner import Limits
+
+        return Grader(options.timeout_s, Limits(options.test_timeout_s, options.memory_mb, options.boxed), channel, partial=options.partial)
+
+    def judge(response: str, row: verifiers.Row) -> wire.Plain:
+        if options.lasting or not verifiers.evaluates(options.verifier, row):
+            return verdict(loaded, response, row)
+        return _in_child(options, loaded, response, row, channel)
+
+    return judge
+
+
+def verdict(verifier: verifiers.Verifier, response: str, row: verifiers.Row) -> wire.Plain:
+    """What the verifier says, or what went wrong."""
+    try:
+        accuracy = _number(verifier(response, row))
+    except BaseException as error:  # noqa: BLE001 - one bad answer must not end the run
+        return wire.Plain(0.0, describe(error))
+    if not 0.0 <= accuracy <= 1.0:  # NaN as well
+        return wire.Plain(0.0, f"the verifier returned {accuracy}: an accuracy is between 0 and 1")
+    return wire.Plain(accuracy)
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _number(value: Any) -> float:
+    if not hasattr(value, "__float__"):  # text that float() would read is refused
+        raise TypeError(f"the verifier returned {value!r:.100}: it must be a number or a bool")
+    return float(value)
+
+
+def _in_child(
+    options: Options, verifier: verifiers.Verifier, response: str, row: verifiers.Row, channel: tuple[socket.socket, ...]
+) -> wire.Plain:
+    """The verdict of a process for this item alone, gone afterwards with all it started. If it is late, the trainer has both ended."""
+    ours, theirs = wire.datagram_sockets()
+    number = wire.new_number()
+    with ours:
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            with leaving():
+                for end in (*channel, ours):
+                    end.close()
+                _confine(options, parent)
+                wire.send_verdict(theirs, number, verdict(verifier, response, row))
+        theirs.close()
+        message = ours.recv(wire.LONGEST + 1)
+    if message:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    end_all_but_me(boxed=options.boxed)
+    if not message:
+        return wire.Plain(0.0, wire.how_it_ended(os.waitstatus_to_exitcode(status)))
+    return wire.unpack(message, number) or wire.Plain(0.0, "the verifier sent something that is no verdict")
+
+
+def _confine(options: Options, parent: int) -> None:
+    own_file = ":" in options.verifier
+    if not options.boxed:
+        die_with_parent(parent)
+    if not own_file:
+        silence(1, 2)
+    limits = confine.Limits(options.memory_mb, options.timeout_s * (os.cpu_count() or 1), sandbox.SCRATCH_MB)
+    rules = seccomp.Rules(processes=own_file, writing=own_file or options.boxed)
+    confine.confine(limits, None if own_file and not seccomp.supported() else rules, boxed=options.boxed, own_file=own_file)
+
+
+def empty_scratch(options: Options) -> bool:
+    """Whether nothing of the last item is left for the next one."""
+    try:
+        for folder in sandbox.SCRATCH if options.boxed else ():
+            _empty(folder, options.kept)
+    except (OSError, RecursionError):  # folders without permissions, or thousands deep
+        return False
+    return True
+
+
+def _empty(folder: str, kept: Sequence[str]) -> None:
+    for entry in os.scandir(folder):
+        if any(path == entry.path for path in kept):
+            continue
+        if any(path.startswith(entry.path + "/") for path in kept):
+            _empty(entry.path, kept)
+        elif entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)

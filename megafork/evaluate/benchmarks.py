@@ -1,0 +1,78 @@
+"""Benchmarks by name, on the hub or in a file of the same form."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafork.data import reward as verifiers
+from megafork.data.prompts import Prompt, Remark, load_prompts
+from megafork.data.tokenizer import Tokenizer
+from megafork.recipe import Data, RecipeError, Reward
+
+KNOWN = {
+    "aime24": "hub:HuggingFaceH4/aime_2024:train",
+    "aime25": "hub:math-ai/aime25:test",
+    "amc23": "hub:math-ai/amc23:test",
+    "math500": "hub:HuggingFaceH4/MATH-500:test",
+    "minerva": "hub:math-ai/minervamath:test",
+    "olympiad": "hub:math-ai/olympiadbench:test",
+}
+"""Where each benchmark of the paper lies."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Problems under a name, each once. Every row has its `answer`, unless the verifier needs none."""
+
+    name: str
+    source: str
+    problems: list[Prompt]
+
+
+def load_benchmarks(
+    words: tuple[str, ...],
+    data: Data,
+    *,
+    limit: int | None,
+    reward: Reward,
+    tokenizer: Tokenizer,
+    remark: Remark = lambda line: None,
+) -> list[Benchmark]:
+    """Read each of `words` (`evaluation.options.EvaluationOptions.benchmarks`) as `data` says; `reward`: the verifier.
+
+    A problem that a benchmark repeats, as some files of AIME do, is one problem: more rows of it say nothing about other problems, which
+    is what an interval is about. Raises RecipeError, naming the benchmark and the problem.
+    """
+    named = [_named(word) for word in words]
+    names = [name for name, _ in named]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"--benchmarks names {twice!r} twice: give one of them another name, as in NAME=SOURCE")
+    needs, check_row = verifiers.needs(reward), verifiers.check_row(reward)
+
+    def load(name: str, source: str) -> Benchmark:
+        field = f"--benchmarks {name}"
+        problems = load_prompts(source, data, tokenizer, needs=needs, check_row=check_row, field=field, remark=remark)
+        return Benchmark(name, source, problems[:limit])
+
+    return [load(name, source) for name, source in named]
+
+
+def _named(word: str) -> tuple[str, str]:
+    name, equals, source = word.partition("=")
+    if equals:
+        return name, source
+    if word in KNOWN:
+        return word, KNOWN[word]
+    if ":" in word:
+        return word, word
+    if Path(word).suffix or "/" in word or "*" in word or os.path.isdir(os.path.expanduser(word)):
+        return Path(word).stem, word
+    close = difflib.get_close_matches(word, KNOWN, n=1, cutoff=0.4)
+    fix = f"did you mean {close[0]!r}? Known are" if close else "known are"
+    raise RecipeError(
+        f"--benchmarks names {word!r}: {fix} {', '.join(KNOWN)}, and files that end in .jsonl, .json or .parquet, or folders of them"
+    )

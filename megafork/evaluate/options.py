@@ -1,0 +1,117 @@
+"""What an evaluation is asked to do, in the words of `megafork eval`'s options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megafork.recipe import RecipeError
+from megafork.rl.fork_temperature import ForkTemperature, sweep
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn: at one temperature, 0 is greedy, or by `forks` in its place."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    forks: ForkTemperature | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or 0.01 <= self.temperature <= 100):
+            raise RecipeError(f"--temperature is {self.temperature}: must be 0 (greedy), or between 0.01 and 100")
+        if not 0 < self.top_p <= 1:
+            raise RecipeError(f"--top-p is {self.top_p}: must be above 0 and at most 1")
+
+    def __str__(self) -> str:
+        forks = self.forks
+        words = f"T {self.temperature:g}" if forks is None else f"T {forks.high:g} above {forks.threshold:g} nats, {forks.low:g} elsewhere"
+        return words + (f", top-p {self.top_p:g}" if self.top_p < 1 else "")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 if self.forks is None else self.forks.low == self.forks.high == 0
+
+
+def decodings(
+    temperature: float | None, top_p: float, fork_temperature: tuple[float, float] | None, threshold: float, every: bool
+) -> tuple[Decoding, ...]:
+    """What the options ask for: `--temperature` (1 where there is none), `--fork-temperature LOW HIGH`, or `--sweep`, the paper's grid.
+
+    `threshold`: `--fork-threshold`, in nats. Raises RecipeError where they contradict each other.
+    """
+    given = {"--temperature": temperature is not None, "--fork-temperature": fork_temperature is not None, "--sweep": every}
+    names = [name for name, there in given.items() if there]
+    if len(names) > 1:
+        raise RecipeError(f"{names[0]} and {names[1]} are given: each says at which temperature to decode, give one")
+    if every:
+        return tuple(Decoding(top_p=top_p, forks=forks) for forks in sweep(threshold))
+    if fork_temperature is not None:
+        return (Decoding(top_p=top_p, forks=ForkTemperature(*fork_temperature, threshold)),)
+    return (Decoding(1.0 if temperature is None else temperature, top_p),)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """An evaluation. Raises RecipeError, naming the option, for what cannot be."""
+
+    model: str
+    """A Hugging Face model folder, `owner/model` on the hub, a run (its exported model), or one of its checkpoints."""
+    benchmarks: tuple[str, ...]
+    """NAME of a known benchmark, NAME=SOURCE to read it from elsewhere, or SOURCE alone (forms: `recipe.Data.train`)."""
+    decodings: tuple[Decoding, ...] = (Decoding(),)
+    samples: int = 16
+    """Responses to each problem."""
+    ks: tuple[int, ...] = ()
+    """The k of pass@k and maj@k; empty: `samples`."""
+    max_tokens: int | None = None
+    """Of a response. None: 20,480, or what the model's positions leave."""
+    template: str = "paper"
+    """`paper`, `qwen`, `chat` (the tokenizer's), `plain`, or a text with {prompt}."""
+    columns: str = ""
+    """As `data.columns` in a recipe, in YAML: {answer: gold}."""
+    chat_template_args: str = ""
+    """As `data.chat_template_args`, in YAML: {enable_thinking: false}."""
+    add_bos: str = "auto"
+    """As `data.add_bos`."""
+    verifier: str = "math"
+    """As `reward.verifier` in a recipe."""
+    workers: int = 0
+    """Verifier processes; 0: one a core, at most 8."""
+    limit: int | None = None
+    """Only the first problems of each benchmark."""
+    seed: int = 1
+    tp: int = 1
+    """Ranks that share an engine."""
+    ranks: int | None = None
+    """Processes, which share the inputs. None: one a GPU, or `tp` without GPUs. Ignored under torchrun or Slurm."""
+    dtype: str | None = None
+    """fp32 or bf16. None: as config.json says."""
+    kv_cache_mb: int | None = None
+    """As `rollout.kv_cache_mb`."""
+    gpu_memory_fraction: float = 0.9
+    max_running: int = 256
+    """Requests an engine decodes at once."""
+    out: str = "evaluations"
+    """Folder of completions and results."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "tp", "ranks", "max_tokens", "limit", "max_running"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+        if not self.benchmarks or not all(self.benchmarks):
+            raise RecipeError("--benchmarks names none: give some, such as aime24,aime25")
+        for k in self.ks:
+            if not 1 <= k <= self.samples:
+                raise RecipeError(f"--k is {k} but --samples is {self.samples}: draw at least k samples, or choose a k between 1 and that")
+        if self.ranks is not None and self.ranks % self.tp:
+            raise RecipeError(f"--tp is {self.tp}, which does not divide --ranks {self.ranks}: choose one that does")
+        if self.dtype not in (None, "fp32", "bf16"):
+            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")
+        for decoding in self.decodings:
+            if decoding.greedy and self.samples > 1:
+                raise RecipeError(f"--samples is {self.samples} with greedy decoding ({decoding}): all are the same, give --samples 1")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.ks))) or (self.samples,)

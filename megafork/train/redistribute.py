@@ -1,0 +1,74 @@
+"""From the rank that sampled a response to the ranks that train on it: one all-to-all, and no rank ever holds more than its share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.parallel.mesh import Mesh
+from megafork.rl.batch import Response
+from megafork.train.sampler import Outcome
+
+_HEADER = 4  # prompt, advantage, reward, accuracy
+
+
+def redistribute(
+    held: Sequence[Response], outcomes: Sequence[Outcome], dp_rank_of: Mapping[tuple[int, int], int], mesh: Mesh
+) -> list[Response]:
+    """Send each response to every rank of the DP rank that trains on it; returns this rank's, in the order of `outcomes`.
+
+    `outcomes` and `dp_rank_of` ((group, sample) -> DP rank) must be the same on every rank. Every rank must call. Sizes follow from the
+    outcomes, so nothing is exchanged but the responses: 32 bits each for a token, its log-prob, and its weights' version.
+    """
+    mine = {(response.group, response.sample): response for response in held}
+    sends = [
+        [o for o in outcomes if o.owner == mesh.rank and dp_rank_of[o.group, o.sample] == mesh.dp_rank_of(rank)]
+        for rank in range(mesh.world)
+    ]
+    receives = [[o for o in outcomes if o.owner == rank and dp_rank_of[o.group, o.sample] == mesh.dp_rank] for rank in range(mesh.world)]
+    outgoing = [_encode(mine[o.group, o.sample]) for part in sends for o in part]
+    incoming = torch.empty(sum(_size(o) for part in receives for o in part), dtype=torch.int32)
+    dist.all_to_all_single(
+        incoming,
+        torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.int32),
+        [sum(map(_size, part)) for part in receives],
+        [sum(map(_size, part)) for part in sends],
+    )
+    got: dict[tuple[int, int], Response] = {}
+    start = 0
+    for outcome in (o for part in receives for o in part):
+        got[outcome.group, outcome.sample] = _decode(incoming[start : start + _size(outcome)], outcome)
+        start += _size(outcome)
+    return [got[o.group, o.sample] for o in outcomes if (o.group, o.sample) in got]
+
+
+def _size(outcome: Outcome) -> int:
+    return _HEADER + outcome.prompt_tokens + 3 * outcome.tokens
+
+
+def _encode(response: Response) -> Tensor:
+    numbers = torch.tensor([response.advantage, response.reward, response.accuracy], dtype=torch.float32).view(torch.int32)
+    prompt = torch.tensor([response.prompt], dtype=torch.int32)
+    return torch.cat([prompt, numbers, response.prompt_tokens, response.tokens, response.log_probs.view(torch.int32), response.versions])
+
+
+def _decode(data: Tensor, outcome: Outcome) -> Response:
+    numbers = data[1:_HEADER].view(torch.float32).tolist()
+    sizes = [outcome.prompt_tokens, outcome.tokens, outcome.tokens, outcome.tokens]
+    prompt, tokens, log_probs, versions = data[_HEADER:].clone().split(sizes)
+    return Response(
+        group=outcome.group,
+        sample=outcome.sample,
+        prompt=int(data[0]),
+        prompt_tokens=prompt,
+        tokens=tokens,
+        log_probs=log_probs.view(torch.float32),
+        versions=versions,
+        truncated=outcome.truncated,
+        advantage=numbers[0],
+        reward=numbers[1],
+        accuracy=numbers[2],
+    )
