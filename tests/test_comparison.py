@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command import megafork
-from test_report import HOSTILE, METRICS, RECIPE, Elements, assert_points, drawing, needs_chromium, read_curve, report, shown_by_a_browser
+from page import HOSTILE, METRICS, RECIPE, Elements, assert_points, drawing, needs_chromium, read_curve, report, shown_by_a_browser
 
 from megafork.recipe import RecipeError
 from megafork.report.comparison import STYLES, write_comparison

@@ -19,13 +19,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from command import megafork, start_megafork
+from held import another
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from smollm import save_smollm
 from task import make_task
-from test_lock import another
-from test_rollout import free_port
 from tiny import save_model
 
 from megafork import commands
