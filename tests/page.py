@@ -117,7 +117,7 @@ def report(
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     path = write_report(folder)
     assert path == folder / "report.html"
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.writing"))
     return path.read_text(encoding="utf-8")
 
 

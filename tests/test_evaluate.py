@@ -377,6 +377,18 @@ def _own(folder: Path) -> str:
     return f"{folder / 'own.py'}:score"
 
 
+def test_a_verifier_that_fails_on_everything_fails_the_evaluation(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("def score(text, row):\n    return {}[text]\n")
+    for verifier, code in ((f"{tmp_path / 'own.py'}:score", commands.FAILED), ("exact", commands.DONE)):
+        options = _options(task, samples=1, limit=2, verifier=verifier, out=str(tmp_path))
+        job = read_inputs(options).job()
+        with job.store(job.samplings[0]).append(0) as write:
+            for prompt, sample in job.missing()[0]:
+                write((prompt, sample), Completion([3], [-1.0], False, [0]), "2")
+        assert commands.evaluate(options)[0] == code
+        assert ("the verifier failed on all 2 responses to" in "".join(capsys.readouterr())) == bool(code)
+
+
 def _evaluate(each: list[EvaluationOptions], port: int) -> list[Any]:
     """On a rank: what `commands.evaluate` does, without starting ranks."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
