@@ -142,7 +142,7 @@ def test_an_index_of_files_elsewhere_is_refused(name: str, converted: Path) -> N
         next(iter(index.storage_data.values())).relative_path = name
 
     _change_index(converted, change)
-    with pytest.raises(ValueError, match="lies elsewhere"):
+    with pytest.raises(ValueError, match="is elsewhere"):
         DistReader(converted)
 
 
