@@ -125,7 +125,7 @@ def test_a_tokenizer_of_another_model(task: Path) -> None:
 
 
 ROWS = {
-    '{"prompt": "max 1 2 ="}': 'data.train: train.jsonl line 1 has no answer (its fields: prompt): give it an "answer", name the column',
+    '{"prompt": "max 1 2 ="}': 'data.train: train.jsonl line 1 has no answer (its fields: prompt): give it an "answer", name the answer',
     "": "data.train is 'train.jsonl': it has no rows; give a dataset with at least one prompt",
     '{"prompt": "max 1 2 =", "answer": "2"': "data.train: train.jsonl line 1 is not valid JSON",
 }

@@ -131,7 +131,7 @@ RANK = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         ({**RANK, "RANK": "2"}, "RANK is '2' and WORLD_SIZE '2': ranks are counted from 0"),
         ({**RANK, "MASTER_ADDR": "192.0.2.77"}, f"MASTER_ADDR is '192.0.2.77', which other machines can reach, and {NAME} is not set"),
         ({**RANK, "MASTER_ADDR": "192.0.2.77", NAME: "short"}, f"{NAME} has 5 characters"),
-        ({**RANK, "MASTER_ADDR": "192.0.2.77", NAME: "with spaces in its midst"}, "without spaces"),
+        ({**RANK, "MASTER_ADDR": "192.0.2.77", NAME: "with spaces in its midst"}, "no spaces"),
     ],
 )
 def test_what_the_environment_says_of_a_rank_is_checked(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
