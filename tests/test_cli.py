@@ -147,7 +147,7 @@ def test_supervised_rows_that_are_too_long_or_have_no_response(task: Path) -> No
 
 def test_a_verifier_that_cannot_be_loaded(task: Path) -> None:
     (task / "mine.py").write_text("import nonsense\ndef score(text, row): return 1")
-    assert "it cannot be loaded; mend the file or its imports (ModuleNotFoundError: No module named 'nonsense')" in refused(
+    assert "it cannot be loaded; fix the file or its imports (ModuleNotFoundError: No module named 'nonsense')" in refused(
         "reward.verifier=mine.py:score"
     )
     (task / "mine.py").write_text("def score(text, row): return 1")
