@@ -31,6 +31,6 @@ def full_disk(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {str(error.filename)!r}" if error.filename else ""
-            return f"no room is left{where} ({error.strerror}): completed work is kept; make room and repeat the command to continue"
+            return f"no room is left{where} ({error.strerror}): completed work is kept; make room, and the same command continues"
         error = error.__cause__ or error.__context__
     return None

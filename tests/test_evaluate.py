@@ -318,7 +318,7 @@ def test_what_the_options_ask_for() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "k": ({"ks": (8,)}, "--k is 8 but --samples is 4: draw at least k samples, or choose a k between 1 and that"),
+    "k": ({"ks": (8,)}, "--k is 8 but --samples is 4: draw at least k samples, or choose k from 1 to that"),
     "greedy": (
         {"decodings": (Decoding(temperature=0.0),)},
         "--samples is 4 with greedy decoding (T 0): all are the same, give --samples 1",
