@@ -138,7 +138,7 @@ def test_wrong_rows(rows: str, task: Path) -> None:
 
 
 def test_supervised_rows_that_are_too_long_or_have_no_response(task: Path) -> None:
-    assert "train.jsonl line 1 has a response of 2 tokens with its end, rollout.max_response_length is 1" in refused(
+    assert "train.jsonl line 1 has a response of 2 tokens with its end token, rollout.max_response_length is 1" in refused(
         "rollout.max_response_length=1", command="sft"
     )
     (task / "train.jsonl").write_text('{"prompt": "max 1 2 =", "answer": "2"}')
@@ -283,4 +283,4 @@ def test_convert(tmp_path: Path) -> None:
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     wrong = subprocess.run(back, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert (wrong.returncode, wrong.stderr) == (2, "megafork: DST is 'back': it is there already; delete it, or choose another name\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "megafork: DST is 'back': it already exists; delete it, or choose another name\n")

@@ -78,9 +78,7 @@ class EvaluationOptions(SampleOptions):
             raise RecipeError("--benchmarks names none: give some, such as aime24,aime25")
         for k in self.ks:
             if not 1 <= k <= self.samples:
-                raise RecipeError(
-                    f"--k is {k} but --samples is {self.samples}: draw at least k samples, or choose a k from 1 to {self.samples}"
-                )
+                raise RecipeError(f"--k is {k} but --samples is {self.samples}: draw at least k samples, or choose k from 1 to that")
         if self.ranks is not None and self.ranks % self.tp:
             raise RecipeError(f"--tp is {self.tp}, which does not divide --ranks {self.ranks}: choose one that does")
         if self.dtype not in (None, "fp32", "bf16"):
