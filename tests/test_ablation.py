@@ -196,7 +196,7 @@ def test_held_out_prompts_that_are_others_between_runs(recipes: list[str]) -> No
         write_run(trial, [0.0, 0.5], [0.5, 0.5])
         [file] = (trial.recipe.run_folder / "evaluations").iterdir()
         file.write_text(json.dumps({**json.loads(file.read_text()), "problems": problems}))
-    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered other prompts"):
+    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered different prompts"):
         summarise(options, trials, {})
 
 

@@ -44,10 +44,10 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message, category, module)
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_is_error)
-    threading.excepthook = _tell_of_thread
+    threading.excepthook = _report_thread_failure
 
 
-def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
+def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
     """Hide the traceback of TensorBoard's writer thread when the disk is full: the error is raised again in its caller."""
     if full_disk(failure.exc_value) is None:
         threading.__excepthook__(failure)

@@ -112,9 +112,9 @@ def _chat(raw: Row, column: str) -> list[Message]:
     messages = read_messages(value, column)
     if column == "instruction" and not is_absent(raw.get("input")):
         messages = read_messages(f"{value}\n{checked_text(str(raw['input']), 'input')}", column)
-    for beside in ("history", "tools"):
-        if (column == "instruction" or isinstance(value, list)) and not is_absent(raw.get(beside)) and raw[beside] != "[]":
-            raise RowError(f"has {beside} next to its {column}, which megafork does not read: write all turns as messages, or delete it")
+    for extra in ("history", "tools"):
+        if (column == "instruction" or isinstance(value, list)) and not is_absent(raw.get(extra)) and raw[extra] != "[]":
+            raise RowError(f"has {extra} next to its {column}, which megafork does not read: write all turns as messages, or delete it")
     if column in (*_CHATS, "instruction") and isinstance(raw.get("system"), str) and raw["system"].strip():
         messages = [{"role": "system", "content": checked_text(raw["system"], "system")}, *messages]
     refuse_pictures(raw, messages)

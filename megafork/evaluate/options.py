@@ -58,7 +58,7 @@ class EvaluationOptions(SampleOptions):
     model: str = argument("A Hugging Face folder, owner/model, a run (its exported model), or one of its checkpoints.", metavar="MODEL")
     benchmarks: tuple[str, ...] = option(help="Comma-separated: NAME, NAME=SOURCE or SOURCE (as a recipe's data.train).", split=",")
     samples: int = option(16, "Responses per problem.")
-    ks: tuple[int, ...] = option((), "k of pass@k and maj@k; may be repeated.", name="--k", unset="as many as samples")
+    ks: tuple[int, ...] = option((), "k of pass@k and maj@k; may be repeated.", name="--k", unset="the number of samples")
     verifier: str = option("math", "exact, math, reasoning_gym, code, or FILE.py:FUNCTION.")
     tp: int = option(1, "Ranks that share a vLLM engine.")
     out: str = option("evaluations", "Folder of completions and results.")

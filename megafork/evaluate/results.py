@@ -50,12 +50,12 @@ def _responses(job: SampleJob, sampling: Sampling, tokenizer: Tokenizer) -> dict
     """Each prompt's responses, in the order of the samples; there may be more than requested. Texts are decoded from the tokens, as those
     stored by an older version lacked special tokens."""
     samples = range(job.samples)
-    there = {
+    stored = {
         (row["prompt"], row["sample"]): Answered(tokenizer.decode(row["tokens"]), len(row["tokens"]), row["truncated"])
         for row in job.store(sampling).rows()
         if row["prompt"] in job.prompts and row["sample"] in samples
     }
-    return {prompt: [there[prompt, sample] for sample in samples] for prompt in job.prompts}
+    return {prompt: [stored[prompt, sample] for sample in samples] for prompt in job.prompts}
 
 
 def summary(judged: Sequence[Judged], counts: Iterable[int]) -> dict[str, Any]:

@@ -63,11 +63,11 @@ class StageMemory:
         always = self.state + self.fp8_copies + RESERVED
         awake, asleep = (self.engine.pool, VLLM_ASLEEP) if self.colocated else (0, 0)
         training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
-        beside = always - (self.state - self.weights.weight_bytes if self.parked else 0)
+        outside_update = always - (self.state - self.weights.weight_bytes if self.parked else 0)
         return {
-            "rollout": beside + awake,
+            "rollout": outside_update + awake,
             "update": always + asleep + training,
-            "refit": beside + awake + self.refit_buffer,
+            "refit": outside_update + awake + self.refit_buffer,
         }
 
 

@@ -237,7 +237,7 @@ def _human_eval(code: str, entry_point: str, setup: str) -> Tests:
     whole = Tests([Script(f"{code}\n\ncheck({entry_point})" if checks else code)], setup)
     if len(checks) != 1:
         return whole
-    statements = [node for node in checks[0].body if not _says_nothing(node)]
+    statements = [node for node in checks[0].body if not _is_no_op(node)]
     if not statements or not all(isinstance(node, ast.Assert) for node in statements):
         return whole
     name = checks[0].args.args[0].arg
@@ -264,7 +264,7 @@ def _is_literal(node: ast.expr) -> bool:
     return True
 
 
-def _says_nothing(node: ast.stmt) -> bool:
+def _is_no_op(node: ast.stmt) -> bool:
     """Whether the statement is a docstring or `assert True`."""
     value = node.test if isinstance(node, ast.Assert) else node.value if isinstance(node, ast.Expr) else None
     return isinstance(value, ast.Constant) and bool(value.value)
