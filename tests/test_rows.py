@@ -326,8 +326,8 @@ def test_of_several_turns_the_last_of_the_assistant_is_trained() -> None:
         ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}]}, "has tool_calls: only its content"),
         ({"messages": [USER, {**FOUR, "reasoning_content": "hm"}]}, "has reasoning_content: only its content is trained"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "is empty"),
-        ({"instruction": "?", "output": "4", "history": [["a", "b"]]}, "has history beside its instruction"),
-        ({"messages": [USER, FOUR], "tools": [{"name": "add"}]}, "has tools beside its messages"),
+        ({"instruction": "?", "output": "4", "history": [["a", "b"]]}, "has history next to its instruction"),
+        ({"messages": [USER, FOUR], "tools": [{"name": "add"}]}, "has tools next to its messages"),
     ],
 )
 def test_supervised_rows_that_are_refused(row: dict[str, Any], reason: str) -> None:

@@ -40,7 +40,7 @@ def check_verifier(reward: recipe.Reward) -> None:
 
 
 def needs(reward: recipe.Reward) -> tuple[str, ...]:
-    """Fields that a row must have for this verifier (for `load_prompts`). None for a user's verifier, which may read any field, and for
+    """Fields that a row must have for this verifier (for `load_prompts`): () for a user's verifier, which may read any field, and for
     `code`, whose tests have many forms: see `check_row`."""
     return {"exact": ("answer",), "math": ("answer",), "reasoning_gym": ("answer", "metadata")}.get(reward.verifier, ())
 
