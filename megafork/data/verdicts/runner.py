@@ -74,7 +74,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`ended`: it finished in time and without an exception. `value`: a tuple of the requested value, None if none or not plain data."""
+    """`ended`: it finished in time and without an exception. `value`: the requested value in a 1-tuple; None if none or not plain data."""
 
     ended: bool
     output: bytes
