@@ -70,11 +70,11 @@ def test_trials_are_the_recipes_with_each_seed(recipes: list[str]) -> None:
 
 REFUSED = {
     ("train.steps=5",): "RECIPE is missing",
-    ("top.yaml", "run.seed=5"): "override 'run.seed=5' is what makes the trials: give --seeds and --out instead",
+    ("top.yaml", "run.seed=5"): "override 'run.seed=5' is set for each trial: give --seeds and --out instead",
     ("top.yaml", "./top.yaml"): "RECIPE 'top' is given twice",
     ("top.yaml", "nowhere.yaml"): "does not exist",
-    ("top.yaml", "data.eval=null"): "data.eval of 'top' is empty",
-    ("top.yaml", "other.yaml"): "data.eval or the section eval of 'other' is not as in 'top'",
+    ("top.yaml", "data.eval=null"): "data.eval of 'top' is unset",
+    ("top.yaml", "other.yaml"): "data.eval or the section eval of 'other' differs from 'top'",
     ("top.yaml", "forks.select=none"): "forks.select is 'none'",
 }
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_compared(arguments: tuple[str, ...], recipes: list[str])
 
 @pytest.mark.parametrize("seeds", ["", "1,1", "1,,2", "-1", "one", "01,1"])
 def test_wrong_seeds(seeds: str) -> None:
-    with pytest.raises(RecipeError, match=r"--seeds is .*: give different whole numbers such as 1,2,3"):
+    with pytest.raises(RecipeError, match=r"--seeds is .*: give distinct integers such as 1,2,3"):
         AblationOptions.parse(["top.yaml"], seeds, "out")
 
 
@@ -196,7 +196,7 @@ def test_held_out_prompts_that_are_others_between_runs(recipes: list[str]) -> No
         write_run(trial, [0.0, 0.5], [0.5, 0.5])
         [file] = (trial.recipe.run_folder / "evaluations").iterdir()
         file.write_text(json.dumps({**json.loads(file.read_text()), "problems": problems}))
-    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered other prompts"):
+    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered different prompts"):
         summarise(options, trials, {})
 
 

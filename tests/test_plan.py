@@ -335,7 +335,7 @@ def test_a_refit_is_counted_beside_a_full_gather_and_the_least_possible() -> Non
 
 
 @pytest.mark.parametrize("layout", COMPARED, ids=str)
-def test_the_bucket_that_travels_has_room(layout: Parallel) -> None:
+def test_the_refit_bucket_has_room(layout: Parallel) -> None:
     shape, spec = KNOWN["qwen3-32b"], changed(published(), {f"parallel.{key}": value for key, value in layout.model_dump().items()})
     plan, largest = Reshard(shape, layout, 64, 4), 0
     for bucket, _ in plan.alike:
