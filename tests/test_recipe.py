@@ -148,7 +148,7 @@ FILES = {
     LEAST + "train: {steps: !steps 5}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !steps: leave it out, in",
     LEAST + "run: {name: !!python/object/apply:os.system [ls]}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !!python",
     LEAST + "train: {steps: 2024-99-99}\n": "train.steps is '2024-99-99': must be a whole number, at least 1",
-    LEAST + f"train: {{steps: {'9' * 5000}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has a number of too many digits",
+    LEAST + f"train: {{steps: {'9' * 5000}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has a number with too many digits",
     LEAST + f"train: {{steps: {'[' * 3000 + ']' * 3000}}}\n": "recipe 'recipe.yaml' is not valid YAML: its values are nested too deeply",
     LEAST + f"train: {{steps: {'[' * 30 + ']' * 30}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has values nested over 16 deep",
     LEAST + "train: &train {steps: [*train]}\n": "recipe 'recipe.yaml' is not valid YAML: it has values nested over 16 deep",
@@ -235,9 +235,9 @@ def test_extends_in_a_circle_or_to_nowhere(tmp_path: Path) -> None:
         load_recipe(tmp_path / "chain0.yaml")
     for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("self", "self"), ("lost", "nowhere")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
-    with pytest.raises(RecipeError, match=r"^extends: a.yaml extends itself by way of c.yaml: break the circle$"):
+    with pytest.raises(RecipeError, match=r"^extends: a.yaml extends itself through c.yaml: break the cycle$"):
         load_recipe(tmp_path / "a.yaml")
-    with pytest.raises(RecipeError, match=r"^extends: self.yaml extends itself by way of self.yaml: break the circle$"):
+    with pytest.raises(RecipeError, match=r"^extends: self.yaml extends itself through self.yaml: break the cycle$"):
         load_recipe(tmp_path / "self.yaml")
     with pytest.raises(RecipeError, match=r"nowhere.yaml', which lost.yaml extends, does not exist"):
         load_recipe(tmp_path / "lost.yaml")

@@ -26,8 +26,8 @@ megafork train my.yaml train.steps=200 parallel.tp=4    # with overrides: sectio
 ```
 
 `extends: base.yaml` at the top of a recipe inherits from another one, whose path is relative to this one; keys given here win. Paths inside
-a recipe are relative to the folder in which the command runs. `null` unsets a key that is unset by default. `runs/<name>/recipe.yaml` is the
-recipe with every default filled in.
+a recipe are relative to the folder in which the command runs. `null` unsets a key that is unset by default.
+`runs/<name>/recipe.yaml` is the recipe with every default filled in.
 
 This page is written by `python tools/recipe_page.py`.
 """
