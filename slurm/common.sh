@@ -3,7 +3,7 @@
 #
 # Settings, all optional, from the environment in which sbatch is called:
 #   RECIPE             a recipe instead of the script's own; MEGAFORK_COMMAND: sft instead of train
-#   MEGAFORK_IMAGE     container image (needs the pyxis plugin); MEGAFORK_MOUNTS: mounts besides this directory, A:B,C:D
+#   MEGAFORK_IMAGE     container image (needs the pyxis plugin); MEGAFORK_MOUNTS: mounts in addition to this directory, A:B,C:D
 #   MEGAFORK_VENV      virtual environment, without a container (.venv)
 #   MEGAFORK_LOGS      parent of the jobs' folders, on a file system that all nodes share (logs)
 #   MEGAFORK_HANG_S    seconds without a completed step after which a run counts as hanging (5400)

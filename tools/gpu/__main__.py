@@ -67,7 +67,7 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
     large = f"{work}/qwen3-0.6b"
     lengths = "rollout.max_response_length=32 rollout.prompts=4" if dry else "rollout.max_response_length=4096 rollout.prompts=8"
     yield Part(
-        "Qwen3-0.6B, 4,096 tokens a response",
+        "Qwen3-0.6B, 4,096 tokens per response",
         420,
         [
             f"{here}/random_model.py {large} {'tiny' if dry else 'qwen3-0.6b'} {task}/model",
