@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/recipes.md"
 _INTRODUCTION = """# Recipes
 
 A recipe is one YAML file that specifies a whole run. It consists of sections; every key of every section is listed below, with its type,
-default and meaning. Unknown keys, wrong types and contradicting sections are rejected with a one-line error before anything starts.
+default and meaning. Unknown keys, wrong types and contradictory sections are rejected with a one-line error before anything starts.
 
 ```bash
 megafork train my.yaml                                  # a recipe

@@ -83,7 +83,7 @@ class Reward(Section):
     partial: bool = False
     """Under `verifier: code`, accuracy is the share of passed tests. If false: 1 if all passed, else 0."""
     overlong: Literal["shaping", "filter", "none"] = "shaping"
-    """Long responses: a penalty growing over the last `overlong_buffer` tokens, no loss on truncated ones, or nothing."""
+    """Long responses: a penalty growing over the last `overlong_buffer` tokens, no loss on truncated ones, or no change."""
     overlong_buffer: Tokens = 4096
     """Number of tokens before max_response_length over which the penalty grows from 0 to -1."""
 

@@ -42,7 +42,7 @@ class Rollout(Section):
     dynamic_sampling: bool = True
     """Drop groups whose responses are all right or all wrong, and sample others."""
     max_refills: CountOrZero = 10
-    """Additional rounds of dynamic sampling before the step trains on the groups it has."""
+    """Maximum additional rounds of dynamic sampling before the step trains on the groups it has."""
     max_empty_steps: Count = 10
     """Steps in a row without a response to learn from (each group all right or all wrong) after which the run ends, with a checkpoint."""
     max_mismatch: Positive | None = None
@@ -89,8 +89,8 @@ class Rollout(Section):
             raise ValueError(f"rollout.temperature is {self.temperature} but rollout.fork_temperature replaces it: drop one of them")
         if self.staleness and not self.servers:
             raise ValueError(
-                f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes wait for it; "
-                "name servers, or set rollout.staleness=0"
+                f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes can't roll out "
+                "ahead; name servers, or set rollout.staleness=0"
             )
         if self.park_training and self.servers:
             raise ValueError("rollout.park_training is true with rollout.servers: servers have their own GPUs; set it to false")
