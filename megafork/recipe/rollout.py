@@ -66,7 +66,7 @@ class Rollout(Section):
     request_limit_s: Seconds = 3600.0
     """Time limit in seconds for one response from a server. Beyond it, another server is tried."""
     server_limit_s: Seconds = 300.0
-    """Time limit in seconds for a server's part of a refit, and for how long a run waits without any server."""
+    """Seconds that a server may take for its part of a refit, and that a run may continue without any server."""
 
     @field_validator("servers")
     @classmethod
