@@ -205,7 +205,7 @@ def test_recipes_whose_held_out_prompts_would_differ_are_refused_before_any_trai
     held_out = (tmp_path / "held_out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text() + held_out[0])
     Path("all.yaml").write_text(f"extends: top.yaml\ndata: {{train: {tmp_path / 'more.jsonl'}}}\n")
-    with pytest.raises(RecipeError, match=r"^data.eval shares prompts with data.train, and not the same ones in top and all"):
+    with pytest.raises(RecipeError, match=r"^data.eval shares prompts with data.train, and different ones in top and all"):
         commands.ablate(AblationOptions.parse(recipes, "1", "out"))
     assert not Path("out").exists()
 
@@ -245,7 +245,7 @@ def test_real_trials_are_killed_fail_and_go_on(recipes: list[str], tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.splitlines()[-1] == "stopped by SIGINT; the same command continues"
+    assert errors.splitlines()[-1] == "stopped by SIGINT; the same command resumes the run"
     assert not every.exists(), "nor did the next trial begin"
 
     (every / "metrics.jsonl").mkdir(parents=True)  # which the run can't write to

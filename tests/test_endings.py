@@ -183,5 +183,5 @@ def test_a_stopped_run_leaves_no_process(task: Path) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stderr.splitlines()[-1] == "stopped by SIGTERM; the same command continues"
+    assert process.returncode == 1 and stderr.splitlines()[-1] == "stopped by SIGTERM; the same command resumes the run"
     assert psutil.wait_procs(family, timeout=10)[1] == []
