@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megafork.recipe import RecipeError
+from megafork.recipe.kinds import MEGABYTES, SEEDS, check_option
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class AnalysisOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+        check_option("seed", self.seed, SEEDS)
+        check_option("kv-cache-mb", self.kv_cache_mb, MEGABYTES)
         if not 0 < self.rho <= 1:
             raise RecipeError(f"--rho is {self.rho}: must be above 0 and at most 1")
         if not 0.01 <= self.temperature <= 100:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megafork.recipe import RecipeError
+from megafork.recipe.kinds import MEGABYTES, SEEDS, check_option
 from megafork.rl.fork_temperature import ForkTemperature, sweep
 
 
@@ -99,6 +100,8 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+        check_option("seed", self.seed, SEEDS)
+        check_option("kv-cache-mb", self.kv_cache_mb, MEGABYTES)
         if not self.benchmarks or not all(self.benchmarks):
             raise RecipeError("--benchmarks names none: give some, such as aime24,aime25")
         for k in self.ks:

@@ -93,8 +93,7 @@ class Recipe(Section):
     @property
     def longest_padded(self) -> int:
         """The same, padded as the layout asks."""
-        multiple = self.parallel.sequence_multiple
-        return -(-self.longest_sequence // multiple) * multiple
+        return self.parallel.padded(self.longest_sequence)
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -27,15 +27,23 @@ MOST = 2**31 - 1
 """The largest whole number of any key that names no limit of its own."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+SEEDS = range(2**63)
+Seed = Annotated[int, Field(ge=0, le=SEEDS.stop - 1)]
 Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
-Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
+MEGABYTES = range(1, (1 << 24) + 1)
+Megabytes = Annotated[int, Field(ge=1, le=MEGABYTES.stop - 1)]
 Seconds = Annotated[float, Field(gt=0.0, le=31_536_000.0), _from_text]
 
 
 class RecipeError(ValueError):
     """The input of a run is wrong. The message is one line: field, value, and how to mend it. Exit code 2."""
+
+
+def check_option(name: str, value: int | None, allowed: range) -> None:
+    """Refuse what is not in the range of the recipe's key of that kind. Raises RecipeError."""
+    if value is not None and value not in allowed:
+        raise RecipeError(f"--{name} is {value}: must be from {allowed.start} to {allowed.stop - 1}")
 
 
 def limit(bound: float) -> str:

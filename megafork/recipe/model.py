@@ -59,6 +59,10 @@ class Parallel(Section):
         """To what multiple each sequence is padded: 2 cp chunks a sequence, and tokens that the sequence-parallel ranks share evenly."""
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
 
+    def padded(self, length: int) -> int:
+        """Tokens of a sequence as it is packed."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple
+
     @property
     def micro_batch_multiple(self) -> int:
         """To what multiple the number of micro-batches is raised: the interleaved schedule wants whole rounds of all stages."""

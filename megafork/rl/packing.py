@@ -13,7 +13,6 @@ import torch
 
 from megafork.parallel.context import zigzag_index
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 
 
@@ -138,21 +137,20 @@ def _cat(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
 
 
-def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[list[int]]]:
-    """Which sequences train on which DP rank, in which micro-batch: `plan` under the recipe's layout and budget."""
-    layout = recipe.parallel
-    return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
+def placement(lengths: Sequence[int], budget: int, mesh: Mesh) -> list[list[list[int]]]:
+    """Which sequences train on which DP rank, in which micro-batch: `plan` under the mesh's layout. `budget`: tokens of a micro-batch."""
+    return plan(lengths, mesh.dp, budget, mesh.layout.sequence_multiple, mesh.layout.micro_batch_multiple)
 
 
-def packer(recipe: Recipe, mesh: Mesh, *, temperature: float) -> Callable[[list[Response]], MicroBatch]:
-    """Packs responses into a micro-batch as this rank sees it. `temperature`: that drew them, or, under fork-aware decoding, 1."""
-    layout = recipe.parallel
+def packer(mesh: Mesh, *, whole: int, temperature: float) -> Callable[[list[Response]], MicroBatch]:
+    """Packs responses into a micro-batch as this rank sees it. `whole`: to what multiple a micro-batch is padded (1, but in FP8).
+    `temperature`: that drew them, or, under fork-aware decoding, 1."""
     return partial(
         pack,
-        cp=layout.cp,
+        cp=mesh.layout.cp,
         cp_rank=mesh.cp_rank,
-        multiple=layout.sequence_multiple,
-        whole=recipe.micro_batch_padding,
+        multiple=mesh.layout.sequence_multiple,
+        whole=whole,
         temperature=temperature,
         device=mesh.device,
     )
