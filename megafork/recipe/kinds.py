@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -27,23 +29,37 @@ MOST = 2**31 - 1
 """The largest whole number of any key that names no limit of its own."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
-SEEDS = range(2**63)
-Seed = Annotated[int, Field(ge=0, le=SEEDS.stop - 1)]
+LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
-MEGABYTES = range(1, (1 << 24) + 1)
-Megabytes = Annotated[int, Field(ge=1, le=MEGABYTES.stop - 1)]
+MOST_MEGABYTES = 1 << 24
+Megabytes = Annotated[int, Field(ge=1, le=MOST_MEGABYTES)]
 Seconds = Annotated[float, Field(gt=0.0, le=31_536_000.0), _from_text]
 
 
+class Key(str):
+    """A recipe's key in the message of an error. A command without a recipe shows its own option in its place: `calling`."""
+
+
 class RecipeError(ValueError):
-    """The input of a run is wrong. The message is one line: field, value, and how to mend it. Exit code 2."""
+    """The input is wrong; exit code 2. The parts join to one line: the field (a `Key` where commands call it differently), its value, and
+    the fix."""
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return "".join(self.args)
 
 
-def check_option(name: str, value: int | None, allowed: range) -> None:
-    """Refuse what is not in the range of the recipe's key of that kind. Raises RecipeError."""
-    if value is not None and value not in allowed:
-        raise RecipeError(f"--{name} is {value}: must be from {allowed.start} to {allowed.stop - 1}")
+@contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """What a command without a recipe calls the keys that errors name: `{"rollout.tp": "--tp"}`."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(*(names.get(part, part) if isinstance(part, Key) else part for part in error.args)) from None
 
 
 def limit(bound: float) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from megafork.data.tokenizer import load_tokenizer
+from megafork.files import whole
 from megafork.recipe import Parallel, RecipeError
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling, Weights, request_seed
@@ -65,7 +66,8 @@ class SampleJob:
         for sampling in self.samplings:
             folder = self.store(sampling).folder
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "sampling.json").write_text(self._identity(sampling) + "\n")
+            with whole(folder / "sampling.json") as unfinished:
+                unfinished.write_text(self._identity(sampling) + "\n")
 
 
 def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int:
