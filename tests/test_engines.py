@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import import_vllm, on_ranks
 from task import make_task, write_recipe
 from torch import Tensor
 
@@ -17,7 +17,10 @@ from megafork.model.policy import HeadRequest, Policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Engine, Request, Sampling
+from megafork.rollout.serve import command
+from megafork.rollout.vllm_arguments import engine_arguments
 from megafork.shape import Shape
 from megafork.train.engines import BuildEngine
 from megafork.train.inputs import read_inputs
@@ -27,6 +30,21 @@ from megafork.weights.policy_weights import export_policy
 from megafork.weights.refit import Bridge
 
 STEPS = 3
+ENGINES: dict[str, EngineConfig] = {
+    "plain": EngineConfig(model="m", dtype="fp32", longest_sequence=64, seed=7),
+    "all else": EngineConfig(
+        model="m",
+        dtype="bf16",
+        longest_sequence=64,
+        seed=2**63 - 1,
+        tp=2,
+        max_running=5,
+        gpu_memory_fraction=0.5,
+        kv_cache_mb=16,
+        fork_decoding=True,
+        fp8=True,
+    ),
+}
 
 
 class PolicyEngine(Engine):
@@ -75,7 +93,7 @@ class TransformersEngine(Engine):
         self.model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(recipe.model.path))
 
     def refit(self, version: int) -> None:
-        self.model.load_state_dict(dict(self.bridge), strict=False)  # a tied head has no tensor of its own
+        self.model.load_state_dict(dict(self.bridge))
         self.version = version
 
     def refit_metrics(self) -> dict[str, float]:
@@ -130,7 +148,7 @@ def _with_transformers(spec: Recipe) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Recipe:
-    task = make_task(tmp_path)
+    task = make_task(tmp_path, tie_word_embeddings=False)  # a tied one says again and again what it was told
     (task / "verifier.py").write_text("def score(response, row):\n    return float(response[:1] < '5')\n")
     rollout = {"prompts": 4, "max_response_length": 2, "dynamic_sampling": False}
     one_each = {"steps": STEPS, "micro_batch_tokens": 6}  # no two sequences fit into a micro-batch
@@ -153,3 +171,19 @@ def test_an_engine_of_transformers_follows_a_policy_split_over_ranks(spec: Recip
         for metrics in steps:
             assert metrics["grad_norm"] > 0 and metrics["refit/received_mb"] > 0
             assert metrics["rollout_mismatch/max"] < 1e-5 and metrics["staleness/max"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ENGINES.values(), ids=ENGINES)
+def test_a_server_of_vllm_is_told_what_an_engine_in_the_ranks_is(config: EngineConfig) -> None:
+    """Its command line, as vLLM itself reads it."""
+    import_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    _, _, _, *words = command(config, "127.0.0.1", 8000)
+    read = AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(words))
+    for name, value in engine_arguments(config, on_gpu=torch.cuda.is_available()).items():
+        assert getattr(read, name) == value or (value is None and not getattr(read, name)), name
+    assert 0 <= read.seed < 2**32, "numpy's limit"

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat import vllm_fp8
-from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Engine, Request, Sampling, Weights
@@ -36,7 +35,7 @@ class ColocatedEngine(Engine):
         self.number = mesh.rank // config.tp
         self.engines = mesh.world // config.tp
         self._fork_decoding = config.fork_decoding
-        self._weights = Quantized(weights) if config.fp8 else weights
+        self._weights = config.loaded(weights)
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # what it imports sets variables as well

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megafork.model.fp8 import Quantized
 from megafork.recipe import Recipe
+from megafork.rollout.engine import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +50,7 @@ class EngineConfig:
             fork_decoding=spec.fork_temperature is not None,
             fp8=recipe.precision.rollout_fp8,
         )
+
+    def loaded(self, weights: Weights) -> Weights:
+        """The same weights as the engine loads them: for FP8 quantised on the way. As often iterable."""
+        return Quantized(weights) if self.fp8 else weights

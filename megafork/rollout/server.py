@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import aiohttp
 import torch.distributed as dist
 
-from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import RecipeError
@@ -58,7 +57,7 @@ class ServerEngine(Engine):
             raise TypeError("the weights can be iterated only once: a server that comes back later needs them again")
         self._config = config
         self._mesh = mesh
-        self._weights = Quantized(weights) if config.fp8 else weights
+        self._weights = config.loaded(weights)
         self._limits = limits
         self.rank = mesh.rank
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
