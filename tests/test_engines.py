@@ -60,6 +60,7 @@ class PolicyEngine(Engine):
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        assert sampling.forks is None and sampling.top_p == 1, "these engines cannot"
         with torch.no_grad():
             return [self._complete(request, sampling) for request in requests]
 
@@ -100,6 +101,7 @@ class TransformersEngine(Engine):
         return self.bridge.metrics()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        assert sampling.forks is None and sampling.top_p == 1, "these engines cannot"
         with torch.no_grad():
             return [self._complete(request, sampling) for request in requests]
 
@@ -179,7 +181,7 @@ def test_a_server_of_vllm_is_told_what_an_engine_in_the_ranks_is(config: EngineC
     """Its command line, as vLLM itself reads it."""
     import_vllm()
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     _, _, _, *words = command(config, "127.0.0.1", 8000)

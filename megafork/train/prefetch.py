@@ -20,6 +20,8 @@ class Prefetch:
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
         self.recipe = sampler.recipe
+        ahead = self.recipe.rollout.staleness
+        assert sampler.engine.draws_in_background or not ahead, "rollout.staleness needs an engine that draws in the background"
         self._begun: dict[int, Future[Collected]] = {}
         self._background = Background()
 
