@@ -15,7 +15,7 @@ from ranks import on_ranks
 from tiny import recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe
@@ -83,7 +83,7 @@ def _cost(spec: Recipe, name: str, count: int, longest: int, repeats: int) -> tu
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     folder = Path(spec.model.path)
     shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     learner = Learner(chunks, spec, mesh, updates=100)
     micros = place(_responses(count, longest), spec, mesh)

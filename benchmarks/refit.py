@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from test_rollout import free_port
-from tiny import recipe, save_model
+from tiny import Chosen, recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.plan.refit import COMPARED, ENGINES, Refit, cost, cost_of_full_gather, count_refit
 from megafork.recipe import Recipe
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Weights
 from megafork.shape import read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
@@ -67,10 +69,15 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     folder = Path(spec.model.path)
     shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    engine = ColocatedEngine(spec, mesh)
     bridge = Bridge(chunks, shape, mesh, spec.rollout.tp)
+    weights = Chosen(bridge)
+    engine = ColocatedEngine(EngineConfig.of(spec), mesh, weights)
+
+    def refit(source: Weights) -> None:
+        weights.source = source
+        engine.refit(1)
 
     def through_disk() -> None:
         weights = export_policy(chunks, shape, mesh)
@@ -81,12 +88,12 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
                 pass
         dist.barrier()
         saved = HuggingFaceWeights(out)
-        engine.refit(((name, saved.read(name, (0, saved.shape(name)[0]))) for name in sorted(saved.names())), 1)
+        refit((name, saved.read(name, (0, saved.shape(name)[0]))) for name in sorted(saved.names()))
         dist.barrier()
 
     calls = {
-        OURS: lambda: engine.refit(bridge, 1),
-        GATHER: lambda: engine.refit(export_policy(chunks, shape, mesh), 1),
+        OURS: lambda: refit(bridge),
+        GATHER: lambda: refit(export_policy(chunks, shape, mesh)),
         DISK: through_disk,
     }
     times = interleaved(calls, repeats)

@@ -217,8 +217,8 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     if recipe.precision.train_fp8:
         from megafork.model import precision
 
-        precision.check_training(shape, recipe)
-        precision.check_machine(recipe)
+        precision.check_training(shape, recipe.precision, recipe.parallel.tp)
+        precision.check_machine(recipe.precision)
     from megafork.data.reward import Verifiers
     from megafork.rl.objectives import check_objective
     from megafork.train import boards

@@ -11,6 +11,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from megafork.recipe import RecipeError
+from megafork.recipe.kinds import LARGEST_SEED, MOST_MEGABYTES
+
 
 def argument(help: str, *, metavar: str | None = None) -> Any:
     """A field that is a positional argument of the command."""
@@ -86,3 +89,10 @@ class SampleOptions:
     ranks: int | None = option(None, "Processes that share the work; ignored under torchrun and Slurm.", unset="one per GPU")
     dtype: str | None = option(None, "fp32 or bf16.", unset="from config.json")
     kv_cache_mb: int | None = option(None, "KV cache per engine in MiB.", unset="sized to the GPU, or 256")
+
+    def __post_init__(self) -> None:
+        for name, value, least, most in (("seed", self.seed, 0, LARGEST_SEED), ("kv-cache-mb", self.kv_cache_mb, 1, MOST_MEGABYTES)):
+            if value is not None and not least <= value <= most:
+                raise RecipeError(f"--{name} is {value}: must be from {least} to {most}")
+        if self.dtype not in (None, "fp32", "bf16"):
+            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")

@@ -300,6 +300,8 @@ def test_wrong_settings(task: Path, tmp_path: Path) -> None:
         ({"rho": 0.0}, r"--rho is 0\.0: must be above 0 and at most 1"),
         ({"temperature": 0.0}, r"--temperature is 0\.0: must be between 0\.01 and 100; greedy tokens have no entropy"),
         ({"samples": 0}, "--samples is 0: must be at least 1"),
+        ({"seed": 1 << 63}, "--seed is 9223372036854775808: must be from 0 to 9223372036854775807"),
+        ({"kv_cache_mb": 0}, "--kv-cache-mb is 0: must be from 1 to 16777216"),
         ({"ranks": 3, "tp": 2}, "--ranks is 3, not a multiple of --tp x --pp x --cp = 2"),
         ({"tp": 3}, "^--tp is 3 but the model has 4 attention heads"),
         ({"model": "./nowhere"}, "MODEL is './nowhere': no such folder"),

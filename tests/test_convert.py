@@ -24,7 +24,7 @@ from training import Rig
 from megafork.convert.convert import Converted, hf_to_megatron, megatron_to_hf
 from megafork.convert.sources import open_source
 from megafork.convert.verify import VerifyError, compare_logits, compare_tensors
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.shape import read_shape
@@ -139,7 +139,7 @@ def _load_and_compare(spec: Recipe, folder: Path) -> list[str]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     source = HuggingFaceWeights(Path(spec.model.path))
     shape = read_shape(source.folder)
-    loaded, wanted = build_policy(shape, spec, mesh), build_policy(shape, spec, mesh)
+    loaded, wanted = build_policy(shape, PolicyConfig.of(spec), mesh), build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(wanted, source, shape, mesh)
     for parameter in local_parameters(loaded).values():
         parameter.data.fill_(7.0)

@@ -332,6 +332,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"max_tokens": 600}, "--max-tokens is 600 and the longest prompt has 4 tokens, but the model knows 512 positions"),
     "ranks": ({"tp": 2, "ranks": 3}, "--tp is 2, which does not divide --ranks 3"),
     "tp": ({"tp": 3, "ranks": None}, "--tp is 3 but the model has 4 attention heads: choose a tp that divides them"),
+    "seed": ({"seed": -1}, "--seed is -1: must be from 0 to 9223372036854775807"),
+    "cache": ({"kv_cache_mb": 1 << 25}, "--kv-cache-mb is 33554432: must be from 1 to 16777216"),
     "verifier": ({"verifier": "maths"}, "--verifier is 'maths': did you mean 'math'?"),
     "model": ({"model": "./nowhere"}, "MODEL is './nowhere': no such folder"),
 }

@@ -23,7 +23,7 @@ from training import Rig
 from megafork.compat import pickles
 from megafork.convert.convert import hf_to_megatron, megatron_to_hf
 from megafork.convert.torch_dist import DistReader
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import read_shape
@@ -287,7 +287,7 @@ def test_torch_and_megatron_still_run_what_they_read(tmp_path: Path, mark: Path)
 
 def _alone(folder: Path, like: Path) -> str:
     mesh = build_mesh(Parallel(), seed=1, device=torch.device("cpu"))
-    chunks = build_policy(read_shape(like), recipe(like), mesh)
+    chunks = build_policy(read_shape(like), PolicyConfig.of(recipe(like)), mesh)
     try:
         checkpoint.load_weights(folder, chunks, mesh)
     except RecipeError as error:

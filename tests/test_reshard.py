@@ -11,7 +11,7 @@ import torch
 from ranks import on_ranks
 from tiny import recipe, save_model
 
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.plan.refit import cost, cost_of_full_gather, lower_bound
@@ -42,7 +42,7 @@ def _stream_and_gather(spec: Recipe, engines: list[int]) -> list[tuple[int, int,
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     folder = Path(spec.model.path)
     shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     whole = dict(export_policy(chunks, shape, mesh))
     seen = []

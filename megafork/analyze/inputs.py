@@ -15,8 +15,9 @@ from megafork.convert.sources import config_folder
 from megafork.data.prompts import load_prompts
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import Recipe, RecipeError, calling
+from megafork.recipe import Parallel, RecipeError, calling
 from megafork.recipe_file import data_of_options
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
@@ -36,6 +37,8 @@ class AnalysisInputs:
     vocab: int
     job: SampleJob
     """The sampling of the responses."""
+    layout: Parallel
+    """Megatron's, for scoring."""
     remarks: list[str]
     """Lines about prompts that are not counted."""
 
@@ -63,7 +66,7 @@ class AnalysisInputs:
 
     def identity_of(self, label: str) -> str:
         """Everything that determines a model's entropies; stored in their file."""
-        return f"{self.identity} {self.digests[label]} {self.job.recipe.precision.dtype}"
+        return f"{self.identity} {self.digests[label]} {self.job.engine.dtype}"
 
 
 @calling(AS_OPTIONS)
@@ -91,30 +94,23 @@ def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
     prompts = load_prompts(options.prompts, data, tokenizer, needs=(), field="--prompts", remark=remarks.append)[: options.limit]
     longest = max(len(prompt.tokens) for prompt in prompts)
     max_tokens = response_limit(options.max_tokens, shape, longest)
-    recipe = Recipe.model_validate(
-        {
-            "run": {"seed": options.seed},
-            "model": {"path": str(author.folder)},
-            "parallel": {"tp": options.tp, "pp": options.pp, "cp": options.cp},
-            "data": {"train": options.prompts, "max_prompt_length": longest},
-            "rollout": {
-                "max_response_length": max_tokens,
-                "temperature": options.temperature,
-                "tp": options.tp,
-                "kv_cache_mb": options.kv_cache_mb,
-                "gpu_memory_fraction": 0.9,
-            },
-            "reward": {"overlong": "none"},
-            "precision": {"dtype": options.dtype or author.dtype},
-        }
+    layout = Parallel(tp=options.tp, pp=options.pp, cp=options.cp)
+    check_layout(shape, layout)
+    check_rollout_tp(shape, options.tp)
+    engine = EngineConfig(
+        model=str(author.folder),
+        dtype=options.dtype or author.dtype,
+        longest_sequence=longest + max_tokens,
+        seed=options.seed,
+        tp=options.tp,
+        gpu_memory_fraction=0.9,
+        kv_cache_mb=options.kv_cache_mb,
     )
-    check_layout(shape, recipe.parallel)
-    check_rollout_tp(shape, recipe.rollout.tp)
     digests = {name: model.digest() for name, model in models.items()}
     sampling = Sampling(max_tokens, options.temperature, stop=tokenizer.eos_ids)
     by_key = {prompt_key(prompt.tokens): prompt.tokens for prompt in prompts}
-    job = SampleJob(recipe, by_key, options.samples, (sampling,), Path(options.out) / "completions" / digests[label])
-    return AnalysisInputs(options, models, digests, tokenizer, shape.vocab, job, remarks)
+    job = SampleJob(engine, by_key, options.samples, (sampling,), Path(options.out) / "completions" / digests[label])
+    return AnalysisInputs(options, models, digests, tokenizer, shape.vocab, job, layout, remarks)
 
 
 def _models(options: AnalysisOptions) -> dict[str, NamedModel]:

@@ -27,6 +27,7 @@ class AnalysisOptions(SampleOptions):
     cp: int = option(1, "Context-parallel size of Megatron.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("samples", "limit", "max_tokens", "min_count", "tp", "pp", "cp", "ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -35,8 +36,6 @@ class AnalysisOptions(SampleOptions):
             raise RecipeError(f"--rho is {self.rho}: must be above 0 and at most 1")
         if not 0.01 <= self.temperature <= 100:
             raise RecipeError(f"--temperature is {self.temperature}: must be between 0.01 and 100; greedy tokens have no entropy")
-        if self.dtype not in (None, "fp32", "bf16"):
-            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")
         if self.ranks is not None and self.ranks % self.model_size:
             raise RecipeError(f"--ranks is {self.ranks}, not a multiple of --tp x --pp x --cp = {self.model_size}: choose one")
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from megafork.convert.sources import Source
 from megafork.model import fp8
 from megafork.model.attention import PackedSequences
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest, Policy
 from megafork.parallel.meeting import loopback
 from megafork.parallel.mesh import build_mesh
-from megafork.recipe import Parallel, Recipe
+from megafork.recipe import Parallel, Precision
 from megafork.shape import Shape
 from megafork.weights.checkpoint import load_weights
 
@@ -73,7 +73,7 @@ def compare_logits(huggingface: Path, megatron: Path, shape: Shape, dtype: torch
     """
     tokens = torch.arange(_TOKENS) * 7919 % shape.vocab
     wanted = _transformers_logits(huggingface, tokens, dtype)
-    found = _megatron_logits(huggingface, megatron, shape, tokens, dtype)
+    found = _megatron_logits(megatron, shape, tokens, dtype)
     difference = float((wanted - found).abs().max())
     if not difference <= TOLERANCE * float(wanted.abs().max()):
         raise VerifyError(
@@ -94,16 +94,13 @@ def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Te
         return model(tokens[None]).logits[0]
 
 
-def _megatron_logits(like: Path, checkpoint: Path, shape: Shape, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def _megatron_logits(checkpoint: Path, shape: Shape, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits of the policy used in training, loaded by megatron-core, [tokens, vocabulary] fp32."""
-    recipe = Recipe.model_validate(
-        {"model": {"path": str(like)}, "data": {"train": "none"}, "reward": {"overlong": "none"}, "precision": {"dtype": "fp32"}}
-    )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with _alone(), warnings.catch_warnings(category=FutureWarning):
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core 0.16 loads by functions deprecated in torch 2.13
         mesh = build_mesh(Parallel(), seed=1, device=device)
-        [policy] = build_policy(shape, recipe, mesh)
+        [policy] = build_policy(shape, PolicyConfig(Precision(dtype="fp32")), mesh)
         load_weights(checkpoint, [policy], mesh)
         _round(policy, dtype)
         return _logits(policy, tokens.to(device), shape.vocab).cpu()

@@ -12,8 +12,9 @@ from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.evaluate.benchmarks import Benchmark, load_benchmarks
 from megafork.evaluate.options import Decoding, EvaluationOptions
-from megafork.recipe import Recipe, Reward, calling
+from megafork.recipe import Reward, calling
 from megafork.recipe_file import data_of_options
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
@@ -48,23 +49,18 @@ class EvaluationInputs:
         """The completions that the evaluation needs."""
         options = self.options
         prompts = {prompt_key(problem.tokens): problem.tokens for benchmark in self.benchmarks for problem in benchmark.problems}
-        recipe = Recipe.model_validate(
-            {
-                "run": {"seed": options.seed},
-                "model": {"path": str(self.model.folder)},
-                "data": {"train": self.benchmarks[0].source, "max_prompt_length": max(map(len, prompts.values()))},
-                "rollout": {
-                    "max_response_length": self.max_tokens,
-                    "tp": options.tp,
-                    "kv_cache_mb": options.kv_cache_mb,
-                    "gpu_memory_fraction": options.gpu_memory_fraction,
-                    "max_running": options.max_running,
-                },
-                "reward": self.reward.model_dump(),
-                "precision": {"dtype": self.dtype},
-            }
+        engine = EngineConfig(
+            model=str(self.model.folder),
+            dtype=self.dtype,
+            longest_sequence=max(map(len, prompts.values())) + self.max_tokens,
+            seed=options.seed,
+            tp=options.tp,
+            max_running=options.max_running,
+            gpu_memory_fraction=options.gpu_memory_fraction,
+            kv_cache_mb=options.kv_cache_mb,
+            fork_decoding=any(decoding.forks for decoding in options.decodings),
         )
-        return SampleJob(recipe, prompts, options.samples, tuple(map(self.sampling, options.decodings)), self.folder)
+        return SampleJob(engine, prompts, options.samples, tuple(map(self.sampling, options.decodings)), self.folder)
 
 
 @calling(AS_OPTIONS)

@@ -70,6 +70,7 @@ class EvaluationOptions(SampleOptions):
     """Requests that an engine decodes concurrently."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("samples", "tp", "ranks", "max_tokens", "limit", "max_running"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -81,8 +82,6 @@ class EvaluationOptions(SampleOptions):
                 raise RecipeError(f"--k is {k} but --samples is {self.samples}: draw at least k samples, or choose k from 1 to that")
         if self.ranks is not None and self.ranks % self.tp:
             raise RecipeError(f"--tp is {self.tp}, which does not divide --ranks {self.ranks}: choose one that does")
-        if self.dtype not in (None, "fp32", "bf16"):
-            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")
         for decoding in self.decodings:
             if decoding.greedy and self.samples > 1:
                 raise RecipeError(f"--samples is {self.samples} with greedy decoding ({decoding}): all are the same, give --samples 1")

@@ -87,7 +87,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
     check_rollout_tp(shape, recipe.rollout.tp)
-    precision.check_training(shape, recipe)
+    precision.check_training(shape, recipe.precision, recipe.parallel.tp)
     fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)

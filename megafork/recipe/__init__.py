@@ -95,8 +95,7 @@ class Recipe(Section):
     @property
     def longest_padded(self) -> int:
         """`longest_sequence`, padded as the layout requires."""
-        multiple = self.parallel.sequence_multiple
-        return -(-self.longest_sequence // multiple) * multiple
+        return self.parallel.padded(self.longest_sequence)
 
     @property
     def micro_batch_tokens(self) -> int:

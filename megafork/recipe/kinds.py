@@ -29,10 +29,12 @@ MOST = 2**31 - 1
 """The largest whole number of any key without a more specific limit."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
-Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
+MOST_MEGABYTES = 1 << 24
+Megabytes = Annotated[int, Field(ge=1, le=MOST_MEGABYTES)]
 Seconds = Annotated[float, Field(gt=0.0, le=31_536_000.0), _from_text]
 
 

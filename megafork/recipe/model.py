@@ -60,6 +60,10 @@ class Parallel(Section):
         rank."""
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
 
+    def padded(self, length: int) -> int:
+        """Tokens of a sequence as it is packed."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple
+
     @property
     def micro_batch_multiple(self) -> int:
         """Multiple to which the number of micro-batches is raised: the interleaved schedule needs complete rounds of all stages."""

@@ -13,7 +13,6 @@ import torch
 
 from megafork.parallel.context import zigzag_index
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 
 
@@ -140,21 +139,20 @@ def _cat(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
 
 
-def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[list[int]]]:
-    """`plan` under the recipe's layout and budget: indices of the sequences in each micro-batch of each DP rank."""
-    layout = recipe.parallel
-    return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
+def placement(lengths: Sequence[int], budget: int, mesh: Mesh) -> list[list[list[int]]]:
+    """Indices of the sequences in each micro-batch of each DP rank: `plan` under the mesh's layout. `budget`: tokens per micro-batch."""
+    return plan(lengths, mesh.dp, budget, mesh.layout.sequence_multiple, mesh.layout.micro_batch_multiple)
 
 
-def packer(recipe: Recipe, mesh: Mesh, *, temperature: float) -> Callable[[list[Response]], MicroBatch]:
-    """A function that packs responses into this rank's micro-batch. `temperature`: the roll-out's, or 1 under fork-aware decoding."""
-    layout = recipe.parallel
+def packer(mesh: Mesh, *, whole: int, temperature: float) -> Callable[[list[Response]], MicroBatch]:
+    """A function that packs responses into this rank's micro-batch. `whole`: the multiple to which a micro-batch is padded (1 except in FP8).
+    `temperature`: the roll-out's, or 1 under fork-aware decoding."""
     return partial(
         pack,
-        cp=layout.cp,
+        cp=mesh.layout.cp,
         cp_rank=mesh.cp_rank,
-        multiple=layout.sequence_multiple,
-        whole=recipe.micro_batch_padding,
+        multiple=mesh.layout.sequence_multiple,
+        whole=whole,
         temperature=temperature,
         device=mesh.device,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megafork.files import whole
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
 from megafork.run_folder import ORIGIN, origin
@@ -144,6 +144,6 @@ class Run:
 
 def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int) -> Learner:
     """Build the model with its Hugging Face weights and its optimizer. Every rank must call."""
-    chunks = build_policy(inputs.shape, recipe, mesh)
+    chunks = build_policy(inputs.shape, PolicyConfig.of(recipe), mesh)
     load_policy(chunks, inputs.weights, inputs.shape, mesh)
     return Learner(chunks, recipe, mesh, updates=updates)

@@ -77,8 +77,8 @@ def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> lis
 
 def place(batch: list[Response], recipe: Recipe, mesh: Mesh) -> list[MicroBatch]:
     """This rank's micro-batches, with every response position selected and weighted by one over the tokens of the whole batch."""
-    placed = placement([row.length for row in batch], recipe, mesh)[mesh.dp_rank]
-    packed = packer(recipe, mesh, temperature=1.0)
+    placed = placement([row.length for row in batch], recipe.micro_batch_tokens, mesh)[mesh.dp_rank]
+    packed = packer(mesh, whole=recipe.micro_batch_padding, temperature=1.0)
     micros = [packed([batch[n] for n in members]) for members in placed]
     total = sum(len(row.tokens) for row in batch)
     for micro in micros:

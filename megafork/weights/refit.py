@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
+from megafork.parallel.reduce import over_world
 from megafork.shape import Shape
 from megafork.weights.mapping import Parameter
 from megafork.weights.policy_weights import local_parameters
@@ -35,6 +36,12 @@ class Bridge:
         self.received = self.buffer = 0
         for bucket in self.plan.buckets:
             yield from self._exchange(bucket).items()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last pass, the largest over the ranks: bytes received from other ranks, and the most held for a layer. Every rank must
+        call."""
+        received, buffer = over_world([self.received, self.buffer], self.mesh, "max")
+        return {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
 
     def _exchange(self, bucket: list[Parameter]) -> dict[str, Tensor]:
         """One all-to-all of a bucket's parts, as bytes. What stays on this rank is copied past it."""

@@ -19,7 +19,7 @@ import transformers
 from random_model import SIZES
 
 from megafork.model.attention import PackedSequences
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest, Policy
 from megafork.parallel.mesh import Mesh, build_mesh, join_world
 from megafork.parallel.quantile import top_threshold
@@ -64,7 +64,7 @@ def model(folder: Path, device: torch.device, dtype: str) -> dict[str, float]:
     """Log-probs of packed sequences against transformers in fp32, one at a time; and a checkpoint there and back."""
     spec = Recipe.model_validate({"model": {"path": str(folder)}, "data": {"train": "none"}, "precision": {"dtype": dtype}})
     mesh, shape = build_mesh(spec.parallel, seed=1, device=device), read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig(spec.precision), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     sequences = [torch.randint(shape.vocab, (length,), device=device) for length in (200, 3, 77)]
     lengths, packed = [len(sequence) for sequence in sequences], torch.cat(sequences)
