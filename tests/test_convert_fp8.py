@@ -21,6 +21,7 @@ from megafork.convert.sources import open_source
 from megafork.convert.verify import VerifyError, compare_blocks
 from megafork.model.fp8 import BLOCK, dequantize, is_quantized, quantize
 from megafork.recipe import RecipeError
+from megafork.shape import read_shape
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
 """Sizes that blocks fit."""
@@ -79,7 +80,7 @@ def test_the_folder_has_deepseeks_form(tied: bool, tmp_path: Path) -> None:
     }
     assert config == json.loads((source / "config.json").read_text())
     projections = {name for name in before if "_proj" in name}
-    assert len(projections) == 7 * 4 and all(is_quantized(name) for name in projections)
+    assert len(projections) == 7 * 4 and all(is_quantized(name, read_shape(source)) for name in projections)
     assert after.keys() == before.keys() | {name + "_scale_inv" for name in projections}
     for name, tensor in before.items():
         if name in projections:
@@ -158,7 +159,7 @@ def reference(folder: Path, *, fp8: bool) -> torch.Tensor:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for name, module in model.named_modules():
-        if fp8 and is_quantized(f"{name}.weight"):
+        if fp8 and is_quantized(f"{name}.weight", read_shape(folder)):
             module.weight.data = dequantize(*quantize(module.weight.data)).bfloat16()
             module.register_forward_pre_hook(rounded)
     tokens = torch.tensor(PROMPTS)

@@ -40,7 +40,7 @@ def refitted_and_fresh(spec: Recipe, port: int) -> list[list[Completion]]:
     for update in (1, 2):
         rig.step(update)
         rig.learner.settle()
-        engine.refit(Quantized(bridge), update)
+        engine.refit(Quantized(bridge, rig.shape), update)
     weights = rig.weights()
     folder = Path(spec.model.path).parent / "exported"
     if rig.mesh.is_rank_zero:

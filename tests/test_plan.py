@@ -121,8 +121,8 @@ def test_an_engine_holds_the_parts_that_it_loads(tp: int, tiny: Path) -> None:
     shape = replace(read_shape(tiny), tied=False)
     spec = recipe(tiny, rollout={"tp": tp, "kv_cache_mb": 8})
     engine = engine_memory(shape, spec, H100)
-    spans = [needed(name, shape, tp, 0) for name in huggingface_shapes(shape)]
-    assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, span)) for span in spans)
+    parts = [part for name in huggingface_shapes(shape) for part in needed(name, shape, tp, 0)]
+    assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, part)) for part in parts)
     assert engine.token == 2 * 4 * max(2 // tp, 1) * 32 * 4  # k and v, layers, groups, head_dim, fp32
     assert engine.concurrent == (8 << 20) // (engine.token * 64)
 

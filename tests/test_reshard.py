@@ -52,10 +52,11 @@ def _stream_and_gather(spec: Recipe, engines: list[int]) -> list[tuple[int, int,
         assert set(got) == set(whole)
         right, least = True, 0
         for name, tensor in whole.items():
-            rows, columns = needed(name, shape, tp, mesh.rank % tp)
-            part = (slice(*rows), slice(*columns)) if columns else slice(*rows)
-            right &= got[name].shape == tensor.shape and torch.equal(got[name][part], tensor[part])
-            least += tensor[part].nbytes
+            right &= got[name].shape == tensor.shape
+            for rows, columns in needed(name, shape, tp, mesh.rank % tp):
+                part = (slice(*rows), slice(*columns)) if columns else slice(*rows)
+                right &= torch.equal(got[name][part], tensor[part])
+                least += tensor[part].nbytes
         seen.append((bridge.received, least - _held(shape, spec.parallel, tp, mesh.rank, mesh.world, whole), bridge.buffer, right))
     return seen
 
@@ -69,8 +70,8 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
         for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
             mine, wanted = (torch.zeros(full_shape(piece.name, shape), dtype=torch.bool) for _ in range(2))
             mine[slice(*piece.rows), *([slice(*piece.columns)] if piece.columns else [])] = True
-            rows, columns = needed(piece.name, shape, tp, rank % tp)
-            wanted[slice(*rows), *([slice(*columns)] if columns else [])] = True
+            for rows, columns in needed(piece.name, shape, tp, rank % tp):
+                wanted[slice(*rows), *([slice(*columns)] if columns else [])] = True
             held += int((mine & wanted).sum()) * whole[piece.name].element_size()
     return held
 
@@ -124,8 +125,8 @@ def _lacked(plan: Reshard, ranks: range) -> int:
     wanted, held = ({name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()} for _ in range(2))
     for rank in ranks:
         for name in sizes:
-            rows, columns = needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp)
-            wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
+            for rows, columns in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp):
+                wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
         for parameter in parameters(shape):
             if plan.stage(parameter) == rank * layout.pp // plan.world:
                 for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):

@@ -1,7 +1,8 @@
-"""From a model's shape to a Megatron model: Qwen3 (dense), Qwen2.5 and the Llama family."""
+"""From a model's shape to a Megatron model, for every family of `shape/families.py`."""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -34,11 +35,11 @@ def transformer_config(shape: Shape, recipe: Recipe) -> TransformerConfig:
         softmax_scale=softmax_scale(shape),
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.family.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
+        add_qkv_bias=shape.family.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -87,15 +88,17 @@ def _recompute(recipe: Recipe) -> dict[str, Any]:
 def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with our norm (sequence parallel) and our core attention (packing, context parallel); in FP8 with
     Transformer Engine's projections."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    family = shape.family
+    spec = get_gpt_layer_local_spec(qk_layernorm=family.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedCoreAttention
-    if shape.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PackedCoreAttention
+    modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
-        precision.use_transformer_engine(layer)
+        modules |= precision.projections(family)
+    for name, module in modules.items():
+        *path, last = name.split(".")
+        within = reduce(lambda submodules, part: getattr(submodules, part).submodules, path, layer)
+        setattr(within, last, module)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
 

@@ -116,7 +116,7 @@ class Trainer:
     def refit(self, version: int) -> None:
         """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
         self.learner.settle()
-        self.engine.refit(Quantized(self.weights) if self.recipe.precision.rollout_fp8 else self.weights, version)
+        self.engine.refit(Quantized(self.weights, self.inputs.shape) if self.recipe.precision.rollout_fp8 else self.weights, version)
         dist.barrier()  # no rank asks a neighbour's engine for tokens of new weights before it has them
 
     def refit_metrics(self) -> Metrics:
