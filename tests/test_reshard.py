@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import recipe, save_model
+from tiny import MODELS, recipe, save_model
 
 from megafork.model.build import build_policy
 from megafork.parallel.mesh import build_mesh
@@ -77,11 +77,12 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model", ["tied", "untied", "Phi-4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, tied: bool, dtype: str, tmp_path: Path) -> None:
+def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, model: str, dtype: str, tmp_path: Path) -> None:
     world, parallel = LAYOUTS[layout]
-    folder = save_model(tmp_path, tie_word_embeddings=tied)
+    architecture, changes = MODELS[model]
+    folder = save_model(tmp_path, architecture, **changes)
     spec = recipe(folder, parallel=parallel, precision={"dtype": dtype})
     engines = [tp for tp in (1, 2, 4) if world % tp == 0]
     shape = read_shape(folder)
@@ -103,11 +104,11 @@ NODES: dict[str, tuple[int, dict[str, Any], int]] = {  # world, layout, ranks a 
 }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"architecture": "Phi3ForCausalLM"}], ids=["tied", "untied", "fused"])
 @pytest.mark.parametrize("name", NODES)
-def test_the_lower_bound_counts_each_element_that_a_rank_or_a_node_lacks(name: str, tied: bool) -> None:
+def test_the_lower_bound_counts_each_element_that_a_rank_or_a_node_lacks(name: str, changes: dict[str, Any]) -> None:
     world, parallel, node = NODES[name]
-    shape, layout = replace(TINY_SHAPE, tied=tied), Parallel(**parallel)
+    shape, layout = replace(TINY_SHAPE, **changes), Parallel(**parallel)
     for tp in (tp for tp in (1, 2, 4) if world % tp == 0):
         plan = Reshard(shape, layout, world, tp, node)
         lacked = [_lacked(plan, range(rank, rank + 1)) for rank in range(world)]
