@@ -208,8 +208,9 @@ def _fault(huggingface: Path, megatron: Path) -> str:
         return str(error)
 
 
-def test_verify_compares_logits(tmp_path: Path) -> None:
-    one, two = (save_model(tmp_path / str(seed), "Qwen2", seed=seed, tie_word_embeddings=False) for seed in (1, 2))
+@pytest.mark.parametrize("architecture", ["Qwen2", "Mistral", "Phi3"])
+def test_verify_compares_logits(architecture: str, tmp_path: Path) -> None:
+    one, two = (save_model(tmp_path / str(seed), architecture, seed=seed, tie_word_embeddings=False) for seed in (1, 2))
     assert on_ranks(1, partial(_verified, tp=2, pp=2), hf_to_megatron, one, tmp_path / "megatron")[0] < 1e-4
     assert on_ranks(1, partial(_verified, dtype="bf16"), hf_to_megatron, one, tmp_path / "bf16")[0] < 1e-4, "of rounded weights"
     assert on_ranks(1, _fault, two, tmp_path / "megatron")[0].startswith("--verify: the logits of Megatron and of transformers differ by")
