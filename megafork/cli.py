@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from megafork.analyze.options import AnalysisOptions
+from megafork.evaluate.options import EvaluationOptions, decodings
 from megafork.files import full_disk
+from megafork.options import takes
 from megafork.ranks import Interrupted
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
+from megafork.rl.fork_temperature import PAPER_THRESHOLD
 
 if TYPE_CHECKING:
     from megafork.convert.convert import Converted, Tick
@@ -29,10 +33,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable las
 Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; must not exist.", show_default=False)]
 Dtype = Annotated[Literal["keep", "fp32", "bf16"], typer.Option(help="Of the weights written.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor and the logits of both; takes the whole model's memory.")]
-
-Columns = Annotated[str, typer.Option(help="Which column holds what, as {prompt: problem, answer: gold}.", show_default="by name")]
-ChatTemplateArgs = Annotated[str, typer.Option(help="Variables of the chat template, as {enable_thinking: false}.", show_default="none")]
-AddBos = Annotated[str, typer.Option(help="auto (as the tokenizer begins raw text), true or false.")]
 
 
 @app.command()
@@ -71,56 +71,20 @@ def report(
 
 
 @app.command(name="eval")
+@takes(EvaluationOptions)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, owner/model, a run, or one of its checkpoints.", show_default=False)],
-    benchmarks: Annotated[str, typer.Option(help="Comma-separated: NAME, NAME=SOURCE or SOURCE.", show_default=False)],
-    samples: Annotated[int, typer.Option(help="Responses to each problem.")] = 16,
-    k: Annotated[list[int] | None, typer.Option(help="k of pass@k and maj@k; may be repeated. None: as many as samples.")] = None,
-    template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
-    columns: Columns = "",
-    chat_template_args: ChatTemplateArgs = "",
-    add_bos: AddBos = "auto",
-    verifier: Annotated[str, typer.Option(help="exact, math, reasoning_gym, or FILE.py:FUNCTION.")] = "math",
+    given: dict[str, Any],
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="1")] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     fork_temperature: Annotated[
         tuple[float, float] | None, typer.Option(help="LOW HIGH: HIGH where the entropy is over the threshold.", show_default=False)
     ] = None,
-    fork_threshold: Annotated[float, typer.Option(help="In nats; the paper's 80th percentile.")] = 0.672,
+    fork_threshold: Annotated[float, typer.Option(help="In nats; the paper's 80th percentile.")] = PAPER_THRESHOLD,
     sweep: Annotated[bool, typer.Option("--sweep", help="The paper's grid of fork temperatures.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Of a response. None: 20480, or what the model's positions leave.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first problems of each benchmark.")] = None,
-    seed: int = 1,
-    tp: Annotated[int, typer.Option(help="Ranks that share a vLLM engine.")] = 1,
-    ranks: Annotated[int | None, typer.Option(help="Processes. None: one a GPU, or tp.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. None: as config.json says.")] = None,
-    kv_cache_mb: Annotated[int | None, typer.Option(help="KV cache of an engine. None: what the GPU has, or 256.")] = None,
-    out: Annotated[str, typer.Option(help="Folder of completions and results.")] = "evaluations",
     as_json: Json = False,
 ) -> None:
-    """avg@k, pass@k and maj@k on benchmarks, with their intervals. The same call again goes on where it was killed."""
-    from megafork.evaluate.options import EvaluationOptions, decodings
-
-    options = EvaluationOptions(
-        model=model,
-        benchmarks=tuple(name.strip() for name in benchmarks.split(",")),
-        decodings=decodings(temperature, top_p, fork_temperature, fork_threshold, sweep),
-        samples=samples,
-        ks=tuple(k or ()),
-        max_tokens=max_tokens,
-        template=template,
-        columns=columns,
-        chat_template_args=chat_template_args,
-        add_bos=add_bos,
-        verifier=verifier,
-        limit=limit,
-        seed=seed,
-        tp=tp,
-        ranks=ranks,
-        dtype=dtype,
-        kv_cache_mb=kv_cache_mb,
-        out=out,
-    )
+    """avg@k, pass@k and maj@k on benchmarks, with their intervals. Called again, it resumes where it was killed."""
+    options = EvaluationOptions(**given, decodings=decodings(temperature, top_p, fork_temperature, fork_threshold, sweep))
     from megafork import commands
     from megafork.evaluate.table import results_table
 
@@ -133,61 +97,10 @@ def evaluate(
 
 
 @app.command()
-def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Whose responses are analysed.", show_default=False)],
-    prompts: Annotated[str, typer.Option(help="A .jsonl or .parquet file, or another form of a recipe's data.train.", show_default=False)],
-    out: Annotated[str, typer.Option(help="Folder of responses, entropies and results.", show_default=False)],
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="[LABEL=]MODEL compared on the same responses, the base first; may be repeated.", show_default="a run's checkpoints"
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
-    limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
-    template: Annotated[str, typer.Option(help="paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")] = "paper",
-    columns: Columns = "",
-    chat_template_args: ChatTemplateArgs = "",
-    add_bos: AddBos = "auto",
-    temperature: Annotated[float, typer.Option(help="Of the sampling and of the entropies.")] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(help="Of a response. None: 20480, or what the model's positions leave.")] = None,
-    rho: Annotated[float, typer.Option(help="Share of the positions that count as forks in the overlap.")] = 0.2,
-    min_count: Annotated[int, typer.Option(help="Tokens seen less often are not ranked.")] = 100,
-    seed: int = 1,
-    tp: Annotated[int, typer.Option(help="Tensor parallel size, of vLLM and Megatron.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline parallel size of Megatron.")] = 1,
-    cp: Annotated[int, typer.Option(help="Context parallel size of Megatron.")] = 1,
-    ranks: Annotated[int | None, typer.Option(help="Processes. None: one a GPU, or tp x pp x cp.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. None: as config.json says.")] = None,
-    kv_cache_mb: Annotated[int | None, typer.Option(help="KV cache of an engine. None: what the GPU has, or 256.")] = None,
-    as_json: Json = False,
-) -> None:
+@takes(AnalysisOptions)
+def analyze(given: dict[str, Any], as_json: Json = False) -> None:
     """Entropy patterns of a model's responses: which tokens fork, and how that changes over checkpoints."""
-    from megafork.analyze.options import AnalysisOptions
-
-    options = AnalysisOptions(
-        model=model,
-        prompts=prompts,
-        out=out,
-        against=tuple(against or ()),
-        samples=samples,
-        limit=limit,
-        template=template,
-        columns=columns,
-        chat_template_args=chat_template_args,
-        add_bos=add_bos,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        rho=rho,
-        min_count=min_count,
-        seed=seed,
-        tp=tp,
-        pp=pp,
-        cp=cp,
-        ranks=ranks,
-        dtype=dtype,
-        kv_cache_mb=kv_cache_mb,
-    )
+    options = AnalysisOptions(**given)
     from megafork import commands
     from megafork.analyze.summary import summary
 
@@ -208,7 +121,7 @@ def ablate(
     out: Annotated[str, typer.Option(help="Folder of the runs and of ablation.json.")] = "runs/ablation",
     as_json: Json = False,
 ) -> None:
-    """Train recipes over the same seeds, and tabulate what they differ in. The same call again goes on where it was killed."""
+    """Train recipes over the same seeds, and tabulate what they differ in. Called again, it resumes where it was killed."""
     from megafork.ablate.options import AblationOptions
 
     options = AblationOptions.parse(arguments, seeds, out)

@@ -100,13 +100,13 @@ def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
 
 
 def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
-    """Run an evaluation, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+    """Run an evaluation, or what is left of it. Returns the exit code and, unless sampling failed or this is not `is_main`, the results.
 
-    Raises RecipeError. Without completions to generate, no rank is started.
+    Raises RecipeError. Where the verifier failed on every response the code is 1. Without completions to generate, no rank is started.
     """
     noise.silence()
     from megafork.evaluate.inputs import read_inputs
-    from megafork.evaluate.results import judge_responses
+    from megafork.evaluate.results import failure, judge_responses
 
     inputs = read_inputs(options)
     _say(inputs.remarks)
@@ -119,7 +119,12 @@ def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
             code = ranks.do(partial(_sample, job, inputs.model), options.ranks or _gpus(options.tp), inputs.folder)
             if code != DONE:
                 return code, None
-        return DONE, judge_responses(inputs) if ranks.is_main() else None
+        if not ranks.is_main():
+            return DONE, None
+        results = judge_responses(inputs)
+        if failed := failure(results):
+            ranks.say(failed)
+        return FAILED if failed else DONE, results
 
 
 def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:

@@ -11,11 +11,18 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """The name to write under; it becomes `file`, in the place of what is there, when the block ends without an error."""
-    unfinished = file.with_name(file.name + ".writing")
-    yield unfinished
-    unfinished.replace(file)
+def whole(file: Path, *, alone: bool = True) -> Iterator[Path]:
+    """The name to write under; what is there replaces `file` when the block ends, and is deleted when the block raises.
+
+    `alone`: no other process writes `file` at the same time, so the name is always the same and nothing piles up when writers are killed.
+    """
+    unfinished = file.with_name(f"{file.name}.writing" if alone else f"{file.name}.{os.getpid()}.writing")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def check_room(folder: Path) -> None:

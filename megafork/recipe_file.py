@@ -13,7 +13,7 @@ from typing import Any, get_origin
 import yaml
 from pydantic import ValidationError
 
-from megafork.recipe import Data, Recipe, RecipeError
+from megafork.recipe import Data, Key, Recipe, RecipeError
 from megafork.recipe.kinds import MOST, limit, shown
 from megafork.recipe_yaml import kind_of, parse, parse_value
 
@@ -113,7 +113,8 @@ def _validate(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("; ".join(dict.fromkeys(_explain(item) for item in error.errors()))) from None
+        told = list(dict.fromkeys(_explain(item) for item in error.errors()))
+        raise RecipeError(*(part for n, parts in enumerate(told) for part in (*(("; ",) if n else ()), *parts))) from None
 
 
 def _refuse_unknown(values: dict[str, Any]) -> None:
@@ -136,19 +137,19 @@ def _nearest(name: str, known: list[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
 
 
-def _explain(item: Any) -> str:
-    """One of pydantic's errors in plain words."""
+def _explain(item: Any) -> tuple[str, ...]:
+    """One of pydantic's errors in plain words, as the parts of a RecipeError."""
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        return tuple(item["ctx"]["error"].args)
     section, *rest = (str(part) for part in item["loc"])
     if not rest:
-        return f"{section} is missing: add the section to the recipe"
+        return (f"{section} is missing: add the section to the recipe",)
     field = ".".join((section, rest[0]))
     if item["type"] == "missing" and len(rest) == 1:
-        return f"{field} is missing: add it to the recipe or give {field}=..."
+        return (f"{field} is missing: add it to the recipe or give {field}=...",)
     schema = Recipe.model_json_schema()
     wanted = schema["$defs"][Recipe.model_fields[section].annotation.__name__]["properties"][rest[0]]  # type: ignore[union-attr]
-    return f"{field} is {shown(item['input'])}: must be {_wanted(wanted)}"
+    return Key(field), f" is {shown(item['input'])}: must be {_wanted(wanted)}"
 
 
 def _wanted(schema: dict[str, Any]) -> str:

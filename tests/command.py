@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import import_vllm, on_ranks
-from test_rollout import free_port
+from ranks import free_port, import_vllm, on_ranks
 
 from megafork import commands
 from megafork import ranks as launcher

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,6 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+_PORTS = itertools.cycle(range(15000 + 2000 * _WORKER, 17000 + 2000 * _WORKER))
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0, engines: bool = False) -> list[Any]:
@@ -87,3 +93,13 @@ def _child(rank: int, world: int, store: str, send: Connection, function: Callab
     send.send_bytes(pickle.dumps(answer))  # plain pickle: tensors by value, the rank is about to end
     send.close()
     os._exit(0)  # skip other tests' exit handlers inherited from the parent
+
+
+def free_port() -> int:
+    """A port below those that the kernel gives to outgoing connections, from a share of this test process's own: between here and the
+    moment when it is opened nobody else takes it."""
+    for port in _PORTS:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")

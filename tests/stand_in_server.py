@@ -13,7 +13,9 @@ import socket
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from aiohttp import web
 from torch.distributed import TCPStore
 
 from megafork.parallel.meeting import signed
+from megafork.rollout.background import Background
+from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.server import ServerEngine
 from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
 
@@ -210,3 +215,8 @@ def _serve(port: int, habits: Habits) -> None:
     app.router.add_post("/resume", routes.resume)
     app.router.add_post("/inference/v1/generate", routes.generate)
     web.run_app(app, host="127.0.0.1", port=port, print=None, handle_signals=False, access_log=None)
+
+
+def complete(engine: ServerEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    """As the trainer asks: in a thread, which every rank attends to."""
+    return engine.attend(Background().begin(partial(engine.generate, requests, sampling)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -53,3 +56,19 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump({name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}))
     return file
+
+
+SOURCE = Path(__file__).parents[1] / "recipes" / "quickstart" / "countdown.py"
+
+
+def load_countdown() -> ModuleType:
+    """The recipe's file as a module: recipes are not a package."""
+    spec = importlib.util.spec_from_file_location("countdown", SOURCE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+countdown = load_countdown()

@@ -19,10 +19,9 @@ import torch
 from command import megafork, run_on_forks
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from smollm import save_smollm
 from task import make_task, write_recipe
-from test_rollout import free_port
 from tiny import save_model
 
 from megafork.analyze import responses

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command import megafork
-from test_report import HOSTILE, METRICS, RECIPE, Elements, assert_points, drawing, needs_chromium, read_curve, report, shown_by_a_browser
+from page import HOSTILE, METRICS, RECIPE, Elements, assert_points, drawing, needs_chromium, read_curve, report, shown_by_a_browser
 
 from megafork.recipe import RecipeError
 from megafork.report.comparison import STYLES, write_comparison
@@ -38,7 +38,7 @@ def rows_of(html: str) -> dict[str, list[str]]:
 
 def test_a_figure_holds_the_curves_of_all_runs(runs: list[Path]) -> None:
     page = write_comparison(runs)
-    assert page == runs[0].parent / "comparison.html" and not list(runs[0].parent.glob("*.tmp"))
+    assert page == runs[0].parent / "comparison.html" and not list(runs[0].parent.glob("*.writing"))
     html = page.read_text(encoding="utf-8")
     training, held_out, entropy = (drawing(html, label) for label in ("Accuracy: training", "Accuracy: held out", "Entropy: all"))
     assert [len(part) for part in read_curve(training, "A")] == [1, 1], "a null breaks the curve"

@@ -19,9 +19,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from responses import make_responses
-from test_rollout import free_port
 from tiny import TINY, recipe, save_model
 
 from megafork.compat import megatron as megatron_fixes

@@ -15,39 +15,14 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CHAT, SPECIAL, write_tokenizer
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import models
 
 from megafork.data import verifiers
 from megafork.data.prompts import Prompt, PromptOrder, fingerprint, load_prompts, without_training_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Data, RecipeError
-
-SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
-CHAT = (
-    "{% for m in messages %}{% if m.role not in ('system', 'user') %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path, **config: Any) -> str:
-    """A byte-level BPE as Qwen's, small."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    text = ["Solve the problem: what is 1 + 2? A: 3, für €5"] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=290, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
-    )  # as Llama's, a first token
-    folder.mkdir(exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from command import megafork, start_megafork
+from held import another
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from smollm import save_smollm
 from task import make_task
-from test_lock import another
-from test_rollout import free_port
 from tiny import save_model
 
 from megafork import commands
@@ -376,6 +375,18 @@ def _own(folder: Path) -> str:
     """Right if the answer stands anywhere in the response: of a random model some are, and some are not."""
     (folder / "own.py").write_text("def score(text, row):\n    return row['answer'] in text.split()\n")
     return f"{folder / 'own.py'}:score"
+
+
+def test_a_verifier_that_fails_on_everything_fails_the_evaluation(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("def score(text, row):\n    return {}[text]\n")
+    for verifier, code in ((f"{tmp_path / 'own.py'}:score", commands.FAILED), ("exact", commands.DONE)):
+        options = _options(task, samples=1, limit=2, verifier=verifier, out=str(tmp_path))
+        job = read_inputs(options).job()
+        with job.store(job.samplings[0]).append(0) as write:
+            for prompt, sample in job.missing()[0]:
+                write((prompt, sample), Completion([3], [-1.0], False, [0]), "2")
+        assert commands.evaluate(options)[0] == code
+        assert ("the verifier failed on all 2 responses to" in "".join(capsys.readouterr())) == bool(code)
 
 
 def _evaluate(each: list[EvaluationOptions], port: int) -> list[Any]:

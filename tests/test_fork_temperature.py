@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
-from test_rollout import PROMPTS, free_port
-from tiny import recipe, save_model
+from ranks import free_port, on_ranks
+from tiny import PROMPTS, recipe, save_model
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.recipe import Recipe, RecipeError

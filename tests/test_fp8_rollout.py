@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from command import run_on_forks
-from ranks import on_ranks
+from fp8 import WIDE
+from ranks import free_port, on_ranks
 from task import make_task, write_recipe
-from test_convert_fp8 import WIDE
-from test_rollout import PROMPTS, free_port
-from tiny import recipe, save_model
+from tiny import PROMPTS, recipe, save_model
 from training import Rig
 
 from megafork.commands import preflight

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from task import make_task, write_recipe
-from test_data import CHAT, write_tokenizer
+from tiny import CHAT, write_tokenizer
 
 from megafork.commands import preflight
 from megafork.data.prompts import load_prompts

@@ -5,34 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from held import another
 
 from megafork.lock import LOCK, sole_writer
 from megafork.recipe import RecipeError
-
-
-def _hold(folder: Path, for_s: float, taken: Any) -> None:
-    with sole_writer(folder, "--out is 'x'"):
-        taken.set()
-        time.sleep(for_s)
-
-
-@contextmanager
-def another(folder: Path, for_s: float = 60.0) -> Iterator[Any]:
-    """A process that holds the folder."""
-    context = multiprocessing.get_context("fork")
-    taken = context.Event()
-    process = context.Process(target=_hold, args=(folder, for_s, taken))
-    process.start()
-    assert taken.wait(30)
-    yield process
-    process.kill()
-    process.join()
 
 
 def test_a_second_writer_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
-from test_rollout import free_port
+from ranks import free_port, on_ranks
 
 from megafork.joined import joined
 from megafork.parallel import meeting

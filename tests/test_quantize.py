@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert_fp8 import PROMPTS, WIDE, reference, score
+from fp8 import PROMPTS, WIDE, reference, score
 from tiny import save_model
 
 from megafork.convert.convert import megatron_to_hf

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_countdown import countdown
+from task import countdown
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megafork.model.build import build_policy

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import on_ranks
-from test_rollout import PROMPTS, free_port
-from tiny import recipe, save_model
+from ranks import free_port, on_ranks
+from tiny import PROMPTS, recipe, save_model
 from training import Rig
 
 from megafork.recipe import Recipe

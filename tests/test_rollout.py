@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
-from tiny import recipe, save_model
+from ranks import free_port, on_ranks
+from tiny import PROMPTS, recipe, save_model
 
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
@@ -18,7 +17,6 @@ from megafork.rollout.engine import Completion, Request, Sampling, request_seed
 from megafork.weights.huggingface import HuggingFaceWeights
 
 pytestmark = pytest.mark.slow
-PROMPTS = [list(range(3, 3 + n)) for n in (1, 5, 17, 31)]
 
 
 def _weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
@@ -40,12 +38,6 @@ def _generate(spec: Recipe, folders: list[Path], port: int) -> list[list[Complet
         answers.append(engine.generate(requests, Sampling(max_tokens=12, temperature=0.8, stop=(7,))))
     engine.close()
     return answers
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def _reference_log_probs(folder: Path, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:

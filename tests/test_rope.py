@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
-from test_rollout import free_port
-from test_update import compare, specs
+from ranks import free_port, on_ranks
 from tiny import recipe, save_model
-from training import reference, train_on_rank
+from training import compare, reference, specs, train_on_rank
 
 from megafork.convert.convert import hf_to_megatron
 from megafork.convert.named import find_model

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 from command import forked_python
 from ranks import on_ranks
-from stand_in_server import Habits, StandIn, answer
+from stand_in_server import Habits, StandIn, answer, complete
 from tiny import recipe
 from torch import Tensor
 
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import RecipeError
-from megafork.rollout.background import Background
 from megafork.rollout.client import Limits, RequestRefused
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.guard import Guard
@@ -55,11 +54,6 @@ class Weights:
 
 def total(value: float) -> float:
     return 3 * 70 * value
-
-
-def complete(engine: ServerEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-    """As the trainer asks: in a thread, which every rank attends to."""
-    return engine.attend(Background().begin(partial(engine.generate, requests, sampling)))
 
 
 def roll_outs(urls: list[str], limits: Limits, versions: list[int], **rollout: Any) -> list[list[Completion]] | Exception:

@@ -11,9 +11,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from tiny import recipe, save_model
-from training import reference, train_on_rank
-
-from megafork.recipe import Recipe
+from training import Results, compare, reference, specs, train_on_rank
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
@@ -34,15 +32,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 recompute all": (2, {"parallel": {"tp": 2}, "model": {"recompute": "full"}}),
     "CP2 recompute attention": (2, {"parallel": {"cp": 2}, "model": {"recompute": "selective"}}),
 }
-SHARES = (0.2, 1.0)
-Results = list[dict[str, Any]]
-"""By share."""
-
-
-def specs(folder: Path, sections: dict[str, Any]) -> list[Recipe]:
-    base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
-    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
-    return [recipe(folder, **merged, forks={"top_entropy_quantile": rho}) for rho in SHARES]
 
 
 @pytest.fixture(scope="module")
@@ -56,26 +45,6 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[P
         return folder, [reference(spec) for spec in specs(folder, {})], plain
 
     return make
-
-
-def compare(results: list[Results], wanted: Results, plain: Results | None = None) -> None:
-    """Every rank's results against the reference, and every metric against another layout's."""
-    for n, want in enumerate(wanted):
-        masks: dict[Any, bool] = {}
-        for result in results:
-            masks.update(result[n]["masks"])
-        assert masks == want["masks"]
-        for result in results:
-            history = result[n]["history"]
-            assert history == results[0][n]["history"], "every rank knows the same numbers"
-            for got, expected in zip(history, want["history"], strict=True):
-                for name, value in expected.items():
-                    assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-            if plain is not None:
-                for got, expected in zip(history, plain[n]["history"], strict=True):
-                    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
-            for name, tensor in result[n]["weights"].items():
-                assert (tensor.double() - want["weights"][name]).abs().max() < 2e-5, name
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

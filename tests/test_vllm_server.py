@@ -22,10 +22,9 @@ import psutil
 import pytest
 import torch
 from command import run_on_forks, start_megafork
-from ranks import on_ranks
+from ranks import free_port, on_ranks
+from stand_in_server import complete
 from task import make_task, write_recipe
-from test_rollout import free_port
-from test_server import complete
 from tiny import recipe, save_model
 from torch import Tensor
 

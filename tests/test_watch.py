@@ -81,7 +81,7 @@ def test_it_follows_a_run_to_its_last_step(tmp_path: Path) -> None:
             write(run, step=step, **{"accuracy/mean": 0.25 * step})
         assert ended(process) == "a/report.html"
     assert says(page, "trained for 3 steps") and not says(page, "refresh")
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob("*.writing"))
 
 
 def test_it_ends_with_the_last_of_several_or_by_ctrl_c(tmp_path: Path) -> None:

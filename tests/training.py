@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from tiny import recipe
 
 from megafork.model.build import build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
@@ -208,3 +210,36 @@ def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[
     logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
     return logp.gather(-1, r.tokens.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+SHARES = (0.2, 1.0)
+
+
+Results = list[dict[str, Any]]
+"""By share."""
+
+
+def specs(folder: Path, sections: dict[str, Any]) -> list[Recipe]:
+    base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
+    return [recipe(folder, **merged, forks={"top_entropy_quantile": rho}) for rho in SHARES]
+
+
+def compare(results: list[Results], wanted: Results, plain: Results | None = None) -> None:
+    """Every rank's results against the reference, and every metric against another layout's."""
+    for n, want in enumerate(wanted):
+        masks: dict[Any, bool] = {}
+        for result in results:
+            masks.update(result[n]["masks"])
+        assert masks == want["masks"]
+        for result in results:
+            history = result[n]["history"]
+            assert history == results[0][n]["history"], "every rank knows the same numbers"
+            for got, expected in zip(history, want["history"], strict=True):
+                for name, value in expected.items():
+                    assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+            if plain is not None:
+                for got, expected in zip(history, plain[n]["history"], strict=True):
+                    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+            for name, tensor in result[n]["weights"].items():
+                assert (tensor.double() - want["weights"][name]).abs().max() < 2e-5, name

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megafork.analyze.options import AnalysisOptions
-from megafork.convert.named import NamedModel, as_options, find_model
+from megafork.convert.named import AS_OPTIONS, NamedModel, find_model
 from megafork.convert.sources import config_folder
 from megafork.data.prompts import load_prompts
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Recipe, RecipeError, calling
 from megafork.recipe_file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
@@ -66,7 +66,7 @@ class AnalysisInputs:
         return f"{self.identity} {self.digests[label]} {self.job.recipe.precision.dtype}"
 
 
-@as_options()
+@calling(AS_OPTIONS)
 def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
     """Read and check models, tokenizer and prompts; starts nothing. Raises RecipeError."""
     models = _models(options)

@@ -1,58 +1,30 @@
-"""What an analysis is asked to do, in the words of `megafork analyze`'s options."""
+"""What `megafork analyze` is asked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megafork.options import SampleOptions, argument, option
 from megafork.recipe import RecipeError
 
 
-@dataclass(frozen=True)
-class AnalysisOptions:
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions(SampleOptions):
     """An analysis. Raises RecipeError, naming the option, for what cannot be."""
 
-    model: str
-    """Whose responses are analysed: a Hugging Face folder, `owner/model`, a run (its last model), or a checkpoint."""
-    prompts: str
-    """Forms as `recipe.Data.train`."""
-    out: str
-    """Folder of responses, entropies and results."""
-    against: tuple[str, ...] = ()
-    """Models compared on the same responses, oldest first, as LABEL=MODEL or MODEL; the first is the base. Empty, of a run: the model
-    it started from and each of its checkpoints."""
-    samples: int = 1
-    """Responses to each prompt."""
-    limit: int | None = None
-    """Only the first prompts."""
-    template: str = "paper"
-    """As in `megafork eval`."""
-    columns: str = ""
-    """As `data.columns` in a recipe, in YAML: {answer: gold}."""
-    chat_template_args: str = ""
-    """As `data.chat_template_args`, in YAML: {enable_thinking: false}."""
-    add_bos: str = "auto"
-    """As `data.add_bos`."""
-    temperature: float = 1.0
-    """Of sampling; entropies are taken at it as well."""
-    max_tokens: int | None = None
-    """Of a response. None: 20,480, or what the model's positions leave."""
-    rho: float = 0.2
-    """Share of the positions that count as forks in the overlap."""
-    min_count: int = 100
-    """Tokens seen less often have no place among those of highest and lowest mean entropy."""
-    seed: int = 1
-    tp: int = 1
-    """Tensor parallel size, of the vLLM engines and of Megatron."""
-    pp: int = 1
-    """Pipeline parallel size of Megatron."""
-    cp: int = 1
-    """Context parallel size of Megatron."""
-    ranks: int | None = None
-    """Processes, which share the inputs. None: one a GPU, or tp x pp x cp without GPUs. Ignored under torchrun or Slurm."""
-    dtype: str | None = None
-    """fp32 or bf16. None: as config.json says."""
-    kv_cache_mb: int | None = None
-    """As `rollout.kv_cache_mb`."""
+    model: str = argument("Whose responses are analysed; as for eval.", metavar="MODEL_OR_RUN")
+    prompts: str = option(help="A .jsonl or .parquet file, or another form of a recipe's data.train.")
+    out: str = option(help="Folder of responses, entropies and results.")
+    against: tuple[str, ...] = option(
+        (), "[LABEL=]MODEL compared on the same responses, the base first; may be repeated.", unset="a run's base and checkpoints"
+    )
+    samples: int = option(1, "Responses to each prompt.")
+    temperature: float = option(1.0, "Temperature of the sampling and of the entropies.")
+    rho: float = option(0.2, "Share of the positions that count as forks in the overlap.")
+    min_count: int = option(100, "Tokens seen less often are not ranked.")
+    tp: int = option(1, "Tensor-parallel size of vLLM and Megatron.")
+    pp: int = option(1, "Pipeline-parallel size of Megatron.")
+    cp: int = option(1, "Context-parallel size of Megatron.")
 
     def __post_init__(self) -> None:
         for name in ("samples", "limit", "max_tokens", "min_count", "tp", "pp", "cp", "ranks"):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from megafork.analyze.inputs import AnalysisInputs
 from megafork.analyze.responses import is_current, read_responses, write_entropies, write_responses
-from megafork.convert.named import NamedModel, as_options
+from megafork.convert.named import AS_OPTIONS, NamedModel
 from megafork.model.build import build_policy
 from megafork.model.policy import Policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh, build_mesh
+from megafork.recipe import calling
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer, placement
 from megafork.shape import read_shape
@@ -51,14 +52,14 @@ def score_responses(inputs: AnalysisInputs, device: torch.device) -> None:
 
 
 def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
-    with as_options():
+    with calling(AS_OPTIONS):
         if model.checkpoint is None:
             load_policy(chunks, HuggingFaceWeights(model.folder), read_shape(model.folder), mesh)
             return
         load_weights(model.checkpoint, chunks, mesh)
         for name, parameter in local_parameters(chunks).items():
             if not is_finite(parameter.detach()):
-                raise not_finite(f"MODEL is {str(model.checkpoint)!r}", name)
+                raise not_finite(model.checkpoint, name)
 
 
 def _score_group(rows: Rows, chunks: list[Policy], inputs: AnalysisInputs, mesh: Mesh) -> Rows:

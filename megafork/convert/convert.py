@@ -25,7 +25,7 @@ from megafork.convert.checkpoint_keys import Stored, chunks, extra_states, store
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
 from megafork.model.fp8 import CONFIG, Quantized
-from megafork.recipe import Parallel, RecipeError
+from megafork.recipe import Key, Parallel, RecipeError, calling
 from megafork.shape import Shape, check_layout
 from megafork.weights.checksums import write_sums
 from megafork.weights.huggingface import HuggingFaceWeights, copy_companions, replaced
@@ -33,6 +33,7 @@ from megafork.weights.mapping import pieces, shard_shape, stage_of
 from megafork.weights.shards import Spec, write_shards
 
 Dtype = Literal["keep", "fp32", "bf16"]
+_AS_ARGUMENTS = {"model.path": "SRC", "parallel.tp": "--tp", "parallel.pp": "--pp"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BAND = 64 << 20
 """Bytes of a Hugging Face tensor that are read at once."""
@@ -61,15 +62,15 @@ def hf_to_megatron(
     """
     source, target = _at_home(source), _at_home(target)
     _check_target(target)
-    with _as_arguments():
+    with calling(_AS_ARGUMENTS):
         if not source.is_dir():
-            raise RecipeError(f"SRC is {str(source)!r}: no such folder; give a Hugging Face folder")
+            raise RecipeError(Key("model.path"), f" is {str(source)!r}: no such folder; give a Hugging Face folder")
         model, weights = open_huggingface(source, keep=dtype == "keep")
         layout = _layout(model.shape, tp, pp)
     specs = _converted(model.specs, dtype)
     tick = _counter(progress, specs, passes=1 + verify)
     difference = None
-    with _as_arguments(), replaced(target) as folder:
+    with calling(_AS_ARGUMENTS), replaced(target) as folder:
         _write_megatron(folder, weights, model.shape, layout, specs[0].dtype, tick)
         (folder / HF).mkdir()
         copy_companions(model.like, folder / HF, _dtype_change(specs, dtype))
@@ -104,7 +105,7 @@ def megatron_to_hf(
         from megafork.convert.quantize import check_quantize, quantize_folder
 
         check_quantize(quantize, fp8=fp8, verify=verify)
-    with _as_arguments():
+    with calling(_AS_ARGUMENTS):
         model = open_source(source, keep=dtype == "keep")
     specs = _converted(model.specs, dtype)
     tensors = model.read()
@@ -114,7 +115,7 @@ def megatron_to_hf(
     tick = _counter(progress, specs, passes=1 + verify)
     changes = _dtype_change(specs, dtype) | (CONFIG if fp8 else {})
     difference = None
-    with _as_arguments(), replaced(target) as folder:
+    with calling(_AS_ARGUMENTS), replaced(target) as folder:
         plain = folder if quantize is None else folder / "plain"
         plain.mkdir(exist_ok=True)
         copy_companions(model.like, plain, changes)
@@ -200,15 +201,6 @@ def _layout(shape: Shape, tp: int, pp: int) -> Parallel:
             raise RecipeError(f"--tp is {tp} but the model's {what} has {size} rows: choose a tp that divides them")
     check_layout(shape, Parallel(pp=pp))
     return Parallel(tp=tp, pp=pp)
-
-
-@contextmanager
-def _as_arguments() -> Iterator[None]:
-    """The checks of a run speak of its recipe; here the same values are arguments."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("model.path is", "SRC is").replace("parallel.", "--")) from None
 
 
 def _converted(specs: list[Spec], dtype: Dtype) -> list[Spec]:

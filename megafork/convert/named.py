@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,13 +16,26 @@ from torch import Tensor
 from megafork.convert.sources import config_folder, open_source
 from megafork.data.hub import local_model
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
-from megafork.recipe import RecipeError
+from megafork.recipe import RecipeError, calling
 from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
 from megafork.weights.checkpoint import complete
 from megafork.weights.checksums import SUMS, sum_of
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import huggingface_shapes
 
+AS_OPTIONS = {
+    "model.path": "MODEL",
+    "parallel.tp": "--tp",
+    "parallel.pp": "--pp",
+    "parallel.cp": "--cp",
+    "rollout.tp": "--tp",
+    "reward.verifier": "--verifier",
+    "data.template": "--template",
+    "data.chat_template_args": "--chat-template-args",
+    "data.add_bos": "--add-bos",
+    "data.columns": "--columns",
+}
+"""What commands that take a model call the keys of a recipe, for `calling`."""
 _READS_AT_ONCE = 4
 _ALSO = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
@@ -75,7 +87,7 @@ class NamedModel:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep. Raises RecipeError for NaN."""
-        with as_options():
+        with calling(AS_OPTIONS):
             if self.checkpoint is not None:
                 yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
                 return
@@ -103,26 +115,3 @@ def find_model(said: str) -> NamedModel:
         f"MODEL is {said!r}: it has neither a config.json nor checkpoints; give a Hugging Face folder, `owner/model`, a run or one of its "
         "checkpoints"
     )
-
-
-@contextmanager
-def as_options() -> Iterator[None]:
-    """The checks of a run speak of its recipe; here the same values are arguments and options of a command."""
-    names = {
-        "model.path is": "MODEL is",
-        "SRC is": "MODEL is",
-        "reward.verifier": "--verifier",
-        "parallel.": "--",
-        "rollout.tp": "--tp",
-        "data.template": "--template",
-        "data.chat_template_args": "--chat-template-args",
-        "data.add_bos": "--add-bos",
-        "data.columns": "--columns",
-    }
-    try:
-        yield
-    except RecipeError as error:
-        said = str(error)
-        for key, option in names.items():
-            said = said.replace(key, option)
-        raise RecipeError(said) from None

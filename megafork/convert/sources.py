@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megafork.convert.checkpoint_keys import Stored, stored_parameters
 from megafork.convert.torch_dist import DistReader
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
 from megafork.weights.checkpoint import complete, read_state
 from megafork.weights.checksums import SUMS, damaged_files
@@ -40,16 +40,17 @@ class Source:
 def open_source(folder: Path, *, keep: bool) -> Source:
     """A Hugging Face folder, or a Megatron checkpoint (converted, or of a run). `keep`: dtypes must be what config.json says."""
     if not folder.is_dir():
-        raise RecipeError(f"SRC is {str(folder)!r}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
+        raise RecipeError(Key("model.path"), f" is {str(folder)!r}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
     if (folder / "metadata.json").exists() or (folder / ".metadata").exists():
         return _open_megatron(folder)
     newest = complete(folder / "checkpoints")
     if newest:
-        raise RecipeError(f"SRC is {str(folder)!r}, a run: give one of its checkpoints, such as {str(newest[-1][1])!r}")
+        raise RecipeError(Key("model.path"), f" is {str(folder)!r}, a run: give one of its checkpoints, such as {str(newest[-1][1])!r}")
     if not (folder / "config.json").exists():
-        refuse_adapter(folder, f"SRC is {str(folder)!r}")
+        refuse_adapter(folder, Key("model.path"), f" is {str(folder)!r}")
         raise RecipeError(
-            f"SRC is {str(folder)!r}: it has neither a config.json nor a metadata.json; give a Hugging Face folder or a Megatron checkpoint"
+            Key("model.path"),
+            f" is {str(folder)!r}: it has neither a config.json nor a metadata.json; give a Hugging Face folder or a Megatron checkpoint",
         )
     return open_huggingface(folder, keep=keep)[0]
 
@@ -61,11 +62,11 @@ def open_huggingface(folder: Path, *, keep: bool) -> tuple[Source, HuggingFaceWe
     try:
         weights.check(shape, dtype=getattr(torch, said) if keep and said else None, listed=None)
     except RecipeError as error:
-        mend = "; --dtype converts dtypes" if " has dtype " in str(error) else ""
-        raise RecipeError(f"{error}{mend}") from None
+        fix = ("; --dtype converts dtypes",) if " has dtype " in str(error) else ()
+        raise RecipeError(*error.args, *fix) from None
     specs = [Spec(name, size, _known(weights.dtype(name))) for name, size in huggingface_shapes(shape).items()]
     if keep and len({spec.dtype for spec in specs}) > 1:
-        raise RecipeError(f"model.path is {str(folder)!r}: its tensors are of several dtypes; choose one with --dtype")
+        raise RecipeError(Key("model.path"), f" is {str(folder)!r}: its tensors are of several dtypes; choose one with --dtype")
     return Source(
         folder, folder, shape, specs, lambda: ((spec.name, weights.read(spec.name, (0, spec.shape[0]))) for spec in specs)
     ), weights
@@ -95,11 +96,13 @@ def config_folder(folder: Path) -> Path:
         if (path / "config.json").is_file():
             return path
         raise RecipeError(
-            f"SRC is {str(folder)!r}: its recipe's model.path {str(path)!r} has no config.json; put the model's config.json and tokenizer "
-            f"into {str(folder / HF)!r}"
+            Key("model.path"),
+            f" is {str(folder)!r}: its recipe's model.path {str(path)!r} has no config.json; put the model's config.json and tokenizer "
+            f"into {str(folder / HF)!r}",
         )
     raise RecipeError(
-        f"SRC is {str(folder)!r}: it does not say which model it is of; put the model's config.json and tokenizer into {str(folder / HF)!r}"
+        Key("model.path"),
+        f" is {str(folder)!r}: it does not say which model it is of; put the model's config.json and tokenizer into {str(folder / HF)!r}",
     )
 
 
@@ -113,7 +116,7 @@ def _reader(folder: Path) -> DistReader:
             raise ValueError("; ".join(damaged))
         return DistReader(folder)
     except ValueError as error:
-        raise RecipeError(f"SRC is {str(folder)!r}: the checkpoint is damaged: {error}; copy or convert it again") from None
+        raise RecipeError(Key("model.path"), f" is {str(folder)!r}: the checkpoint is damaged: {error}; copy or convert it again") from None
 
 
 def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape) -> None:
@@ -128,14 +131,14 @@ def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape)
         if held != said and not padded:
             wrong.append(f"{key} is {list(held)}, config.json says {list(said)}")
     if wrong:
-        raise RecipeError(f"SRC is {str(folder)!r}: its tensors do not fit its config.json: {'; '.join(wrong)}")
+        raise RecipeError(Key("model.path"), f" is {str(folder)!r}: its tensors do not fit its config.json: {'; '.join(wrong)}")
 
 
 def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
     """A parameter's Hugging Face tensors: views of it where they are one piece."""
     whole = reader.read(stored.key, stored.layer)
     if not is_finite(whole):
-        raise not_finite(f"SRC is {str(reader.folder)!r}", stored.parameter.name)
+        raise not_finite(reader.folder, stored.parameter.name)
     parts = pieces(stored.parameter, shape, 1, 0)
     for name in stored.parameter.huggingface():
         mine = [whole[part.at : part.at + part.rows[1] - part.rows[0]] for part in parts if part.name == name]

@@ -10,6 +10,7 @@ from typing import Any
 from megafork.data.messages import RowError, checked_text
 from megafork.data.plain_json import parse
 from megafork.data.verifiers import last_boxed
+from megafork.recipe import Key
 
 _LAST_LINE = re.compile(r"(?:^|\n)####[ \t]+([^\n#]*[^\s#])\s*\Z")
 """GSM8K's; a maze may end with hashes too."""
@@ -71,8 +72,9 @@ def _one_of(values: list[Any], column: str) -> Any:
     if column == "final_answer":  # OlympiadBench's: a response must give all
         return ", ".join(texts)
     raise RowError(
-        f"has a {column} of {len(texts)} parts ({values!r:.60}): a verifier compares with one text, join them into one or name another "
-        "column in data.columns"
+        f"has a {column} of {len(texts)} parts ({values!r:.60}): a verifier compares with one text, join them into one or "
+        "name another column in ",
+        Key("data.columns"),
     )
 
 

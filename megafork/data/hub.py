@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
@@ -32,6 +32,7 @@ def local_model(name: str) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"model.path is {name!r}: no such folder, and the hub does not give it ({reason}): give a Hugging Face model folder, or fetch "
-            f"it where there is a network with `hf download {name}`"
+            Key("model.path"),
+            f" is {name!r}: no such folder, and the hub does not give it ({reason}): give a Hugging Face model folder, or fetch "
+            f"it where there is a network with `hf download {name}`",
         ) from None

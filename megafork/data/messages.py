@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from megafork.data.plain_json import is_unicode, parse
+from megafork.recipe import RecipeError
 
 Message = dict[str, Any]
 
@@ -23,7 +24,7 @@ _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s
 _PICTURE = re.compile(r"<(image|video|audio)>")
 
 
-class RowError(ValueError):
+class RowError(RecipeError):
     """What is wrong with one row; the message continues `FILE line N ...`."""
 
 

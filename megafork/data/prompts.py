@@ -69,7 +69,7 @@ def load_prompts(
             if overlong.leaves_out(tokens):
                 continue
         except RowError as error:
-            raise RecipeError(f"{field}: {place} {error}") from None
+            raise RecipeError(f"{field}: {place} ", *error.args) from None
         prompts.append(Prompt(len(prompts), text, tokens, row, place))
     for line in (*(repeats.said(field, training) if data.deduplicate or not training else ()), *overlong.said(repeats.rows)):
         remark(line)
@@ -223,4 +223,4 @@ def _check_row(row: dict[str, Any], check: Callable[[dict[str, Any]], None] | No
         if check is not None:
             check(row)
     except ValueError as error:
-        raise RowError(str(error)) from None
+        raise RowError(*error.args) from None

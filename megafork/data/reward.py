@@ -14,7 +14,7 @@ from megafork import recipe
 from megafork.data.verdicts import sandbox, seccomp
 from megafork.data.verdicts.verifier_process import Item, Verdict, VerifierProcess
 from megafork.data.verifiers import BUILT_IN
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 
 __all__ = ["Item", "Verdict", "Verifiers", "check_row", "check_verifier", "needs"]
 
@@ -26,15 +26,16 @@ def check_verifier(reward: recipe.Reward) -> None:
     if name not in BUILT_IN and not (path.endswith(".py") and function.isidentifier()):
         close = difflib.get_close_matches(name, list(BUILT_IN), n=1, cutoff=0.5)
         mend = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(BUILT_IN)}, or give FILE.py:FUNCTION"
-        raise RecipeError(f"reward.verifier is {name!r}: {mend}")
+        raise RecipeError(Key("reward.verifier"), f" is {name!r}: {mend}")
     if name not in BUILT_IN and not Path(path).is_file():
-        raise RecipeError(f"reward.verifier is {name!r}: no such file; give a path relative to the working directory")
+        raise RecipeError(Key("reward.verifier"), f" is {name!r}: no such file; give a path relative to the working directory")
     if name == "code" and not seccomp.supported():
-        raise RecipeError("reward.verifier is 'code': programs are judged on Linux for x86-64 and AArch64 only")
+        raise RecipeError(Key("reward.verifier"), " is 'code': programs are judged on Linux for x86-64 and AArch64 only")
     if reward.isolation == "full" and sandbox.available() is None:
         raise RecipeError(
-            "reward.isolation is 'full': this machine has no user namespaces for it; install bubblewrap, allow them (docs/verifiers.md), "
-            "or leave reward.isolation out"
+            Key("reward.isolation"),
+            " is 'full': this machine has no user namespaces for it; install bubblewrap, allow them (docs/verifiers.md), "
+            "or leave reward.isolation out",
         )
 
 

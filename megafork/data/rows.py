@@ -16,11 +16,13 @@ from megafork.data.messages import (
     split_last_turn,
 )
 from megafork.data.plain_json import parse
+from megafork.recipe import Key
 from megafork.recipe.data import Meaning
 
 Row = dict[str, Any]
 Columns = Mapping[Meaning, str]
 
+_COLUMNS = Key("data.columns")
 _CHATS = ("messages", "conversations")
 _PROMPTS = ("prompt", "question", "problem", "query", *_CHATS, "instruction")
 _ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth")
@@ -58,7 +60,7 @@ def _named(raw: Row, columns: Columns, everywhere: bool) -> dict[Meaning, str]:
     there = {meaning: name for meaning, name in columns.items() if _find(raw, name) is not _NOTHING}
     for meaning, name in columns.items():
         if meaning not in there and everywhere:
-            raise RowError(f"has no column {name!r}, which data.columns.{meaning} names ({_fields(raw)}): name one that it has")
+            raise RowError(f"has no column {name!r}, which ", _COLUMNS, f".{meaning} names ({_fields(raw)}): name one that it has")
     return there
 
 
@@ -73,8 +75,9 @@ def _prompt(raw: Row, columns: Columns) -> tuple[str, list[Message]]:
     for other, its in others:
         if _text(its).strip() not in said:  # `prompt` may dress up the text of `problem`
             raise RowError(
-                f'has a "{column}" and a "{other}" that differ: say which is the prompt in data.columns, or rename the one that is meant '
-                'to "prompt" and delete the other'
+                f'has a "{column}" and a "{other}" that differ: say which is the prompt in ',
+                _COLUMNS,
+                ', or rename the one that is meant to "prompt" and delete the other',
             )
     return column, messages
 
@@ -90,7 +93,7 @@ def _prompt_columns(raw: Row, columns: Columns) -> list[str]:
     named = [name for name in (*_PROMPTS, "input") if raw.get(name) is not None]
     if named:
         return named[:1]  # reading it says what is wrong
-    raise RowError(f'has no prompt ({_fields(raw)}): give it a "prompt", or name the column that is one in data.columns')
+    raise RowError(f'has no prompt ({_fields(raw)}): give it a "prompt", or name the column that is one in ', _COLUMNS)
 
 
 def _asked(raw: Row, column: str) -> list[Message]:
@@ -135,11 +138,11 @@ def _answer(raw: Row, columns: Columns, prompt: str) -> str:
     if not found:
         name = next((name for name in (columns.get("answer"), *_ANSWERS) if name and _find(raw, name) is not _NOTHING), None)
         shown = f"{name} is {_find(raw, name)!r:.60}" if name else _fields(raw)
-        raise RowError(f'has no answer ({shown}): give it an "answer", name the column that is one in data.columns, or delete the row')
+        raise RowError(f'has no answer ({shown}): give it an "answer", name the column that is one in ', _COLUMNS, ", or delete the row")
     (column, text), *others = found.items()
     for other, its in others:
         if its.strip() != text.strip():
-            raise RowError(f"has a {column} {text!r:.60} and a {other} {its!r:.60}: say which is the answer in data.columns")
+            raise RowError(f"has a {column} {text!r:.60} and a {other} {its!r:.60}: say which is the answer in ", _COLUMNS)
     return text
 
 
@@ -179,12 +182,13 @@ def _supervised(raw: Row, columns: Columns) -> tuple[str | list[Message], str]:
     if not found:
         raise RowError(
             f'has no response ({_fields(raw)}): give it a "response" or "messages" with a turn of the assistant, or name the column that '
-            "is one in data.columns"
+            "is one in ",
+            _COLUMNS,
         )
     (column, pair), *others = found.items()
     for other, its in others:
         if its != pair:
-            raise RowError(f'has a "{column}" and a "{other}" that differ: say which is the response in data.columns, or delete one')
+            raise RowError(f'has a "{column}" and a "{other}" that differ: say which is the response in ', _COLUMNS, ", or delete one")
     return pair
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megafork import recipe
 from megafork.data.messages import Message, RowError
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 
 _ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 _TEMPLATES = {
@@ -42,11 +42,13 @@ def renderer(data: recipe.Data, tokenizer: Tokenizer) -> Callable[[str | list[Me
         chat = functools.cache(lambda prompt: tokenizer.chat(prompt, data.chat_template_args))  # a dataset of repeats is rendered once
         return lambda prompt: chat(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt, data.chat_template_args)
     if data.template is not None and "{prompt}" not in data.template:
-        raise RecipeError(f"data.template is {data.template!r}: write {{prompt}} where the prompt goes, or set data.template=chat")
+        raise RecipeError(
+            Key("data.template"), f" is {data.template!r}: write {{prompt}} where the prompt goes, or set ", Key("data.template"), "=chat"
+        )
 
     def insert(prompt: str | list[Message]) -> str:
         if not isinstance(prompt, str):
-            raise RowError(f"has {len(prompt)} chat messages: only data.template=chat can join them")
+            raise RowError(f"has {len(prompt)} chat messages: only ", Key("data.template"), "=chat can join them")
         return prompt if data.template is None else data.template.replace("{prompt}", prompt)  # not str.format: \boxed{} stays
 
     return insert
@@ -60,7 +62,7 @@ def first_tokens(data: recipe.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
         return ()
     if tokenizer.backend.bos_token_id is None:
         raise RecipeError(
-            f"data.add_bos is true but the tokenizer of {tokenizer.path!r} names no beginning-of-sequence token: leave it out"
+            Key("data.add_bos"), f" is true but the tokenizer of {tokenizer.path!r} names no beginning-of-sequence token: leave it out"
         )
     return (tokenizer.backend.bos_token_id,)
 
@@ -84,21 +86,24 @@ def _check_chat(data: recipe.Data, tokenizer: Tokenizer) -> None:
     template: Any = tokenizer.backend.chat_template
     if template is None:
         raise RecipeError(
-            f"data.template is 'chat' but the tokenizer of {tokenizer.path!r} has no chat template: give a text with {{prompt}} instead"
+            Key("data.template"),
+            f" is 'chat' but the tokenizer of {tokenizer.path!r} has no chat template: give a text with {{prompt}} instead",
         )
     if isinstance(template, dict):
         if "default" not in template:
             raise RecipeError(
-                f"data.template is 'chat' but the tokenizer of {tokenizer.path!r} has several chat templates "
+                Key("data.template"),
+                f" is 'chat' but the tokenizer of {tokenizer.path!r} has several chat templates "
                 f"({', '.join(sorted(template))}) and none is called default: keep one of them in tokenizer_config.json, or give a text "
-                "with {prompt} instead"
+                "with {prompt} instead",
             )
         template = template["default"]
     for name in data.chat_template_args:
         if name in _OURS:
-            raise RecipeError(f"data.chat_template_args has {name!r}, which megafork itself sets: leave it out")
+            raise RecipeError(Key("data.chat_template_args"), f" has {name!r}, which megafork itself sets: leave it out")
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise RecipeError(
-                f"data.chat_template_args has {name!r}, which the chat template of {tokenizer.path!r} does not read: leave it out, or "
-                "write it as the template does"
+                Key("data.chat_template_args"),
+                f" has {name!r}, which the chat template of {tokenizer.path!r} does not read: leave it out, or "
+                "write it as the template does",
             )

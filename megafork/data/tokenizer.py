@@ -15,7 +15,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import cached_file
 
 from megafork.data.messages import Message, RowError
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
 _SENTENCE_PIECE = "tokenizer.model"
@@ -42,20 +42,22 @@ class Tokenizer:
         """One more than the largest id, added tokens included. The model's embedding may have more rows."""
         return max(self._known) + 1
 
-    def check(self, vocab: int, named: str) -> None:
+    def check(self, vocab: int, *named: str) -> None:
         """Raise RecipeError, beginning with `named`, unless a model with `vocab` rows in its embedding can read and end all that this
         tokenizer writes."""
         if self.vocab_size > vocab:
             raise RecipeError(
-                f"{named}: its tokenizer has ids up to {self.vocab_size - 1} but the model only {vocab} tokens: give a folder whose "
-                "tokenizer belongs to the model"
+                *named,
+                f": its tokenizer has ids up to {self.vocab_size - 1} but the model only {vocab} tokens: give a folder whose "
+                "tokenizer belongs to the model",
             )
         if not self.eos_ids:
-            raise RecipeError(f"{named}: neither its tokenizer nor generation_config.json or config.json names an end-of-sequence token")
+            raise RecipeError(*named, ": neither its tokenizer nor generation_config.json or config.json names an end-of-sequence token")
         if max(self.eos_ids) >= vocab:
             raise RecipeError(
-                f"{named}: its eos_token_id {max(self.eos_ids)} is beyond the model's {vocab} tokens: correct it in "
-                "generation_config.json, or in config.json where there is none"
+                *named,
+                f": its eos_token_id {max(self.eos_ids)} is beyond the model's {vocab} tokens: correct it in "
+                "generation_config.json, or in config.json where there is none",
             )
 
     def encode(self, text: str, *, first: tuple[int, ...] | None = None) -> list[int]:
@@ -159,19 +161,21 @@ def load_tokenizer(path: str) -> Tokenizer:
     # with a config.json alone transformers builds an empty tokenizer and says nothing
     if local and not any((Path(path) / name).is_file() for name in _VOCABULARY_FILES):
         if not (Path(path) / _SENTENCE_PIECE).is_file() or not (Path(path) / _SENTENCE_PIECE).stat().st_size:
-            raise RecipeError(f"model.path is {path!r}: the folder has no tokenizer; put the model's tokenizer.json there")
+            raise RecipeError(Key("model.path"), f" is {path!r}: the folder has no tokenizer; put the model's tokenizer.json there")
         load: Callable[..., Any] = _load_sentence_piece
     else:
         load = AutoTokenizer.from_pretrained
     if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise RecipeError(f"model.path is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
+        raise RecipeError(Key("model.path"), f" is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
     ends = _ends_of_model(path, local)  # first, as transformers would blame the tokenizer
     try:
         backend = load(path, local_files_only=local, trust_remote_code=False)  # unset, transformers asks whoever is at the terminal
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a file it cannot read
         reason = " ".join(str(error).split())[:200]
         fix = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
-        raise RecipeError(f"model.path is {path!r}: its tokenizer could not be loaded; {fix} ({type(error).__name__}: {reason})") from None
+        raise RecipeError(
+            Key("model.path"), f" is {path!r}: its tokenizer could not be loaded; {fix} ({type(error).__name__}: {reason})"
+        ) from None
     own = () if backend.eos_token_id is None else (backend.eos_token_id,)
     return Tokenizer(path, backend, tuple(dict.fromkeys((*own, *ends))), _first_ids(backend))
 
@@ -198,7 +202,7 @@ def _ends_of_model(path: str, local: bool) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         config = _config(path, name, local)
         if config is not None:
-            return _listed(config.get("eos_token_id"), f"model.path is {path!r}: the eos_token_id of its {name}")
+            return _listed(config.get("eos_token_id"), Key("model.path"), f" is {path!r}: the eos_token_id of its {name}")
     return []
 
 
@@ -212,15 +216,17 @@ def _config(path: str, name: str, local: bool) -> dict[str, Any] | None:
     try:
         config = json.loads(Path(found).read_text())
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"model.path is {path!r}: its {name} is not valid JSON; restore or delete it ({error})") from None
+        raise RecipeError(Key("model.path"), f" is {path!r}: its {name} is not valid JSON; restore or delete it ({error})") from None
     if not isinstance(config, dict):
-        raise RecipeError(f"model.path is {path!r}: its {name} holds a {type(config).__name__}, not an object; restore or delete it")
+        raise RecipeError(
+            Key("model.path"), f" is {path!r}: its {name} holds a {type(config).__name__}, not an object; restore or delete it"
+        )
     return config
 
 
-def _listed(said: Any, named: str) -> list[int]:
+def _listed(said: Any, *named: str) -> list[int]:
     ids = said if isinstance(said, list) else [] if said is None else [said]
     for one in ids:
         if type(one) is not int or one < 0:  # true is an int to Python
-            raise RecipeError(f"{named} is {said!r}: it must be token ids, whole numbers from 0")
+            raise RecipeError(*named, f" is {said!r}: it must be token ids, whole numbers from 0")
     return ids

@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megafork.convert.named import NamedModel, as_options, find_model
+from megafork.convert.named import AS_OPTIONS, NamedModel, find_model
 from megafork.data import reward as verifiers
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.evaluate.benchmarks import Benchmark, load_benchmarks
 from megafork.evaluate.options import Decoding, EvaluationOptions
-from megafork.recipe import Recipe, Reward
+from megafork.recipe import Recipe, Reward, calling
 from megafork.recipe_file import data_of_options
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
@@ -67,7 +67,7 @@ class EvaluationInputs:
         return SampleJob(recipe, prompts, options.samples, tuple(map(self.sampling, options.decodings)), self.folder)
 
 
-@as_options()
+@calling(AS_OPTIONS)
 def read_inputs(options: EvaluationOptions) -> EvaluationInputs:
     """Read and check model, tokenizer, verifier and benchmarks; starts nothing. Raises RecipeError."""
     model = find_model(options.model)

@@ -1,9 +1,10 @@
-"""What an evaluation is asked to do, in the words of `megafork eval`'s options."""
+"""What `megafork eval` is asked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megafork.options import SampleOptions, argument, option
 from megafork.recipe import RecipeError
 from megafork.rl.fork_temperature import ForkTemperature, sweep
 
@@ -50,49 +51,23 @@ def decodings(
     return (Decoding(1.0 if temperature is None else temperature, top_p),)
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(SampleOptions):
     """An evaluation. Raises RecipeError, naming the option, for what cannot be."""
 
-    model: str
-    """A Hugging Face model folder, `owner/model` on the hub, a run (its exported model), or one of its checkpoints."""
-    benchmarks: tuple[str, ...]
-    """NAME of a known benchmark, NAME=SOURCE to read it from elsewhere, or SOURCE alone (forms: `recipe.Data.train`)."""
+    model: str = argument("A Hugging Face folder, owner/model, a run (its exported model), or one of its checkpoints.", metavar="MODEL")
+    benchmarks: tuple[str, ...] = option(help="Comma-separated: NAME, NAME=SOURCE or SOURCE (as a recipe's data.train).", split=",")
+    samples: int = option(16, "Responses to each problem.")
+    ks: tuple[int, ...] = option((), "k of pass@k and maj@k; may be repeated.", name="--k", unset="as many as samples")
+    verifier: str = option("math", "exact, math, reasoning_gym, code, or FILE.py:FUNCTION.")
+    tp: int = option(1, "Ranks that share a vLLM engine.")
+    out: str = option("evaluations", "Folder of completions and results.")
     decodings: tuple[Decoding, ...] = (Decoding(),)
-    samples: int = 16
-    """Responses to each problem."""
-    ks: tuple[int, ...] = ()
-    """The k of pass@k and maj@k; empty: `samples`."""
-    max_tokens: int | None = None
-    """Of a response. None: 20,480, or what the model's positions leave."""
-    template: str = "paper"
-    """`paper`, `qwen`, `chat` (the tokenizer's), `plain`, or a text with {prompt}."""
-    columns: str = ""
-    """As `data.columns` in a recipe, in YAML: {answer: gold}."""
-    chat_template_args: str = ""
-    """As `data.chat_template_args`, in YAML: {enable_thinking: false}."""
-    add_bos: str = "auto"
-    """As `data.add_bos`."""
-    verifier: str = "math"
-    """As `reward.verifier` in a recipe."""
     workers: int = 0
-    """Verifier processes; 0: one a core, at most 8."""
-    limit: int | None = None
-    """Only the first problems of each benchmark."""
-    seed: int = 1
-    tp: int = 1
-    """Ranks that share an engine."""
-    ranks: int | None = None
-    """Processes, which share the inputs. None: one a GPU, or `tp` without GPUs. Ignored under torchrun or Slurm."""
-    dtype: str | None = None
-    """fp32 or bf16. None: as config.json says."""
-    kv_cache_mb: int | None = None
-    """As `rollout.kv_cache_mb`."""
+    """Verifier processes; 0: one per core, at most 8."""
     gpu_memory_fraction: float = 0.9
     max_running: int = 256
-    """Requests an engine decodes at once."""
-    out: str = "evaluations"
-    """Folder of completions and results."""
+    """Requests that an engine decodes at once."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "tp", "ranks", "max_tokens", "limit", "max_running"):

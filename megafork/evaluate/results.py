@@ -46,6 +46,18 @@ def judge_responses(inputs: EvaluationInputs) -> Results:
     return results
 
 
+def failure(results: Results) -> str | None:
+    """One line where the verifier failed on every response to a benchmark, so that its numbers mean nothing; None otherwise."""
+    for row in results["results"]:
+        if row["errors"] == row["problems"] * row["samples"]:
+            return (
+                f"the verifier failed on all {row['errors']} responses to {row['benchmark']} "
+                f"({row['first_error']}): fix --verifier, or the "
+                "rows that it reads; the responses are kept"
+            )
+    return None
+
+
 def _responses(job: SampleJob, sampling: Sampling, tokenizer: Tokenizer) -> dict[str, list[Answered]]:
     """Of each prompt, in the order of the samples; more samples than asked for may be there. Their text is that of their tokens: what an
     older version wrote lacked special tokens."""

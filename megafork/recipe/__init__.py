@@ -14,7 +14,7 @@ import yaml
 from pydantic import model_validator
 
 from megafork.recipe.data import Data, Reward
-from megafork.recipe.kinds import RecipeError, Section
+from megafork.recipe.kinds import Key, RecipeError, Section, calling
 from megafork.recipe.model import Model, Parallel, Precision
 from megafork.recipe.objective import Forks, Loss, Optimizer
 from megafork.recipe.rollout import Rollout
@@ -25,6 +25,7 @@ __all__ = [
     "Data",
     "Eval",
     "Forks",
+    "Key",
     "Log",
     "Loss",
     "Model",
@@ -37,6 +38,7 @@ __all__ = [
     "Rollout",
     "Run",
     "Train",
+    "calling",
 ]
 
 

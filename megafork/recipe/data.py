@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from megafork.recipe.kinds import Megabytes, Seconds, Section, Tokens
+from megafork.recipe.kinds import Key, Megabytes, RecipeError, Seconds, Section, Tokens
 
 Source = str | list[str]
 Meaning = Literal["prompt", "answer", "response"]
@@ -50,9 +50,13 @@ class Data(Section):
             if source in ("", []):
                 raise ValueError(f"data.{name} is {source!r}: name a file, a folder, a hub: or a reasoning_gym: source")
         if self.chat_template_args and self.template != "chat":
-            raise ValueError(
-                f"data.chat_template_args is {self.chat_template_args} but data.template is {self.template!r}: only data.template=chat "
-                "reads them"
+            raise RecipeError(
+                Key("data.chat_template_args"),
+                f" is {self.chat_template_args} but ",
+                Key("data.template"),
+                f" is {self.template!r}: only ",
+                Key("data.template"),
+                "=chat reads them",
             )
         return self
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -34,8 +36,28 @@ Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
 Seconds = Annotated[float, Field(gt=0.0, le=31_536_000.0), _from_text]
 
 
+class Key(str):
+    """A recipe's key in the message of an error. A command without a recipe shows its own option in its place: `calling`."""
+
+
 class RecipeError(ValueError):
-    """The input of a run is wrong. The message is one line: field, value, and how to mend it. Exit code 2."""
+    """The input is wrong; exit code 2. The parts join to one line: the field (a `Key` where commands call it differently), its value, and
+    the fix."""
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return "".join(self.args)
+
+
+@contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """What a command without a recipe calls the keys that errors name: `{"rollout.tp": "--tp"}`."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(*(names.get(part, part) if isinstance(part, Key) else part for part in error.args)) from None
 
 
 def limit(bound: float) -> str:

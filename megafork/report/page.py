@@ -5,11 +5,11 @@ One file, no script, no font and no picture from elsewhere: the content security
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from megafork.files import whole
 from megafork.report.style import STYLE
 
 CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
@@ -53,9 +53,8 @@ def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer
 def write(path: Path, document: str) -> Path:
     """Replace the file in one piece, so that a reader never sees half a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # a run that ends and a command that watches it may both write
-    unfinished.write_text(document, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole(path, alone=False) as unfinished:  # a run that ends and a command that watches it may both write
+        unfinished.write_text(document, encoding="utf-8")
     return path
 
 

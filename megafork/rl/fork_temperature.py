@@ -6,11 +6,12 @@ The rule and its arithmetic; `logits_processor.py` hands them to vLLM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megafork.recipe import RecipeError, Rollout
+
+if TYPE_CHECKING:  # the command line imports this file, and must not wait for torch
+    from torch import Tensor
 
 PAPER_GRID = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 PAPER_THRESHOLD = 0.672
@@ -48,6 +49,8 @@ class ForkTemperature:
 
     def of(self, entropy: Tensor) -> Tensor:
         """The temperature of each token from its entropy at temperature 1, of the same shape."""
+        import torch
+
         return torch.where(entropy > self.threshold, self.high, self.low)
 
 
@@ -64,6 +67,8 @@ def sweep(threshold: float = PAPER_THRESHOLD) -> list[ForkTemperature]:
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of each row's distribution: [N, V] -> [N]. A logit of -inf has probability 0 and adds 0."""
+    import torch
+
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
@@ -74,6 +79,8 @@ def scale_logits(logits: Tensor, settings: Tensor, *, at_once: int = 1 << 24) ->
     value and all others become -inf, which is the limit. A row whose temperatures are both 1 stays as it is to the last bit.
     About `at_once` logits are taken at once, so that the soft-max of a large batch needs 64 MiB and not gigabytes.
     """
+    import torch
+
     vocabulary = torch.arange(logits.shape[1], device=logits.device)
     rows = max(1, at_once // logits.shape[1])
     for part, setting in zip(logits.split(rows), settings.to(logits.dtype).split(rows), strict=True):

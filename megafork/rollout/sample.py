@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from megafork.data.tokenizer import load_tokenizer
+from megafork.files import whole
 from megafork.recipe import Recipe, RecipeError
 from megafork.rollout.engine import Request, Sampling, request_seed
 from megafork.rollout.store import Key, Store
@@ -66,7 +67,8 @@ class SampleJob:
         for sampling in self.samplings:
             folder = self.store(sampling).folder
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "sampling.json").write_text(self._identity(sampling) + "\n")
+            with whole(folder / "sampling.json") as unfinished:
+                unfinished.write_text(self._identity(sampling) + "\n")
 
 
 def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 
 ADAPTER = "adapter_config.json"
 _SHOWN = 80
@@ -68,44 +68,46 @@ class Keys:
         shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
         name = f"{self.within}{key}"
         name = name if name.replace(".", "").isidentifier() else repr(name)
-        return RecipeError(f"model.path is {str(self.folder)!r}: its {name} is {shown}: {must}")
+        return RecipeError(Key("model.path"), f" is {str(self.folder)!r}: its {name} is {shown}: {must}")
 
     def _value(self, key: str, default: Any) -> Any:
         if key not in self.values and default is None:
-            raise RecipeError(f"model.path is {str(self.folder)!r}: its config.json lacks {self.within + key!r}")
+            raise RecipeError(Key("model.path"), f" is {str(self.folder)!r}: its config.json lacks {self.within + key!r}")
         return self.values.get(key, default)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The keys of a folder's config.json. Raises RecipeError for a folder that is none of a model, and for what is not exactly JSON."""
-    said = f"model.path is {str(folder)!r}"
+    named = (Key("model.path"), f" is {str(folder)!r}")
     file = folder / "config.json"
     if not os.path.isdir(folder):
-        raise RecipeError(f"{said}: no such folder; give a Hugging Face model folder")
-    refuse_adapter(folder, said)
+        raise RecipeError(*named, ": no such folder; give a Hugging Face model folder")
+    refuse_adapter(folder, *named)
     if not os.path.lexists(file):
-        raise RecipeError(f"{said}: it has no config.json; give a Hugging Face model folder")
+        raise RecipeError(*named, ": it has no config.json; give a Hugging Face model folder")
     if not os.path.isfile(file):
-        raise RecipeError(f"{said}: its config.json is not a file; give a Hugging Face model folder")
+        raise RecipeError(*named, ": its config.json is not a file; give a Hugging Face model folder")
     try:
         config = json.loads(file.read_bytes().decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except OSError as error:
-        raise RecipeError(f"{said}: its config.json cannot be read ({error.strerror})") from None
+        raise RecipeError(*named, f": its config.json cannot be read ({error.strerror})") from None
     except RecursionError:
-        raise RecipeError(f"{said}: its config.json is not valid JSON (objects within objects without end)") from None
+        raise RecipeError(*named, ": its config.json is not valid JSON (objects within objects without end)") from None
     except ValueError as error:
-        raise RecipeError(f"{said}: its config.json is not valid JSON ({error})") from None
+        raise RecipeError(*named, f": its config.json is not valid JSON ({error})") from None
     if not isinstance(config, dict):
-        raise RecipeError(f"{said}: its config.json holds a {type(config).__name__}, not a Hugging Face config")
+        raise RecipeError(*named, f": its config.json holds a {type(config).__name__}, not a Hugging Face config")
     return config
 
 
-def refuse_adapter(folder: Path, said: str) -> None:
-    """Refuse a LoRA adapter. transformers would put it on top of the weights beside it, or of those of the model that it names."""
+def refuse_adapter(folder: Path, *named: str) -> None:
+    """Refuse a LoRA adapter in the folder, which an error calls `named`. transformers would put it on top of the weights beside it, or of
+    those of the model that it names."""
     if os.path.exists(folder / ADAPTER):
         raise RecipeError(
-            f"{said}, a LoRA adapter ({ADAPTER}): merge it into its base model first (peft's merge_and_unload), and give the merged "
-            f"folder without {ADAPTER}"
+            *named,
+            f", a LoRA adapter ({ADAPTER}): merge it into its base model first (peft's merge_and_unload), and give the merged "
+            f"folder without {ADAPTER}",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megafork.recipe import Parallel, RecipeError
+from megafork.recipe import Key, Parallel, RecipeError
 from megafork.shape.model import Shape
 
 
@@ -18,13 +18,13 @@ def check_world(layout: Parallel, ranks: int) -> None:
 def check_engines(rollout_tp: int, ranks: int) -> None:
     """Refuse roll-out engines that do not share the ranks evenly."""
     if ranks % rollout_tp:
-        raise RecipeError(f"rollout.tp is {rollout_tp}, which does not divide the {ranks} ranks: choose one that does")
+        raise RecipeError(Key("rollout.tp"), f" is {rollout_tp}, which does not divide the {ranks} ranks: choose one that does")
 
 
 def check_rollout_tp(shape: Shape, tp: int) -> None:
     """Refuse an engine of more ranks than share the attention heads evenly, and a model that vLLM has no room for."""
     if shape.heads % tp:
-        raise RecipeError(f"rollout.tp is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+        raise RecipeError(Key("rollout.tp"), f" is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
     if not shape.family.vllm_reads_head_dim and shape.head_dim * shape.heads != shape.hidden:
         raise RecipeError(
             f"the model's head_dim is {shape.head_dim}: vLLM knows a {shape.architecture} only with hidden_size / num_attention_heads = "
@@ -49,19 +49,22 @@ def stage_of_layer(layers: int, layout: Parallel) -> list[int]:
 def check_layout(shape: Shape, layout: Parallel) -> None:
     """Refuse a layout that this model cannot be split into, naming the reason."""
     if shape.heads % layout.tp:
-        raise RecipeError(f"parallel.tp is {layout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+        raise RecipeError(
+            Key("parallel.tp"), f" is {layout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them"
+        )
     if max(shape.kv_heads, layout.tp) % min(shape.kv_heads, layout.tp):
         raise RecipeError(
-            f"parallel.tp is {layout.tp} but the model has {shape.kv_heads} key-value heads: one must be a multiple of the other"
+            Key("parallel.tp"), f" is {layout.tp} but the model has {shape.kv_heads} key-value heads: one must be a multiple of the other"
         )
     for name, size in (("hidden_size", shape.hidden), ("intermediate_size", shape.ffn)):
         if size % layout.tp:
-            raise RecipeError(f"parallel.tp is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
+            raise RecipeError(Key("parallel.tp"), f" is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
     counts = stage_layers(shape.layers, layout)
     if min(counts) < 1 or sum(counts) != shape.layers or any(count % layout.vpp for count in counts):
         given = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers, "vpp": layout.vpp}
         rest = "".join(f", {name} {value}" for name, value in given.items() if value not in (None, 1))
         raise RecipeError(
-            f"parallel.pp is {layout.pp}{rest}, but the model has {shape.layers} layers: each stage needs equally many in each of its vpp "
-            "parts, and all stages but the first and the last equally many; choose other numbers"
+            Key("parallel.pp"),
+            f" is {layout.pp}{rest}, but the model has {shape.layers} layers: each stage needs equally many in each of its vpp "
+            "parts, and all stages but the first and the last equally many; choose other numbers",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 from megafork.shape.config import Keys, read_config
 from megafork.shape.families import FAMILIES
 from megafork.shape.family import Family
@@ -103,7 +103,7 @@ def _architecture(config: Keys) -> str:
     architecture = named[0] if isinstance(named, list) and len(named) == 1 else None
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         what = architecture if isinstance(architecture, str) else f"model with architectures {named!r:.80}"
-        raise RecipeError(f"model.path is {str(config.folder)!r}, a {what}: megafork trains {', '.join(FAMILIES)}")
+        raise RecipeError(Key("model.path"), f" is {str(config.folder)!r}, a {what}: megafork trains {', '.join(FAMILIES)}")
     if config.values.get("model_type") != FAMILIES[architecture].model_type:  # by which transformers chooses the model
         raise config.error("model_type", f"that of a {architecture} is {FAMILIES[architecture].model_type!r}; give a folder of one model")
     return architecture
@@ -115,8 +115,9 @@ def _refuse_what_differs(config: Keys, family: Family) -> None:
     if config.values.get("quantization_config") is not None or beside:
         what = _QUANTIZED if beside else "quantization_config"
         raise RecipeError(
-            f"model.path is {str(config.folder)!r}: it is quantised ({what}); give the model it was made from, or delete {what} where the "
-            "weights are quantised no longer"
+            Key("model.path"),
+            f" is {str(config.folder)!r}: it is quantised ({what}); give the model it was made from, or delete {what} where the "
+            "weights are quantised no longer",
         )
     fixed = {**_FIXED, **family.fixed}
     for key, value in config.values.items():

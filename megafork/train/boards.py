@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megafork.files import whole
 from megafork.recipe import Log, Recipe, RecipeError
 
 Row = Mapping[str, int | float | None]
@@ -86,7 +87,8 @@ class WeightsAndBiases:
         identity = recipe.run_folder / "wandb" / "id"
         if not (resume_step and identity.exists()):
             identity.parent.mkdir(parents=True, exist_ok=True)
-            identity.write_text(uuid.uuid4().hex[:12])
+            with whole(identity) as unfinished:
+                unfinished.write_text(uuid.uuid4().hex[:12])
         self._run: Any = wandb.init(
             project=recipe.log.wandb,
             name=recipe.run.name,

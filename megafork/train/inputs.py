@@ -10,7 +10,7 @@ from typing import Any
 from megafork.data import reward
 from megafork.data.prompts import Prompt, fingerprint, load_prompts, without_training_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Key, Recipe, RecipeError
 from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape
 from megafork.weights import checkpoint
 from megafork.weights.huggingface import HuggingFaceWeights
@@ -46,7 +46,7 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     weights = HuggingFaceWeights(folder)
     weights.check(shape)
     tokenizer = load_tokenizer(recipe.model.path)
-    tokenizer.check(shape.vocab, f"model.path is {recipe.model.path!r}")
+    tokenizer.check(shape.vocab, Key("model.path"), f" is {recipe.model.path!r}")
     needs = ("response",) if supervised else reward.needs(recipe.reward)
     check_row = None if supervised else reward.check_row(recipe.reward)
     load = partial(load_prompts, data=recipe.data, tokenizer=tokenizer, needs=needs, check_row=check_row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,15 @@ def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inpu
     sender = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0
     senders: list[int] = [0] * mesh.world
     dist.all_gather_object(senders, int(sender))
-    writer = None
-    temporary = file.with_name(file.name + ".writing")
-    if mesh.is_rank_zero:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        writer = pq.ParquetWriter(temporary, SCHEMA, compression="zstd")
-    for rank in (rank for rank, sends in enumerate(senders) if sends):
-        part = _receive(rows, rank, mesh)
-        if writer is not None and part:
-            writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
-    if writer is not None:
-        writer.close()
-        temporary.rename(file)
+    with ExitStack() as opened:
+        writer = None
+        if mesh.is_rank_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            writer = opened.enter_context(pq.ParquetWriter(opened.enter_context(whole(file)), SCHEMA, compression="zstd"))
+        for rank in (rank for rank, sends in enumerate(senders) if sends):
+            part = _receive(rows, rank, mesh)
+            if writer is not None and part:
+                writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
 
 
 def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], held_out: Sequence[Prompt]) -> None:

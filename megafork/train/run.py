@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megafork.files import whole
 from megafork.model.build import build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
@@ -129,7 +130,8 @@ class Run:
     def _open_log(self, show_every: int) -> RunLog:
         folder = self.recipe.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(self.recipe.to_yaml())
+        with whole(folder / "recipe.yaml") as unfinished:
+            unfinished.write_text(self.recipe.to_yaml())
         return RunLog(
             folder,
             steps=self.recipe.train.steps,

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 from megafork.shape import Shape, read_config
 from megafork.weights.checksums import sync, sync_name
 from megafork.weights.mapping import huggingface_shapes
@@ -55,8 +55,9 @@ class HuggingFaceWeights:
         absent = sorted(name for name, file in placed.items() if name not in self._tensors or self._tensors[name].file != file)
         if absent:
             raise RecipeError(
-                f"model.path is {str(folder)!r}: its index puts {absent[0]} into {placed[absent[0]].name}, which does not hold it; "
-                "index and shards are of different models: download them again"
+                Key("model.path"),
+                f" is {str(folder)!r}: its index puts {absent[0]} into {placed[absent[0]].name}, which does not hold it; "
+                "index and shards are of different models: download them again",
             )
         self._tensors = {name: self._tensors[name] for name in placed}
 
@@ -66,21 +67,24 @@ class HuggingFaceWeights:
             names = self._read_index(index)
             if single.exists() and set(names.values()) != {single}:
                 raise RecipeError(
-                    f"model.path is {str(self.folder)!r}: it has a {single.name}, which transformers loads, beside {index.name} with "
-                    "other files: delete the one that is not the model"
+                    Key("model.path"),
+                    f" is {str(self.folder)!r}: it has a {single.name}, which transformers loads, beside {index.name} with "
+                    "other files: delete the one that is not the model",
                 )
         elif single.exists():
             with safe_file(single) as file:
                 names = dict.fromkeys(file.keys(), single)
         else:
             raise RecipeError(
-                f"model.path is {str(self.folder)!r}: it has no model.safetensors and no model.safetensors.index.json; "
-                "give a folder with weights in safetensors format"
+                Key("model.path"),
+                f" is {str(self.folder)!r}: it has no model.safetensors and no model.safetensors.index.json; "
+                "give a folder with weights in safetensors format",
             )
         missing = sorted({file.name for file in names.values() if not file.exists()})
         if missing:
             raise RecipeError(
-                f"model.path is {str(self.folder)!r}: its index names {', '.join(missing)}, which are not there; download them again"
+                Key("model.path"),
+                f" is {str(self.folder)!r}: its index names {', '.join(missing)}, which are not there; download them again",
             )
         return names
 
@@ -89,7 +93,8 @@ class HuggingFaceWeights:
             return {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RecipeError(
-                f"model.path is {str(self.folder)!r}: its {index.name} is not JSON with a weight_map of tensors to files; download it again"
+                Key("model.path"),
+                f" is {str(self.folder)!r}: its {index.name} is not JSON with a weight_map of tensors to files; download it again",
             ) from None
 
     def names(self) -> set[str]:
@@ -111,7 +116,7 @@ class HuggingFaceWeights:
         lazy = safe_file(self._tensors[name].file).get_slice(name)
         tensor = lazy[rows[0] : rows[1]] if columns is None else lazy[rows[0] : rows[1], columns[0] : columns[1]]
         if not is_finite(tensor):
-            raise not_finite(f"model.path is {str(self.folder)!r}", name)
+            raise not_finite(self.folder, name)
         return tensor
 
     def check(self, shape: Shape, *, dtype: torch.dtype | None = None, listed: int | None = 8) -> None:
@@ -139,11 +144,12 @@ class HuggingFaceWeights:
                 wrong.append(f"{name} has dtype {self._tensors[name].dtype}, config.json says {CODES.get(dtype, dtype)}")
         if wrong:
             shown = "; ".join(wrong[:listed]) + (f"; and {len(wrong[listed:])} more" if listed and len(wrong) > listed else "")
-            raise RecipeError(f"model.path is {str(self.folder)!r}: its tensors do not fit its config.json: {shown}")
+            raise RecipeError(Key("model.path"), f" is {str(self.folder)!r}: its tensors do not fit its config.json: {shown}")
         if shape.tied and head in self._tensors and not self._are_equal(head, embedding, shape):
             raise RecipeError(
-                f"model.path is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {head} is not its "
-                f"{embedding}: set it to false to train with that head, or delete {head} from the file to train without it"
+                Key("model.path"),
+                f" is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {head} is not its "
+                f"{embedding}: set it to false to train with that head, or delete {head} from the file to train without it",
             )
 
     def _are_equal(self, head: str, embedding: str, shape: Shape) -> bool:
@@ -158,9 +164,10 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.dtype not in _DTYPES.values() or all(map(math.isfinite, map(float, tensor.aminmax())))
 
 
-def not_finite(source: str, name: str) -> RecipeError:
+def not_finite(folder: Path, name: str) -> RecipeError:
     return RecipeError(
-        f"{source}: its {name} holds NaN or infinity: the weights are of a training that broke down, give an earlier checkpoint"
+        Key("model.path"),
+        f" is {str(folder)!r}: its {name} holds NaN or infinity: the weights are of a training that broke down, give an earlier checkpoint",
     )
 
 

@@ -24,7 +24,7 @@ from megafork import recipe
 from megafork.data.verdicts import sandbox, wire
 from megafork.data.verdicts.judge import Options
 from megafork.data.verdicts.relay import relay
-from megafork.recipe import RecipeError
+from megafork.recipe import Key, RecipeError
 
 Item = tuple[str, dict[str, Any]]
 START_LIMIT_S = 120.0
@@ -70,7 +70,7 @@ class VerifierProcess:
         if failure != wire.READY:
             self.close()
             raise RecipeError(
-                f"reward.verifier is {self._reward.verifier!r}: it cannot be loaded; mend the file or its imports ({failure})"
+                Key("reward.verifier"), f" is {self._reward.verifier!r}: it cannot be loaded; mend the file or its imports ({failure})"
             )
         self._ready = True
 
