@@ -68,23 +68,23 @@ class Reshard:
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
         """Of all ranks, in an order that every rank knows; those of a rank to itself too."""
         for parameter in bucket:
-            stage = self.stage(parameter)
+            held = [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
             for target in range(self.world):
-                yield from self._to(target, parameter, stage)
+                yield from self._to(target, parameter, held)
 
     def full_shape(self, name: str) -> tuple[int, ...]:
         return full_shape(name, self.shape)
 
-    def _to(self, target: int, parameter: Parameter, stage: int) -> Iterator[Transfer]:
-        own_tp = target % self.layout.tp
-        replicated = parameter.rule.kind == "replicated"
+    def _to(self, target: int, parameter: Parameter, held: list[list[Piece]]) -> Iterator[Transfer]:
+        """`held`: of each TP rank."""
+        own_tp, replicated = target % self.layout.tp, parameter.rule.kind == "replicated"
+        wanted = {name: needed(name, self.shape, self.rollout_tp, target % self.rollout_tp) for name in parameter.huggingface()}
         for tp_rank in [own_tp] if replicated else range(self.layout.tp):
-            source = self._source(target, stage, tp_rank)
-            for piece in pieces(parameter, self.shape, self.layout.tp, tp_rank):
-                for wanted in needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp):
-                    part = meet(*wanted, piece)
-                    if part:
-                        rows, columns = part
+            source = self._source(target, self.stage(parameter), tp_rank)
+            for piece in held[tp_rank]:
+                for part in wanted[piece.name]:
+                    if common := meet(*part, piece):
+                        rows, columns = common
                         left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
                         yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
 
