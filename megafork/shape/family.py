@@ -118,8 +118,8 @@ class Family:
     """num_key_value_heads; None: as many as there are heads."""
     head_dim: int | None = None
     """head_dim; None: hidden_size / num_attention_heads."""
-    null_head_dim: bool = False
-    """Whether null for head_dim counts as left out."""
+    nulls: tuple[str, ...] = ("num_key_value_heads", "partial_rotary_factor")
+    """Keys of which transformers takes null; num_key_value_heads is then the number of heads, whatever `kv_heads` says."""
     whole_heads: bool = False
     """Whether hidden_size must be a multiple of num_attention_heads, also where head_dim is given."""
     norm_eps: float = 1e-6

@@ -153,7 +153,7 @@ def _refuse_other_layers(config: Keys, layers: int) -> None:
 
 def _kv_heads(config: Keys, family: Family, heads: int) -> int:
     absent = "num_key_value_heads" not in config
-    kv_heads = config.without_null("num_key_value_heads").whole(
+    kv_heads = config.without_null(*family.nulls).whole(
         "num_key_value_heads", largest=_LARGEST_SIZE, default=family.kv_heads if absent and family.kv_heads else heads
     )
     if heads % kv_heads:
@@ -163,8 +163,7 @@ def _kv_heads(config: Keys, family: Family, heads: int) -> int:
 
 
 def _head_dim(config: Keys, family: Family, hidden: int, heads: int) -> int:
-    if family.null_head_dim:
-        config = config.without_null("head_dim")
+    config = config.without_null(*family.nulls)
     derived = family.head_dim is None and "head_dim" not in config
     if hidden % heads and (derived or family.whole_heads):
         raise config.error("hidden_size", f"must be a multiple of num_attention_heads, {heads}")

@@ -24,8 +24,8 @@ def read_rope(config: Keys, family: Family, positions: int) -> tuple[float, Llam
     """Theta, and how its frequencies are scaled. `positions`: max_position_embeddings. Raises RecipeError."""
     rope = _parameters(config, family)
     theta = (rope if "rope_theta" in rope else config).number("rope_theta", above=1, default=family.rope_theta)
-    for keys, absent in ((config, None), (rope, 1.0)):
-        if keys.values.get("partial_rotary_factor", 1.0) not in (1.0, absent):
+    for keys in (config.without_null(*family.nulls), rope):
+        if keys.values.get("partial_rotary_factor", 1.0) != 1.0:
             raise keys.error("partial_rotary_factor", "megafork rotates whole heads; give a model with 1.0")
     kind = _kind(rope, family)
     unknown = sorted(rope.values.keys() - _COMMON - _KINDS[kind])
