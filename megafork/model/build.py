@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -96,11 +95,17 @@ def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = N
     if config.fp8:
         modules |= precision.projections(family)
     for name, module in modules.items():
-        *path, last = name.split(".")
-        within = reduce(lambda submodules, part: getattr(submodules, part).submodules, path, layer)
-        setattr(within, last, module)
+        _replace(layer, name, module)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+
+
+def _replace(layer: Any, name: str, module: type) -> None:
+    """Have a layer's submodule, such as `mlp.linear_fc1`, made from this class."""
+    *path, last = name.split(".")
+    for part in path:
+        layer = getattr(layer, part).submodules
+    setattr(layer, last, module)
 
 
 def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
