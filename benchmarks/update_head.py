@@ -21,7 +21,7 @@ from benchmarks.head_time import TP, Shape
 from benchmarks.peers import Head
 from megafork.parallel.vocab import log_prob_and_entropy
 from megafork.recipe import Loss
-from megafork.rl.loss import token_loss
+from megafork.rl.objectives import Tokens, clip
 
 SPARSE, DENSE, VERL = "megafork, rho 0.2", "megafork, rho 1.0", "verl, rho 1.0"
 
@@ -65,7 +65,7 @@ def _update(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, positio
     hidden.grad = weight.grad = None
     log_prob, _ = head(hidden[positions], weight, targets[positions])
     advantage = torch.where(positions % 2 == 0, 1.0, -1.0)
-    loss, _ = token_loss(log_prob, log_prob.detach(), advantage, Loss())
+    loss, _ = clip(Tokens(log_prob, log_prob.detach(), advantage, torch.zeros_like(positions), 1), Loss())
     loss.mean().backward()
 
 

@@ -220,11 +220,14 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
         precision.check_training(shape, recipe)
         precision.check_machine(recipe)
     from megafork.data.reward import Verifiers
+    from megafork.rl.objectives import check_objective
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs
     from megafork.train.sft import examples
 
     boards.check_boards(recipe.log)
+    if command == "train":
+        check_objective(recipe.loss)
     if command == "train" and ":" in recipe.reward.verifier:  # a file of the user's own may not load
         with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
             pass

@@ -145,6 +145,14 @@ def test_supervised_rows_that_are_too_long_or_have_no_response(task: Path) -> No
     assert "line 1 has no response" in refused(command="sft")
 
 
+def test_an_objective_that_cannot_be_computed(task: Path) -> None:
+    assert "loss.objective is 'gpso': did you mean 'gspo'?" in refused("loss.objective=gpso")
+    with pytest.raises(RecipeError, match=r"^loss.dual_clip is 10.0 with loss.objective=sapo: only `clip` has it"):
+        load_recipe("recipe.yaml", ["loss.objective=sapo", "loss.dual_clip=10"])
+    (task / "own.py").write_text("def own(tokens, loss):\n    return tokens.old_log_prob, tokens.advantage > 0\n")
+    assert "must return finite losses that depend on tokens.log_prob" in refused("loss.objective=own.py:own")
+
+
 def test_a_verifier_that_cannot_be_loaded(task: Path) -> None:
     (task / "mine.py").write_text("import nonsense\ndef score(text, row): return 1")
     assert "it cannot be loaded; mend the file or its imports (ModuleNotFoundError: No module named 'nonsense')" in refused(

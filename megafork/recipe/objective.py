@@ -41,12 +41,17 @@ class Forks(Section):
 
 
 class Loss(Section):
+    objective: str = "clip"
+    """`clip` (PPO's with clip-higher, as the paper), `gspo` (sequence ratio), `cispo` (clipped weight), `sapo` (soft gate), `reinforce`
+    (no ratio), or a function of your own as FILE.py:FUNCTION (docs/extending.md). Formulas: docs/algorithm.md."""
     clip_low: BelowOne = 0.2
-    """eps_low: the ratio is clipped below at 1 - eps_low."""
+    """eps_low: `clip`, `gspo` and `cispo` clip the ratio below at 1 - eps_low (GSPO's authors: 3e-4)."""
     clip_high: NonNegative = 0.28
-    """eps_high: the ratio is clipped above at 1 + eps_high."""
+    """eps_high: they clip it above at 1 + eps_high (GSPO's authors: 4e-4)."""
     dual_clip: AboveOne | None = None
-    """c: with a negative advantage the loss is at most c |A| (official code: 10)."""
+    """c: with a negative advantage the loss of `clip` is at most c |A| (official code: 10)."""
+    sapo_temperatures: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1.0, 1.05)
+    """Of `sapo`'s gate for positive and for negative advantages."""
     importance_cap: Positive | None = None
     """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or another precision. Empty: by 1."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
@@ -56,6 +61,12 @@ class Loss(Section):
     """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
     head_memory_mb: Megabytes = 256
     """MiB for the one [chunk, vocabulary / TP] fp32 buffer of the log-prob and entropy head."""
+
+    @model_validator(mode="after")
+    def _dual_clip_bounds_a_clip(self) -> Loss:
+        if self.dual_clip is not None and self.objective != "clip":
+            raise ValueError(f"loss.dual_clip is {self.dual_clip} with loss.objective={self.objective}: only `clip` has it; leave it out")
+        return self
 
 
 class Optimizer(Section):

@@ -11,6 +11,7 @@ from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.loss import policy_loss, set_weights
+from megafork.rl.objectives import objective_named
 from megafork.train.clock import Clock
 from megafork.train.learner import Learner
 from megafork.train.summary import entropy_metrics, update_metrics
@@ -30,6 +31,7 @@ def update_policy(
     mesh = learner.mesh
     groups = ForkGroups(mesh.token_group, mesh.cp_group)
     everything = list(itertools.chain(*minibatches))
+    loss = partial(policy_loss, loss=recipe.loss, objective=objective_named(recipe.loss.objective), context=mesh.cp_group)
     thresholds: list[Selection] = []
     updates: list[dict[str, float]] = []
 
@@ -52,5 +54,5 @@ def update_policy(
                 select(mini)
             if mesh.is_last_stage:
                 set_weights(mini, recipe.forks, recipe.loss, groups)
-            updates.append(learner.train(mini, partial(policy_loss, loss=recipe.loss)))
+            updates.append(learner.train(mini, loss))
     return metrics | update_metrics(everything, thresholds, updates, mesh)
