@@ -161,7 +161,8 @@ class Family:
         return tensor.name if layer is None else f"{self.layers}.{layer}.{tensor.name}"
 
     def find(self, name: str) -> tuple[Rule, HFTensor] | None:
-        """The declaration of the tensor that the files call `name`; None for one that the family does not have."""
+        """The declaration of the tensor that the files call `name`, whatever the numbers of layers (or experts) in it; None for one that
+        the family does not have."""
         return self._by_name.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
 
     @cached_property
