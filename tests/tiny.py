@@ -36,8 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-4, tied, one KV head": ("Phi3", {"num_key_value_heads": 1}),
 }
 """Each family of the table, in the forms that make a difference to its tensors."""
-_CONFIG = {"Phi3": {"pad_token_id": None}}
-"""What else an architecture needs: transformers' default for Phi-3's padding lies beyond a tiny vocabulary."""
+_CONFIG = {"Phi3": {"pad_token_id": None, "eos_token_id": None}}
+"""What else an architecture needs: transformers' defaults for Phi-3's tokens lie beyond a tiny vocabulary."""
 
 
 def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
