@@ -17,7 +17,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from tiny import recipe, save_model
+from tiny import MODELS, recipe, save_model
 from torch import Tensor
 from training import Rig
 
@@ -34,13 +34,6 @@ from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy, local_parameters
 from megafork.weights.shards import Spec, write_shards
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tied": ("Qwen3", {}),
-    "untied": ("Qwen3", {"tie_word_embeddings": False}),
-    "one KV head": ("Qwen3", {"num_key_value_heads": 1}),
-    "Qwen2.5": ("Qwen2", {"tie_word_embeddings": False}),
-    "Llama": ("Llama", {}),
-}
 TALK = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "chat_template.jinja": "{{ x }}", "tokenizer.model": "\x00\x01"}
 
 
@@ -161,7 +154,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["tied", "untied", "Qwen2.5"])
+@pytest.mark.parametrize("model", ["tied", "untied", "Qwen2.5 untied", "Phi-4"])
 def test_megatron_loads_it_under_any_layout(model: str, layout: str, tmp_path: Path) -> None:
     architecture, changes = MODELS[model]
     source = save_model(tmp_path / "in", architecture, **changes)
@@ -215,8 +208,9 @@ def _fault(huggingface: Path, megatron: Path) -> str:
         return str(error)
 
 
-def test_verify_compares_logits(tmp_path: Path) -> None:
-    one, two = (save_model(tmp_path / str(seed), "Qwen2", seed=seed, tie_word_embeddings=False) for seed in (1, 2))
+@pytest.mark.parametrize("architecture", ["Qwen2", "Mistral", "Phi3"])
+def test_verify_compares_logits(architecture: str, tmp_path: Path) -> None:
+    one, two = (save_model(tmp_path / str(seed), architecture, seed=seed, tie_word_embeddings=False) for seed in (1, 2))
     assert on_ranks(1, partial(_verified, tp=2, pp=2), hf_to_megatron, one, tmp_path / "megatron")[0] < 1e-4
     assert on_ranks(1, partial(_verified, dtype="bf16"), hf_to_megatron, one, tmp_path / "bf16")[0] < 1e-4, "of rounded weights"
     assert on_ranks(1, _fault, two, tmp_path / "megatron")[0].startswith("--verify: the logits of Megatron and transformers differ by")

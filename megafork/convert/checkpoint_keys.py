@@ -12,12 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megafork.recipe import Parallel
-from megafork.shape import Shape, stage_of_layer
-from megafork.weights.mapping import EMBEDDING, Parameter, parameters, shard_shape
-
-_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+from megafork.shape import Shape
+from megafork.weights.mapping import LAYERS, Parameter, parameters, shard_shape
 
 
 @dataclass(frozen=True)
@@ -36,20 +32,14 @@ class Stored:
 def stored_parameters(shape: Shape, tp: int = 1) -> Iterator[Stored]:
     """Every parameter in the order of `mapping.parameters`, with the vocabulary padded for `tp`."""
     for parameter in parameters(shape):
-        key = parameter.rule.megatron.replace("{i}.", "")
-        for ours, theirs in _NORMS.items():
-            key = key.replace(ours, theirs)
+        name = parameter.rule.fused or parameter.rule.megatron
         whole = shard_shape(parameter, shape, 1)
         if parameter.rule.kind == "vocab":
             whole = (shape.padded_vocab(tp), *whole[1:])
-        yield Stored(parameter, key, whole if parameter.layer is None else (shape.layers, *whole))
-
-
-def stage_of(parameter: Parameter, shape: Shape, layout: Parallel) -> int:
-    """The pipeline stage that writes a parameter."""
-    if parameter.layer is not None:
-        return stage_of_layer(shape.layers, layout)[parameter.layer]
-    return 0 if parameter.rule == EMBEDDING else layout.pp - 1
+        if parameter.layer is None:
+            yield Stored(parameter, name, whole)
+        else:
+            yield Stored(parameter, f"{LAYERS}.{name}", (shape.layers, *whole))
 
 
 def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -70,7 +60,8 @@ def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[
         yield (inner, part) if stored.layer is None else ((stored.layer, *inner), part[None])
 
 
-def extra_states(layer: int, layers: int) -> Iterator[str]:
+def extra_states(layer: int, shape: Shape) -> Iterator[str]:
     """Keys of the extra states of a layer's linears: empty without FP8, but megatron-core requires them."""
-    for linear in _LINEARS:
-        yield f"decoder.layers.{linear}._extra_state/shard_{layer}_{layers}"
+    for rule in shape.family.layer:
+        if rule.fp8:
+            yield f"{LAYERS}.{rule.module}._extra_state/shard_{layer}_{shape.layers}"

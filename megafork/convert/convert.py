@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from megafork.convert import fp8_folder as fp8_folder
-from megafork.convert.checkpoint_keys import Stored, chunks, extra_states, stage_of, stored_parameters
+from megafork.convert.checkpoint_keys import Stored, chunks, extra_states, stored_parameters
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
 from megafork.model.fp8 import CONFIG, Quantized
@@ -29,7 +29,7 @@ from megafork.recipe import Key, Parallel, RecipeError, calling
 from megafork.shape import Shape, check_layout
 from megafork.weights.checksums import write_sums
 from megafork.weights.huggingface import HuggingFaceWeights, copy_companions, replaced
-from megafork.weights.mapping import pieces, shard_shape
+from megafork.weights.mapping import pieces, shard_shape, stage_of
 from megafork.weights.shards import Spec, write_shards
 
 Dtype = Literal["keep", "fp32", "bf16"]
@@ -111,7 +111,7 @@ def megatron_to_hf(
     tensors = model.read()
     if fp8:
         fp8_folder.check_folder(model.shape, specs)
-        specs, tensors = fp8_folder.quantized_specs(specs), iter(Quantized(tensors))
+        specs, tensors = fp8_folder.quantized_specs(model.shape, specs), iter(Quantized(tensors, model.shape))
     tick = _counter(progress, specs, passes=1 + verify)
     changes = _dtype_change(specs, dtype) | (CONFIG if fp8 else {})
     difference = None
@@ -162,7 +162,7 @@ def _write_megatron(
                         tick(chunk.nbytes)
                 if rank == 0:
                     for layer in sorted({s.layer for s in mine if s.layer is not None}):
-                        for key in extra_states(layer, shape.layers):
+                        for key in extra_states(layer, shape):
                             writer.add_value(key, None)
     writer.finish({"content_metadata": {"singleton_local_shards": False}})
 

@@ -19,11 +19,11 @@ def check_folder(shape: Shape, specs: list[Spec]) -> None:
         raise RecipeError("--fp8: the rest of the weights would be fp32, which vLLM refuses together with FP8: add --dtype bf16")
 
 
-def quantized_specs(specs: Iterable[Spec]) -> list[Spec]:
+def quantized_specs(shape: Shape, specs: Iterable[Spec]) -> list[Spec]:
     """Specs of the tensors that `Quantized` yields for tensors of these specs."""
     made = []
     for spec in specs:
-        if is_quantized(spec.name):
+        if is_quantized(spec.name, shape):
             blocks = tuple(-(-size // BLOCK) for size in spec.shape)
             made += [Spec(spec.name, spec.shape, torch.float8_e4m3fn), Spec(spec.name + SCALE, blocks, torch.float32)]
         else:

@@ -139,7 +139,7 @@ def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[s
     whole = reader.read(stored.key, stored.layer)
     if not is_finite(whole):
         raise not_finite(reader.folder, stored.parameter.name)
-    parts = pieces(stored.parameter, shape, 1, 0)
+    parts = sorted(pieces(stored.parameter, shape, 1, 0), key=lambda part: part.rows)
     for name in stored.parameter.huggingface():
         mine = [whole[part.at : part.at + part.rows[1] - part.rows[0]] for part in parts if part.name == name]
         yield name, mine[0] if len(mine) == 1 else torch.cat(mine)

@@ -41,7 +41,7 @@ def layer(shape: Shape, recipe: Recipe) -> Layer:
     mixed = q + 2 * kv if shape.kv_heads >= layout.tp else (shape.heads + 2 * shape.kv_heads) * d  # Megatron then gathers it
     half = width == 2
     norms = 2 * (4 + 2 * width) * shape.hidden / split + 8
-    qk_norms = (4 + width) * q + (4 * half + width) * kv + 4 * (heads + groups) if shape.qk_norm else 0.0
+    qk_norms = (4 + width) * q + (4 * half + width) * kv + 4 * (heads + groups) if shape.family.qk_norm else 0.0
     rope = 4 * d * width
     gathered = layout.cp > 1
     core = width * (q + 2 * kv * layout.cp if gathered else q + kv)

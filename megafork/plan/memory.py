@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
-from megafork.model.fp8 import BLOCK, is_quantized
+from megafork.model.fp8 import BLOCK
 from megafork.plan.activations import Activations, stage_activations
 from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
 from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
-from megafork.shape import Shape, stage_layers
+from megafork.shape import Shape, Span, stage_layers
 from megafork.weights.mapping import Parameter, shard_shape
 from megafork.weights.reshard import needed
 
@@ -94,7 +95,7 @@ def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
 
     def copies(parameter: Parameter) -> int:
         size = math.prod(shard_shape(parameter, shape, recipe.parallel.tp))
-        return 2 * (size + 4 * size // BLOCK**2) if all(map(is_quantized, parameter.huggingface())) else 0
+        return 2 * (size + 4 * size // BLOCK**2) if parameter.rule.fp8 else 0
 
     return over_model(replace(shape, layers=1), copies)
 
@@ -130,11 +131,11 @@ def refit_buffer(shape: Shape, recipe: Recipe) -> int:
 
 def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool) -> int:
     def size(parameter: Parameter) -> int:
-        return sum(part(name) for name in parameter.huggingface())
+        parts = itertools.chain.from_iterable(needed(name, shape, tp, 0) for name in parameter.huggingface())
+        return sum(part(*each, fp8=fp8 and parameter.rule.fp8) for each in parts)
 
-    def part(name: str) -> int:
-        rows, columns = needed(name, shape, tp, 0)
+    def part(rows: Span, columns: Span | None, *, fp8: bool) -> int:
         high, wide = rows[1] - rows[0], columns[1] - columns[0] if columns else 1
-        return high * wide + 4 * -(-high // BLOCK) * -(-wide // BLOCK) if fp8 and is_quantized(name) else high * wide * width
+        return high * wide + 4 * -(-high // BLOCK) * -(-wide // BLOCK) if fp8 else high * wide * width
 
     return over_model(shape, size)

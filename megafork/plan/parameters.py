@@ -14,24 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megafork.recipe import Recipe
-from megafork.shape import Shape, stage_layers
-from megafork.weights.mapping import EMBEDDING, HEAD, TIED_HEAD, Parameter, full_shape, parameters, shard_shape
+from megafork.shape import Rule, Shape, stage_layers
+from megafork.weights.mapping import Parameter, parameters, shard_shape
 
 WIDTH = {"fp32": 4, "bf16": 2}
 """Bytes per number."""
 _ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
-_IN_MEGATRON = (
-    "input_layernorm",
-    "linear_proj",
-    "linear_qkv",
-    "q_layernorm",
-    "k_layernorm",
-    "pre_mlp_layernorm",
-    "linear_fc1",
-    "linear_fc2",
-)
-"""A layer's parameters in the order in which Megatron's modules register them."""
 STATE_TENSORS = 2
 """Adam's two moments, in fp32."""
 
@@ -109,7 +98,7 @@ def over_model(shape: Shape, size: Callable[[Parameter], int]) -> int:
 
 def count_parameters(shape: Shape) -> int:
     """Parameters of the whole model; a tied head counts once, vocabulary padding not at all."""
-    return over_model(shape, lambda p: sum(math.prod(full_shape(name, shape)) for name in p.huggingface()))
+    return over_model(shape, lambda parameter: sum(math.prod(tensor.size(shape)) for tensor in parameter.rule.tensors))
 
 
 def stage_weights(shape: Shape, recipe: Recipe, stage: int, ranks: int) -> Weights:
@@ -126,27 +115,20 @@ def stage_weights(shape: Shape, recipe: Recipe, stage: int, ranks: int) -> Weigh
 
 def _chunk_sizes(shape: Shape, recipe: Recipe, stage: int, chunk: int) -> Iterator[tuple[int, bool]]:
     """(elements, whether it is a tied embedding shared by two stages) of each parameter of a chunk on one TP rank, in Megatron's order."""
-    layout = recipe.parallel
+    layout, family = recipe.parallel, shape.family
     shared = shape.tied and layout.pp > 1
 
-    def size(parameter: Parameter) -> int:
-        return math.prod(shard_shape(parameter, shape, layout.tp))
+    def size(rule: Rule) -> int:
+        return math.prod(shard_shape(Parameter(family, rule), shape, layout.tp))
 
     if stage == 0 and chunk == 0:
-        yield size(Parameter(EMBEDDING.megatron, EMBEDDING, None)), shared
-    one = sorted((p for p in parameters(replace(shape, layers=1)) if p.layer == 0), key=_place)
+        yield size(family.embedding), shared
     for _ in range(stage_layers(shape.layers, layout)[stage] // layout.vpp):
-        yield from ((size(parameter), False) for parameter in one)
+        yield from ((size(rule), False) for rule in family.layer)
     if stage == layout.pp - 1 and chunk == layout.vpp - 1:
-        yield shape.hidden, False
+        yield size(family.final_norm), False
         if shared or not shape.tied:
-            rule = TIED_HEAD if shape.tied else HEAD
-            yield size(Parameter(rule.megatron, rule, None)), shared
-
-
-def _place(parameter: Parameter) -> tuple[int, bool]:
-    module = parameter.name.split(".")[-2]
-    return _IN_MEGATRON.index(module), parameter.name.endswith("bias")
+            yield size(family.tied_head if shape.tied else family.head), shared
 
 
 def lay_out(sizes: list[tuple[int, bool]], shards: int, bucket_size: int | None) -> Buffer:

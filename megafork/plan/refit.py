@@ -90,7 +90,7 @@ def _lacking(plan: Reshard, ranks: range) -> int:
             shards = {rank % layout.tp for rank in ranks if rank // per_stage == plan.stage(parameter)}
             held = {piece for shard in shards for piece in pieces(parameter, shape, layout.tp, shard)}
             for name in parameter.huggingface():
-                for part in {needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp) for rank in ranks}:
+                for part in {part for rank in ranks for part in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp)}:
                     there = (meet(*part, piece) for piece in held if piece.name == name)
                     lacking += times * (area(*part) - sum(area(*covered) for covered in there if covered))
     return lacking

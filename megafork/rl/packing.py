@@ -145,7 +145,7 @@ def placement(lengths: Sequence[int], budget: int, mesh: Mesh) -> list[list[list
 
 
 def packer(mesh: Mesh, *, whole: int, temperature: float) -> Callable[[list[Response]], MicroBatch]:
-    """A function that packs responses into this rank's micro-batch. `whole`: the multiple to which a micro-batch is padded (1 except in FP8).
+    """A function that packs responses into this rank's micro-batch. `whole`: the multiple it is padded to (1 except in FP8).
     `temperature`: the roll-out's, or 1 under fork-aware decoding."""
     return partial(
         pack,
