@@ -18,7 +18,7 @@ from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
 from megafork.rollout.config import EngineConfig
-from megafork.rollout.engine import Completion, Engine, Request, Sampling
+from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling
 from megafork.rollout.serve import command
 from megafork.rollout.vllm_arguments import engine_arguments
 from megafork.shape import Shape
@@ -59,7 +59,7 @@ class PolicyEngine(Engine):
     def refit(self, version: int) -> None:
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
         assert sampling.forks is None and sampling.top_p == 1, "these engines cannot"
         with torch.no_grad():
             return [self._complete(request, sampling) for request in requests]
@@ -100,7 +100,7 @@ class TransformersEngine(Engine):
     def refit_metrics(self) -> dict[str, float]:
         return self.bridge.metrics()
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
         assert sampling.forks is None and sampling.top_p == 1, "these engines cannot"
         with torch.no_grad():
             return [self._complete(request, sampling) for request in requests]

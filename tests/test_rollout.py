@@ -31,7 +31,9 @@ def _generate(spec: Recipe, folders: list[Path], port: int) -> list[list[Complet
     answers = []
     for version, weights.folder in enumerate(folders):
         engine.refit(version)
-        answers.append(engine.generate(requests, Sampling(max_tokens=12, temperature=0.8, stop=(7,))))
+        ended: dict[int, Completion] = {}
+        answers.append(engine.generate(requests, Sampling(max_tokens=12, temperature=0.8, stop=(7,)), ended.__setitem__))
+        assert ended == dict(enumerate(answers[-1])), "each is told of as it ends"
     engine.close()
     return answers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -89,6 +89,10 @@ class Verifiers:
     def score(self, items: list[Item]) -> list[Verdict]:
         """Verdicts on (response text, row) items, in their order. Whatever happens on one item never affects another."""
         return list(self._threads.map(self._judge, items))
+
+    def begin(self, item: Item) -> Future[Verdict]:
+        """The verdict on one item, as soon as a process has time for it."""
+        return self._threads.submit(self._judge, item)
 
     def close(self) -> None:
         """End the processes, after waiting at most `reward.timeout_s` for pending verdicts."""

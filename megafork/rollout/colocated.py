@@ -13,7 +13,7 @@ from megafork.compat import vllm as vllm_fixes
 from megafork.compat import vllm_fp8
 from megafork.parallel.mesh import Mesh
 from megafork.rollout.config import EngineConfig
-from megafork.rollout.engine import Completion, Engine, Request, Sampling, Weights
+from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
 from megafork.rollout.vllm_arguments import engine_arguments, sampling_arguments
 from megafork.shape import check_engines
 
@@ -46,8 +46,12 @@ class ColocatedEngine(Engine):
         own = {"distributed_executor_backend": "external_launcher", "enable_sleep_mode": on_gpu}
         return engine_arguments(config, on_gpu=on_gpu) | own
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        answers = dict(self.stream(requests, sampling))
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
+        answers: dict[int, Completion] = {}
+        for place, completion in self.stream(requests, sampling):
+            answers[place] = completion
+            if ended is not None:
+                ended(place, completion)
         return [answers[place] for place in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[tuple[int, Completion], None, None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -58,6 +58,10 @@ class Completion:
             )
 
 
+Ended = Callable[[int, Completion], None]
+"""Told of each completion as it ends: its request's place, and itself."""
+
+
 class Engine(Protocol):
     """A roll-out engine, as `train.engines.build_engine` makes it: with the source of its weights, which it reads at every `refit`.
 
@@ -74,9 +78,9 @@ class Engine(Protocol):
     draws_in_background: bool = False
     """Whether `generate` may be called in a thread while the ranks train and `refit`. The step then waits in `attend`."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
         """One completion per request, in order, on the engine's rank 0. Their log-probs are those of the distribution drawn from: at the
-        sampling temperature, or at that of each token's fork."""
+        sampling temperature, or at that of each token's fork. An engine that can calls `ended` with each completion as soon as it ends."""
         ...
 
     def refit(self, version: int) -> None:

@@ -25,7 +25,7 @@ from megafork.parallel.reduce import over_world
 from megafork.recipe import RecipeError
 from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost, WrongSecret
 from megafork.rollout.config import EngineConfig
-from megafork.rollout.engine import Completion, Engine, Request, Sampling, Weights
+from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
 from megafork.rollout.guard import credentials
 from megafork.rollout.transfer import Lane, buckets
 
@@ -87,7 +87,7 @@ class ServerEngine(Engine):
         """Servers that hold the current weights and answer, as far as is known; the same on every rank after a refit."""
         return len(self._up)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
         """On rank 0 one completion a request, in order; on other ranks nothing, whatever they pass.
 
         Rank 0 blocks until all are there, and needs the other ranks' help where servers come back: call it in a thread, one call at a
@@ -95,7 +95,7 @@ class ServerEngine(Engine):
         """
         if self.rank != 0:
             return []
-        batch = Batch(requests, sampling, self._version)
+        batch = Batch(requests, sampling, self._version, ended)
         self._run(self._answer(batch))
         return batch.completions
 
@@ -293,10 +293,11 @@ class ServerEngine(Engine):
 class Batch:
     """Requests, those that wait for a server, and the answers so far. Each request is answered once, whoever is asked, and how often.
 
-    `version`: of the oldest weights that may answer.
+    `version`: of the oldest weights that may answer. `ended` is called with each answer.
     """
 
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int) -> None:
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int, ended: Ended | None) -> None:
+        self.ended = ended
         self.requests = requests
         self.sampling = sampling
         self.version = version
@@ -320,7 +321,7 @@ class Batch:
         number = await self._waiting.get()
         self._tries[number] += 1
         try:
-            self._answers[number] = await server.complete(self.requests[number], self.sampling, self.version)
+            answer = self._answers[number] = await server.complete(self.requests[number], self.sampling, self.version)
         except ServerLost as error:
             if self._tries[number] == _TRIES:
                 raise NoServer(f"one request was tried {_TRIES} times, the last time: {error}") from error
@@ -328,6 +329,8 @@ class Batch:
         finally:
             if self._answers[number] is None:
                 self._waiting.put_nowait(number)
+        if self.ended is not None:
+            self.ended(number, answer)
         self._left -= 1
         if self._left == 0:
             self.finished.set()

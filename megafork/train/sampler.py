@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megafork.data.prompts import Prompt, PromptOrder
-from megafork.data.reward import Verifiers
+from megafork.data.reward import Verdict, Verifiers
 from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
@@ -21,7 +22,7 @@ from megafork.recipe.kinds import shown
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rl.fork_temperature import fork_temperature
-from megafork.rollout.engine import Engine, Request, Sampling, request_seed
+from megafork.rollout.engine import Completion, Engine, Request, Sampling, request_seed
 
 
 class Outcome(NamedTuple):
@@ -129,13 +130,10 @@ class Sampler:
         keys = [(group, prompt, sample) for group, prompt in ours for sample in range(spec.samples)]
         requests = [Request(p.tokens, request_seed(self.recipe.run.seed, step, group, p.index, sample)) for group, p, sample in keys]
         sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids, forks=fork_temperature(spec))
-        completions = engine.generate(requests, sampling)
+        completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
         if self.verifiers is None:
             return []
-        texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
-        started = time.perf_counter()
-        verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
-        done.reward_seconds += time.perf_counter() - started
+        done.reward_seconds += waited
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
         done.first_error = done.first_error or (failed[0] if failed else None)
@@ -155,6 +153,31 @@ class Sampler:
             )
             for (group, prompt, sample), completion, verdict in zip(keys, completions, verdicts, strict=True)
         ]
+
+    def _judged(
+        self, requests: Sequence[Request], sampling: Sampling, rows: Sequence[dict[str, Any]]
+    ) -> tuple[list[Completion], list[str], list[Verdict], float]:
+        """Completions, their texts, verdicts, and the seconds waited for these; nothing but on the engine's first rank.
+
+        Each response is judged as soon as it ends, while others are still generated.
+        """
+        texts: dict[int, str] = {}
+        begun: dict[int, Future[Verdict]] = {}
+
+        def judge(place: int, completion: Completion) -> None:
+            assert self.verifiers is not None
+            texts[place] = self.tokenizer.decode(completion.tokens)
+            begun[place] = self.verifiers.begin((texts[place], rows[place]))
+
+        completions = self.engine.generate(requests, sampling, judge if self.verifiers else None)
+        if self.verifiers is None:
+            return [], [], [], 0.0
+        started = time.perf_counter()
+        for place in range(len(completions)):
+            if place not in begun:  # of an engine that tells only at the end
+                judge(place, completions[place])
+        verdicts = [begun[place].result() for place in range(len(completions))]
+        return completions, [texts[place] for place in range(len(completions))], verdicts, time.perf_counter() - started
 
     def _share(self, held: list[Response]) -> list[Outcome]:
         set_advantages(held, self.recipe)
@@ -185,12 +208,10 @@ class Sampler:
         keys = [(n, prompt, sample) for n, prompt in ours for sample in range(spec.samples)]
         requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for _, prompt, sample in keys]
         sampling = Sampling(self.recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=self.tokenizer.eos_ids)
-        completions = engine.generate(requests, sampling)
+        completions, _, verdicts, _ = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
         first_error = None
         sums, right_of = torch.zeros(5, dtype=torch.float64), torch.zeros(len(prompts), dtype=torch.float64)
         if self.verifiers is not None:
-            texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
-            verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
             for (n, _, _), verdict in zip(keys, verdicts, strict=True):
                 right_of[n] += verdict.accuracy
             sums[0] = len(completions)
