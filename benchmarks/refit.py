@@ -1,8 +1,8 @@
-"""New weights into the roll-out engines in the same ranks: our bridge, a gather of every tensor on every rank, and by way of the disk.
+"""Transfer of new weights to the roll-out engines in the same ranks: our bridge, a gather of every tensor on every rank, and via the disk.
 
-The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 a node: what the
-busiest rank receives, and what crosses between nodes in all; `megafork plan --refit` counts the same for any model. A rank must receive
-what its engine loads and it does not hold itself; the plan moves that and no more (`tests/test_reshard.py`).
+The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 per node: the data
+received by the busiest rank, and the total traffic between nodes; `megafork plan --refit` counts the same for any model. A rank must
+receive whatever its engine loads that it does not hold itself; the plan moves exactly that (`tests/test_reshard.py`).
 """
 
 from __future__ import annotations

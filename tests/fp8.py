@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megafork.model.fp8 import BLOCK, dequantize, is_quantized, quantize
+from megafork.shape import read_shape
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
 """Sizes that blocks fit."""
@@ -56,9 +57,9 @@ def reference(folder: Path, *, fp8: bool) -> torch.Tensor:
         scale = groups.abs().amax(-1, keepdim=True) / 448
         return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).bfloat16()
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model, shape = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), read_shape(folder)
     for name, module in model.named_modules():
-        if fp8 and is_quantized(f"{name}.weight"):
+        if fp8 and is_quantized(f"{name}.weight", shape):
             module.weight.data = dequantize(*quantize(module.weight.data)).bfloat16()
             module.register_forward_pre_hook(rounded)
     tokens = torch.tensor(PROMPTS)

@@ -46,6 +46,41 @@ _LLAMA2 = {
 }
 _LLAMA = {**_LLAMA2, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "torch_dtype": "bfloat16"}
 _LLAMA3 = {**_LLAMA, "bos_token_id": 128000, "eos_token_id": 128001, "rope_theta": 500000.0, "vocab_size": 128256}
+_MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 131072,
+}
+_PHI4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {},
+    "bos_token_id": 100257,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 100265,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "pad_token_id": 100349,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
 
 
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, positions: int, *, tied: bool = False) -> dict[str, Any]:
@@ -113,6 +148,12 @@ MODELS: dict[str, dict[str, Any]] = {
         pad_token_id=2,
         **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}},
     ),
+    "Mistral-7B-Instruct-v0.2": _model(_MISTRAL, _sizes(4096, 14336, 32, 32, 8, 32768), vocab_size=32000),
+    "Mistral-7B-Instruct-v0.3": _model(_MISTRAL, _sizes(4096, 14336, 32, 32, 8, 32768), vocab_size=32768),
+    "Mistral-Nemo-Base-2407": _model(_MISTRAL, _sizes(5120, 14336, 40, 32, 8, 128000), head_dim=128),
+    "Mistral-Small-24B-Base-2501": _model(_MISTRAL, _sizes(5120, 32768, 40, 32, 8, 32768), head_dim=128, rope_theta=100000000.0),
+    "phi-4": _model(_PHI4, _sizes(5120, 17920, 40, 40, 10, 16384), original_max_position_embeddings=16384, rope_theta=250000),
+    "Phi-4-reasoning": _model(_PHI4, _sizes(5120, 17920, 40, 40, 10, 32768), original_max_position_embeddings=32768, rope_theta=500000),
     "of transformers 4.30, with all that it wrote": _model(
         _LLAMA2,
         _sizes(2048, 5632, 22, 32, 4, 2048),

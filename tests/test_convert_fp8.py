@@ -20,6 +20,7 @@ from megafork.convert.sources import open_source
 from megafork.convert.verify import VerifyError, compare_blocks
 from megafork.model.fp8 import BLOCK, dequantize, is_quantized, quantize
 from megafork.recipe import RecipeError
+from megafork.shape import read_shape
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,9 +62,9 @@ def fp8_folder(tmp_path: Path, architecture: str = "Qwen3", **changes: Any) -> t
     return source, tmp_path / "fp8"
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_folder_has_deepseeks_form(tied: bool, tmp_path: Path) -> None:
-    source, folder = fp8_folder(tmp_path, tie_word_embeddings=tied)
+@pytest.mark.parametrize(("architecture", "tied", "in_a_layer"), [("Qwen3", True, 7), ("Qwen3", False, 7), ("Phi3", False, 4)])
+def test_the_folder_has_deepseeks_form(architecture: str, tied: bool, in_a_layer: int, tmp_path: Path) -> None:
+    source, folder = fp8_folder(tmp_path, architecture, tie_word_embeddings=tied)
     before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("quantization_config") == {
@@ -75,7 +76,7 @@ def test_the_folder_has_deepseeks_form(tied: bool, tmp_path: Path) -> None:
     }
     assert config == json.loads((source / "config.json").read_text())
     projections = {name for name in before if "_proj" in name}
-    assert len(projections) == 7 * 4 and all(is_quantized(name) for name in projections)
+    assert len(projections) == in_a_layer * 4 and all(is_quantized(name, read_shape(source)) for name in projections)
     assert after.keys() == before.keys() | {name + "_scale_inv" for name in projections}
     for name, tensor in before.items():
         if name in projections:
@@ -93,20 +94,24 @@ def test_verify_sees_another_scale(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight_scale_inv"][0, 0] *= 1.2
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(VerifyError, match=r"^--verify: model\.layers\.1\.mlp\.down_proj\.weight: not the source's"):
+    with pytest.raises(VerifyError, match=r"^--verify: model\.layers\.1\.mlp\.down_proj\.weight: differ from the source's"):
         compare_blocks(open_source(source, keep=True), folder, lambda done: None)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "message"),
+    ("architecture", "sizes", "dtype", "message"),
     [
-        ({"num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}, torch.bfloat16, r"k_proj has 192 rows"),
-        ({"intermediate_size": 320}, torch.bfloat16, r"gate_proj has 320 rows"),
-        ({}, torch.float32, r"add --dtype bf16"),
+        ("Qwen3", {"num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}, torch.bfloat16, r"k_proj has 192 rows a rank"),
+        ("Qwen3", {"intermediate_size": 320}, torch.bfloat16, r"gate_proj has 320 rows a rank"),
+        ("Qwen3", {}, torch.float32, r"add --dtype bf16"),
+        ("Phi3", {"num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}, torch.bfloat16, r"qkv_proj has 192 rows of keys"),
+        ("Phi3", {"intermediate_size": 320}, torch.bfloat16, r"gate_up_proj has 320 rows of gate a rank"),
     ],
 )
-def test_what_vllm_could_not_load_is_refused(sizes: dict[str, int], dtype: torch.dtype, message: str, tmp_path: Path) -> None:
-    source = save_model(tmp_path / "in", dtype=dtype, **{**WIDE, **sizes})
+def test_what_vllm_could_not_load_is_refused(
+    architecture: str, sizes: dict[str, int], dtype: torch.dtype, message: str, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "in", architecture, dtype=dtype, **{**WIDE, **sizes})
     with pytest.raises(RecipeError, match=rf"^--fp8: .*{message}"):
         megatron_to_hf(source, tmp_path / "out", fp8=True)
     assert not (tmp_path / "out").exists()
@@ -114,8 +119,9 @@ def test_what_vllm_could_not_load_is_refused(sizes: dict[str, int], dtype: torch
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM's kernel for AMX leaves activations in bf16: a CPU without AMX")
-def test_vllm_computes_with_it(tmp_path: Path) -> None:
-    source, folder = fp8_folder(tmp_path, num_hidden_layers=1)  # in more, rounding of rounding hides what is compared
+@pytest.mark.parametrize("architecture", ["Qwen3", "Phi3"])
+def test_vllm_computes_with_it(architecture: str, tmp_path: Path) -> None:
+    source, folder = fp8_folder(tmp_path, architecture, num_hidden_layers=1)  # in more, rounding of rounding hides what is compared
     found = torch.tensor(score(folder, "with"))
     from_fp8, from_bf16 = ((found - reference(source, fp8=fp8)).abs().mean() for fp8 in (True, False))
     assert from_fp8 < 0.1 and from_bf16 > 1.7 * from_fp8, "vLLM computes what the blocks say, as far as bf16 before the rounding goes"

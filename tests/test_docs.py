@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megafork.shape import FAMILIES
 from tools import recipe_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +16,11 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 def test_the_page_of_keys_is_what_the_schema_says() -> None:
     assert recipe_page.PAGE.read_text() == recipe_page.render(), "write it again: python tools/recipe_page.py"
+
+
+def test_the_families_listed_are_those_of_the_table() -> None:
+    rows = [f"| {family.models} | `{architecture}` |" for architecture, family in FAMILIES.items()]
+    assert "\n".join(["| models | `architectures` |", "|---|---|", *rows, "\n"]) in (ROOT / "docs/convert.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -58,10 +58,14 @@ def refitted_and_fresh(spec: Recipe, port: int) -> list[list[Completion]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "tp"), [({"tp": 2}, 1), ({"pp": 2}, 2)], ids=["TP2 to TP1", "PP2 to TP2"])
-def test_a_refitted_engine_is_one_that_loaded_the_fp8_folder(parallel: dict[str, int], tp: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "parallel", "tp"),
+    [("Qwen3", {"tp": 2}, 1), ("Qwen3", {"pp": 2}, 2), ("Phi3", {"pp": 2}, 2)],
+    ids=["TP2 to TP1", "PP2 to TP2", "fused, PP2 to TP2"],
+)
+def test_a_refitted_engine_is_one_that_loaded_the_fp8_folder(architecture: str, parallel: dict[str, int], tp: int, tmp_path: Path) -> None:
     spec = recipe(
-        save_model(tmp_path / "model", **HEADS_FOR_TWO),
+        save_model(tmp_path / "model", architecture, **HEADS_FOR_TWO),
         parallel=parallel,
         precision={"dtype": "bf16", "rollout_fp8": True},
         loss={"importance_cap": 2.0},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from responses import LAYOUTS, Layout, Name, Token, by_token, joined, make_responses, micro_batches, name, on_layout, random_lengths, spread
 from torch import Tensor
 
-from megafork.recipe import Forks, Loss
+from megafork.recipe import Forks, Loss, RecipeError
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.forks import ForkGroups, select_forks
-from megafork.rl.loss import set_weights, token_loss
+from megafork.rl.loss import set_weights
+from megafork.rl.objectives import OBJECTIVES, Tokens, check_objective, clip
 from megafork.rl.packing import pack
 
 RESPONSES = make_responses([*random_lengths(13, seed=4), (1, 1), (2, 9)])
@@ -25,6 +27,10 @@ REDUCTIONS = ("token-mean", "official", "seq-mean")
 ADVANTAGES = st.floats(-5, 5, width=32).filter(lambda a: a == 0 or abs(a) > 1e-20)
 """Of smaller ones the products with a ratio and with its clipped value round to the same number."""
 SETTINGS = [(reduction, counts) for reduction, counts in product(REDUCTIONS, ("selected", "response"))]
+
+
+def token_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    return clip(Tokens(log_prob, old, advantage, torch.zeros(len(old), dtype=torch.int64), 1), loss)
 
 
 def loss_of(**keys: Any) -> Loss:
@@ -88,6 +94,86 @@ def test_extreme_ratios_stay_finite(log_ratio: float, dual_clip: float | None) -
     assert log_prob.grad.isfinite().all()
     if dual_clip is not None:
         assert value.max() <= 30.0
+
+
+# ---- other objectives
+
+
+def in_float64(name: str, log_prob: Tensor, old: Tensor, advantage: Tensor, response: Tensor, loss: Loss) -> Tensor:
+    """The loss of each token, from the formulas of the papers; GSPO's with the gradient of its sequence objective."""
+    low, high, ratio = 1 - loss.clip_low, 1 + loss.clip_high, (log_prob - old).exp()
+    match name:
+        case "gspo":
+            means = [(log_prob - old)[response == n].mean() for n in response.tolist()]
+            sequence = torch.stack(means).exp()
+            return -torch.minimum(sequence * advantage, sequence.clamp(low, high) * advantage)
+        case "cispo":
+            return -ratio.detach().clamp(low, high) * advantage * log_prob
+        case "sapo":
+            steep = torch.tensor([loss.sapo_temperatures[0] if a > 0 else loss.sapo_temperatures[1] for a in advantage.tolist()])
+            return -advantage * 4 / steep / (1 + (-steep * (ratio - 1)).exp())
+        case "reinforce":
+            return -advantage * log_prob
+    raise AssertionError(name)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(["gspo", "cispo", "sapo", "reinforce"]))
+def test_every_objective_and_its_gradient_equal_the_formula(data: st.DataObject, name: str) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    response = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    advantage = torch.tensor(data.draw(st.lists(ADVANTAGES, min_size=len(lengths), max_size=len(lengths))))[response]
+    shifts = data.draw(st.lists(st.floats(-2, 2, width=32), min_size=len(response), max_size=len(response)))
+    loss = loss_of(objective=name, clip_low=0.2, clip_high=0.28, sapo_temperatures=(1.0, 1.3))
+    old = torch.linspace(-3, 0, len(response))
+    log_prob = (old + torch.tensor(shifts)).requires_grad_()
+    exact = log_prob.detach().double().requires_grad_()
+    wanted = in_float64(name, exact, old.double(), advantage.double(), response, loss)
+    if name == "gspo":  # at an edge of the clip the gradient is that of either side
+        means = [(exact.detach() - old)[response == n].mean().exp() for n in range(len(lengths))]
+        assume(all(abs(mean - edge) > 1e-4 for mean in means for edge in (0.8, 1.28)))
+    value, _ = OBJECTIVES[name](Tokens(log_prob, old, advantage, response, len(lengths)), loss)
+    value.sum().backward()
+    wanted.sum().backward()
+    assert value.dtype == torch.float32 and log_prob.grad is not None and exact.grad is not None
+    assert value.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-5)
+    assert log_prob.grad.tolist() == pytest.approx(exact.grad.tolist(), rel=1e-4, abs=1e-5)
+
+
+OWN = """
+import torch
+def half(tokens, loss):
+    return -0.5 * tokens.advantage * tokens.ratio, torch.zeros_like(tokens.advantage, dtype=torch.bool)
+def flags(tokens, loss):
+    return tokens.log_prob, tokens.log_prob
+def constant(tokens, loss):
+    return tokens.advantage, tokens.advantage > 0
+def one(tokens, loss):
+    return tokens.log_prob.sum(), tokens.advantage > 0
+def raises(tokens, loss):
+    return tokens.logprob
+"""
+
+
+def test_an_objective_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    check_objective(loss_of(objective=f"{file}:half"))
+    for wrong, message in (
+        (f"{file}:flags", "must return finite losses that depend on tokens.log_prob, and booleans"),
+        (f"{file}:constant", "must return finite losses that depend on tokens.log_prob, and booleans"),
+        (f"{file}:one", "must return two tensors of as many elements"),
+        (f"{file}:raises", "raised AttributeError: .*logprob.*; fix it"),
+        (f"{file}:none", "defines no function 'none'"),
+        (f"{tmp_path}/none.py:half", "no such file"),
+        ("gpso", "did you mean 'gspo'"),
+        ("trust", "known are clip, gspo"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^loss.objective is .*{message}"):
+            check_objective(loss_of(objective=wrong))
+    file.write_text("import nothing_like_it\n")
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        check_objective(loss_of(objective=f"{file}:half"))
 
 
 # ---- the weights of a mini-batch

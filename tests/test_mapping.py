@@ -16,9 +16,11 @@ from tiny import TINY, save_model
 from torch import Tensor
 
 from megafork.recipe import RecipeError
-from megafork.shape import Shape, read_shape
+from megafork.shape import FAMILIES, Shape, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.mapping import Parameter, huggingface_shapes, parameters, pieces, shard_shape
+
+ARCHITECTURES = [name.removesuffix("ForCausalLM") for name in FAMILIES]
 
 # ---- the table
 
@@ -38,7 +40,7 @@ def shapes(draw: st.DrawFn) -> tuple[Shape, int]:
     heads = kv_heads * draw(st.integers(1, 8))
     assume(heads % tp == 0)
     shape = shape_of(
-        draw(st.sampled_from(["Qwen3", "Qwen2", "Llama"])),
+        draw(st.sampled_from(ARCHITECTURES)),
         layers=draw(st.integers(1, 3)),
         hidden=8 * draw(st.integers(1, 3)),
         ffn=tp * draw(st.integers(1, 9)),
@@ -62,10 +64,19 @@ def megatron_shard(parameter: Parameter, full: dict[str, Tensor], shape: Shape, 
             return padded.chunk(tp)[rank]
         case "qkv":
             rest = tensors[0].shape[1:]
-            groups = [full[f"{layer}self_attn.{part}_proj.{kind}"].reshape(shape.kv_heads, -1, *rest) for part in "qkv"]
+            if shape.architecture == "Phi3ForCausalLM":
+                keys = shape.kv_heads * shape.head_dim
+                q, k, v = full[f"{layer}self_attn.qkv_proj.{kind}"].split([shape.heads * shape.head_dim, keys, keys])
+            else:
+                q, k, v = (full[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv")
+            groups = [part.reshape(shape.kv_heads, -1, *rest) for part in (q, k, v)]
             return torch.cat(groups, 1).reshape(-1, *rest).chunk(tp)[rank]
         case "gated":
-            return torch.cat([full[f"{layer}mlp.{part}_proj.weight"].chunk(tp)[rank] for part in ("gate", "up")])
+            if shape.architecture == "Phi3ForCausalLM":
+                gate, up = full[f"{layer}mlp.gate_up_proj.weight"].chunk(2)
+            else:
+                gate, up = (full[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up"))
+            return torch.cat([part.chunk(tp)[rank] for part in (gate, up)])
         case "row":
             return tensors[0].chunk(tp, 1)[rank]
         case "replicated":
@@ -82,6 +93,7 @@ def rectangle(tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int] | 
 @example((shape_of(heads=8, kv_heads=1), 8))  # one KV group, cut among eight ranks
 @example((shape_of(vocab=17), 8))  # the last ranks hold nothing but padding
 @example((shape_of("Qwen2", heads=6, kv_heads=2, tied=False), 2))
+@example((shape_of("Phi3", heads=8, kv_heads=2, tied=False), 4))  # fused in the files, and half a KV group to a rank
 def test_pieces_tile_every_shard_and_every_tensor_exactly_once(case: tuple[Shape, int]) -> None:
     shape, tp = case
     sizes = huggingface_shapes(shape)
@@ -109,11 +121,12 @@ def test_pieces_tile_every_shard_and_every_tensor_exactly_once(case: tuple[Shape
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", ["Qwen3", "Qwen2", "Llama"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_names_and_shapes_are_those_of_transformers(architecture: str, tied: bool, tmp_path: Path) -> None:
     import transformers
 
-    config = getattr(transformers, f"{architecture}Config")(**{**TINY, "tie_word_embeddings": tied, "num_key_value_heads": 1})
+    changes = {"tie_word_embeddings": tied, "num_key_value_heads": 1, "pad_token_id": None}
+    config = getattr(transformers, f"{architecture}Config")(**{**TINY, **changes})
     with torch.device("meta"):
         model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     config.architectures = [f"{architecture}ForCausalLM"]

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import recipe, save_model
+from tiny import MODELS, recipe, save_model
 
-from megafork.model.attention import PackedSequences
 from megafork.model.build import PolicyConfig, build_policy
-from megafork.model.policy import HeadRequest
+from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
-from megafork.shape import read_shape
+from megafork.shape import FAMILIES, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
-from megafork.weights.policy_weights import export_policy, load_policy
+from megafork.weights.mapping import parameters
+from megafork.weights.policy_weights import export_policy, load_policy, local_parameters
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tied": ("Qwen3", {}),
-    "untied": ("Qwen3", {"tie_word_embeddings": False}),
-    "one KV head": ("Qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
-    "Qwen2.5": ("Qwen2", {}),
-    "Llama": ("Llama", {"tie_word_embeddings": False}),
-}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": {"tp": 2},
@@ -34,6 +28,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pp": 2},
 }
 LENGTHS = [7, 12, 1, 12]
+
+
+@dataclass
+class Micro:
+    """Whole sequences, each padded, of which the head answers at every position."""
+
+    tokens: torch.Tensor
+    lengths: tuple[int, ...]
+    positions: torch.Tensor
+    targets: torch.Tensor
+    temperature: torch.Tensor
+    mask: torch.Tensor
+    entropy_temperature: float = 0.7
 
 
 def _reference(folder: Path, tokens: list[torch.Tensor], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,21 +67,30 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
     load_policy(chunks, source, shape, mesh)
     multiple = 4
     padded = [torch.nn.functional.pad(ids, (0, -len(ids) % multiple)) for ids in tokens]
-    wanted, start = [], 0
+    positions, start = [], 0
     for ids, wide in zip(tokens, padded, strict=True):
-        wanted.append(torch.arange(start, start + len(ids)))
+        positions.append(torch.arange(start, start + len(ids)))
         start += len(wide)
-    request = HeadRequest(
-        torch.cat(wanted), torch.cat([ids.roll(-1) for ids in tokens]), temperature=torch.full((sum(map(len, wanted)),), 0.7)
+    count = sum(map(len, positions))
+    micro = Micro(
+        torch.cat(padded)[None],
+        tuple(map(len, padded)),
+        torch.cat(positions),
+        torch.cat([ids.roll(-1) for ids in tokens]),
+        torch.full((count,), 0.7),
+        torch.ones(count, dtype=torch.bool),
     )
-    packing = PackedSequences.of([len(ids) for ids in padded], torch.device("cpu"))
     exported = dict(export_policy(chunks, shape, mesh))
     if mesh.is_rank_zero:
         write_folder(out, exported.items(), like=Path(spec.model.path))
-    if spec.parallel.pp > 1:
-        return None  # the pipeline's schedule is exercised in test_update.py
+    if spec.parallel.pp == 1:
+        assert list(local_parameters(chunks)) == [parameter.name for parameter in parameters(shape)], "the table has Megatron's order"
+    answers: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
-        return chunks[0](torch.cat(padded)[None], None, None, labels=request, packed_seq_params=packing)
+        run_micro_batches(
+            chunks, [micro], lambda micro, answer, non_loss_data: answers.append(answer), cp=1, forward_only=True, everywhere=False
+        )
+    return answers[0] if mesh.is_last_stage else None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +110,12 @@ def test_equals_hugging_face_and_exports_bit_equal(model: str, layout: str, tmp_
         assert torch.equal(before.read(name, rows), after.read(name, rows)), name
 
     log_prob, entropy = _reference(tmp_path / "out", tokens, 0.7)
-    for result in results:
-        if result is not None:
-            torch.testing.assert_close(result[0].double(), log_prob, atol=1e-5, rtol=0)
-            torch.testing.assert_close(result[1].double(), entropy, atol=1e-5, rtol=0)
+    answers = [result for result in results if result is not None]
+    assert len(answers) == spec.parallel.tp
+    for result in answers:
+        torch.testing.assert_close(result[0].double(), log_prob, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result[1].double(), entropy, atol=1e-5, rtol=0)
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert {f"{architecture}ForCausalLM" for architecture, _ in MODELS.values()} == set(FAMILIES)

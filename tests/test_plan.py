@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from command import megafork
 from measure import peak_bytes
+from public_models import MODELS
 from ranks import on_ranks
 from rich.console import Console
 from safetensors.torch import load_file
@@ -65,6 +66,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2-sp-pp2-bf16": (4, {"parallel": {"tp": 2, "sp": True, "pp": 2}, "precision": {"dtype": "bf16"}}, {}),
     "tp4-half-a-group": (4, {"parallel": {"tp": 4}}, {"vocab": 101}),
     "qwen2-with-biases": (2, {"parallel": {"tp": 2}}, {"architecture": "Qwen2ForCausalLM"}),
+    "mistral": (2, {"parallel": {"pp": 2}}, {"architecture": "MistralForCausalLM", "tied": False}),
+    "phi3-fused": (2, {"parallel": {"tp": 2}}, {"architecture": "Phi3ForCausalLM", "tied": False}),
 }
 
 
@@ -116,13 +119,24 @@ def test_parameters_of_published_models() -> None:
     assert {name: count_parameters(KNOWN[name]) for name in published} == published
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-7B", "Llama-3.1-8B-Instruct", "Mistral-Nemo-Base-2407", "phi-4"])
+def test_parameters_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[name]))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert count_parameters(read_shape(tmp_path)) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Phi3ForCausalLM"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_an_engine_holds_the_parts_that_it_loads(tp: int, tiny: Path) -> None:
-    shape = replace(read_shape(tiny), tied=False)
+def test_an_engine_holds_the_parts_that_it_loads(tp: int, architecture: str, tiny: Path) -> None:
+    shape = replace(read_shape(tiny), tied=False, architecture=architecture)
     spec = recipe(tiny, rollout={"tp": tp, "kv_cache_mb": 8})
     engine = engine_memory(shape, spec, H100)
-    spans = [needed(name, shape, tp, 0) for name in huggingface_shapes(shape)]
-    assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, span)) for span in spans)
+    parts = [part for name in huggingface_shapes(shape) for part in needed(name, shape, tp, 0)]
+    assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, part)) for part in parts)
     assert engine.token == 2 * 4 * max(2 // tp, 1) * 32 * 4  # k and v, layers, groups, head_dim, fp32
     assert engine.concurrent == (8 << 20) // (engine.token * 64)
 
@@ -335,7 +349,7 @@ def test_a_refit_is_counted_beside_a_full_gather_and_the_least_possible() -> Non
 
 
 @pytest.mark.parametrize("layout", COMPARED, ids=str)
-def test_the_bucket_that_travels_has_room(layout: Parallel) -> None:
+def test_the_refit_bucket_has_room(layout: Parallel) -> None:
     shape, spec = KNOWN["qwen3-32b"], changed(published(), {f"parallel.{key}": value for key, value in layout.model_dump().items()})
     plan, largest = Reshard(shape, layout, 64, 4), 0
     for bucket, _ in plan.alike:

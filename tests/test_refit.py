@@ -15,6 +15,7 @@ from training import Rig
 from megafork.recipe import Recipe
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.shape import FAMILIES
 from megafork.weights.huggingface import write_folder
 from megafork.weights.refit import Bridge
 
@@ -81,21 +82,41 @@ one of each dtype."""
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_refitted_engine_is_a_fresh_engine(layout: str, engine_tp: int, tmp_path: Path) -> None:
     world, parallel = LAYOUTS[layout]
-    specs = []
-    for tied, dtype in MODELS[(list(LAYOUTS).index(layout) + engine_tp) % 2][: 4 // world]:
-        name = f"{'tied' if tied else 'untied'}-{dtype}"
-        specs.append(
-            recipe(
-                save_model(tmp_path / name, tie_word_embeddings=tied),
-                run={"name": name},
-                parallel=parallel,
-                precision={"dtype": dtype},
-                rollout={"tp": engine_tp, "max_response_length": 32, "kv_cache_mb": 16},
-                train={"micro_batch_tokens": 64},
-                optimizer={"lr": 1e-2, "eps": 1e-2},
-            )
-        )
+    specs = [
+        spec_of(tmp_path, "Qwen3", tied, dtype, parallel, engine_tp)
+        for tied, dtype in MODELS[(list(LAYOUTS).index(layout) + engine_tp) % 2][: 4 // world]
+    ]
     checked = tuple(range(1, UPDATES + 1)) if layout == "TP2" and engine_tp == 1 else (UPDATES,)
+    compare(world, specs, checked)
+
+
+OTHERS = {("TP2", 1): ["Phi3", "Qwen2"], ("PP2", 2): ["Phi3", "Mistral", "Llama"]}
+"""Families besides Qwen3, each in one layout; the one whose files fuse tensors in both."""
+
+
+@pytest.mark.parametrize(("layout", "engine_tp"), OTHERS)
+def test_every_family_is_refitted(layout: str, engine_tp: int, tmp_path: Path) -> None:
+    assert {"Qwen3", *itertools.chain(*OTHERS.values())} == {name.removesuffix("ForCausalLM") for name in FAMILIES}
+    world, parallel = LAYOUTS[layout]
+    others = OTHERS[layout, engine_tp]
+    specs = [spec_of(tmp_path, other, False, "fp32", parallel, engine_tp, seed=seed) for seed, other in enumerate(others)]
+    compare(world, specs, (UPDATES,))
+
+
+def spec_of(folder: Path, architecture: str, tied: bool, dtype: str, parallel: dict[str, Any], engine_tp: int, seed: int = 0) -> Recipe:
+    name = f"{architecture}-{'tied' if tied else 'untied'}-{dtype}"
+    return recipe(
+        save_model(folder / name, architecture, seed=seed, tie_word_embeddings=tied, hidden_size=128),
+        run={"name": name},
+        parallel=parallel,
+        precision={"dtype": dtype},
+        rollout={"tp": engine_tp, "max_response_length": 32, "kv_cache_mb": 16},
+        train={"micro_batch_tokens": 64},
+        optimizer={"lr": 1e-2, "eps": 1e-2},
+    )
+
+
+def compare(world: int, specs: list[Recipe], checked: tuple[int, ...]) -> None:
     for answers in on_ranks(world, _refit_after_updates, specs, checked, free_port(), timeout_s=500, engines=True):
         assert len(answers) == len(checked) + len(specs) - 1
         said: list[list[Completion]] = [refitted for refitted, _ in answers]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import recipe, save_model
+from tiny import MODELS, recipe, save_model
 
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
@@ -52,10 +52,11 @@ def _stream_and_gather(spec: Recipe, engines: list[int]) -> list[tuple[int, int,
         assert set(got) == set(whole)
         right, least = True, 0
         for name, tensor in whole.items():
-            rows, columns = needed(name, shape, tp, mesh.rank % tp)
-            part = (slice(*rows), slice(*columns)) if columns else slice(*rows)
-            right &= got[name].shape == tensor.shape and torch.equal(got[name][part], tensor[part])
-            least += tensor[part].nbytes
+            right &= got[name].shape == tensor.shape
+            for rows, columns in needed(name, shape, tp, mesh.rank % tp):
+                part = (slice(*rows), slice(*columns)) if columns else slice(*rows)
+                right &= torch.equal(got[name][part], tensor[part])
+                least += tensor[part].nbytes
         seen.append((bridge.received, least - _held(shape, spec.parallel, tp, mesh.rank, mesh.world, whole), bridge.buffer, right))
     return seen
 
@@ -69,18 +70,19 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
         for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
             mine, wanted = (torch.zeros(full_shape(piece.name, shape), dtype=torch.bool) for _ in range(2))
             mine[slice(*piece.rows), *([slice(*piece.columns)] if piece.columns else [])] = True
-            rows, columns = needed(piece.name, shape, tp, rank % tp)
-            wanted[slice(*rows), *([slice(*columns)] if columns else [])] = True
+            for rows, columns in needed(piece.name, shape, tp, rank % tp):
+                wanted[slice(*rows), *([slice(*columns)] if columns else [])] = True
             held += int((mine & wanted).sum()) * whole[piece.name].element_size()
     return held
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model", ["tied", "untied", "Phi-4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, tied: bool, dtype: str, tmp_path: Path) -> None:
+def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, model: str, dtype: str, tmp_path: Path) -> None:
     world, parallel = LAYOUTS[layout]
-    folder = save_model(tmp_path, tie_word_embeddings=tied)
+    architecture, changes = MODELS[model]
+    folder = save_model(tmp_path, architecture, **changes)
     spec = recipe(folder, parallel=parallel, precision={"dtype": dtype})
     engines = [tp for tp in (1, 2, 4) if world % tp == 0]
     shape = read_shape(folder)
@@ -102,11 +104,11 @@ NODES: dict[str, tuple[int, dict[str, Any], int]] = {  # world, layout, ranks a 
 }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"architecture": "Phi3ForCausalLM"}], ids=["tied", "untied", "fused"])
 @pytest.mark.parametrize("name", NODES)
-def test_the_lower_bound_counts_each_element_that_a_rank_or_a_node_lacks(name: str, tied: bool) -> None:
+def test_the_lower_bound_counts_each_element_that_a_rank_or_a_node_lacks(name: str, changes: dict[str, Any]) -> None:
     world, parallel, node = NODES[name]
-    shape, layout = replace(TINY_SHAPE, tied=tied), Parallel(**parallel)
+    shape, layout = replace(TINY_SHAPE, **changes), Parallel(**parallel)
     for tp in (tp for tp in (1, 2, 4) if world % tp == 0):
         plan = Reshard(shape, layout, world, tp, node)
         lacked = [_lacked(plan, range(rank, rank + 1)) for rank in range(world)]
@@ -124,8 +126,8 @@ def _lacked(plan: Reshard, ranks: range) -> int:
     wanted, held = ({name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()} for _ in range(2))
     for rank in ranks:
         for name in sizes:
-            rows, columns = needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp)
-            wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
+            for rows, columns in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp):
+                wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
         for parameter in parameters(shape):
             if plan.stage(parameter) == rank * layout.pp // plan.world:
                 for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):

@@ -18,7 +18,7 @@ from public_models import LLAMA3, MODELS, YARN
 
 from megafork.model.rope import inverse_frequencies, softmax_scale
 from megafork.recipe import RecipeError
-from megafork.shape import Shape, Yarn, read_dtype, read_shape
+from megafork.shape import FAMILIES, Shape, Yarn, read_dtype, read_shape
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "vocab_size": 99,
 }
-TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+TYPES = {name: family.model_type for name, family in FAMILIES.items()}
 
 
 def wrote(folder: Path, text: str | bytes) -> Path:
@@ -114,11 +114,12 @@ def configs(*positions: int) -> st.SearchStrategy[dict[str, Any]]:
         rope_parameters=ropes,
         original_max_position_embeddings=maybe(64, 4096),
         partial_rotary_factor=maybe(None, 1.0),
+        sliding_window=maybe(None, 4096, 1 << 20),
     ).map(lambda config: {**config, "model_type": TYPES[config["architectures"][0]]})
 
 
 CONFIGS = configs(32, 512, 8192, 32768)
-REFUSED_THOUGH_TRANSFORMERS_READS_IT = ("its head_dim is None", "its rope_parameters.rope_theta is ")
+REFUSED_THOUGH_TRANSFORMERS_READS_IT = ("its head_dim is None", "its rope_parameters.rope_theta is ", "its sliding_window is ")
 
 
 def theirs(folder: Path) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def theirs(folder: Path) -> dict[str, Any]:
             "norm_eps": config.rms_norm_eps,
             "rope_theta": config.rope_parameters["rope_theta"],
         }
+        values["window"] = config.sliding_window if config.model_type in ("mistral", "phi3") else None
         return {**values, "frequencies": rope.inv_freq, "factor": rope.attention_scaling, "rope": config.rope_parameters}
     except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError):
         return {}
@@ -153,6 +155,7 @@ def check_same(folder: Path, shape: Shape) -> None:
     assert wanted, "transformers cannot read it"
     for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "tied", "norm_eps", "rope_theta"):
         assert getattr(shape, name) == wanted[name], name
+    assert wanted["window"] is None or wanted["window"] >= shape.max_positions, "attention to everything"
     assert torch.equal(inverse_frequencies(shape), wanted["frequencies"])
     assert softmax_scale(shape) == pytest.approx(wanted["factor"] ** 2 * shape.head_dim**-0.5, rel=1e-12)
     if shape.rope_scaling is not None:
@@ -266,12 +269,22 @@ def test_public_models_are_accepted(name: str, tmp_path: Path) -> None:
 def test_what_transformers_writes_is_accepted(architecture: str, tmp_path: Path) -> None:
     import transformers
 
-    sections = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    sections: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    if architecture == "MistralForCausalLM":
+        sections["sliding_window"] = None  # it would write one of 4,096
     config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(architectures=[architecture], **sections)
     config.save_pretrained(tmp_path)
     check_same(tmp_path, read_shape(tmp_path))
     wrote(tmp_path, json.dumps(config.to_dict()))  # every key, not only those that differ
     check_same(tmp_path, read_shape(tmp_path))
+
+
+def test_a_window_that_covers_every_position_is_none(tmp_path: Path) -> None:
+    for family in (MISTRAL, PHI3):
+        whole = shape_of(tmp_path, **family, max_position_embeddings=4096, sliding_window=None)
+        for window in (4096, 4097, 1 << 20):
+            assert shape_of(tmp_path, **family, max_position_embeddings=4096, sliding_window=window) == whole
+    assert shape_of(tmp_path, **MISTRAL, max_position_embeddings=4096).max_positions == 4096
 
 
 def test_yarn_stretches_the_model_whatever_max_position_embeddings_says(tmp_path: Path) -> None:
@@ -284,7 +297,30 @@ def test_yarn_stretches_the_model_whatever_max_position_embeddings_says(tmp_path
 
 # ---- refused, naming the key
 
+MISTRAL: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+PHI3: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+LONGROPE = {"long_factor": [1.0], "short_factor": [1.0]}
 CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({**MISTRAL, "sliding_window": 4096, "max_position_embeddings": 32768}, "its sliding_window is 4096: fewer than the 32,768 positions"),
+    ({**MISTRAL, "max_position_embeddings": 32768}, "transformers takes 4096 where it is left out, fewer than the 32,768 positions"),
+    ({**MISTRAL, "sliding_window": 32768, "max_position_embeddings": 32768, "rope_scaling": YARN}, "fewer than the 131,072 positions"),
+    ({**MISTRAL, "sliding_window": 0}, "its sliding_window is 0: must be a whole number"),
+    ({**MISTRAL, "sliding_window": True}, "its sliding_window is True: must be a whole number"),
+    ({**MISTRAL, "sliding_window": None, "llama_4_scaling": {"beta": 0.1}}, "its llama_4_scaling is {'beta': 0.1}: megafork does not know"),
+    ({**PHI3, "sliding_window": 2047, "max_position_embeddings": 4096}, "its sliding_window is 2047: fewer than the 4,096 positions"),
+    ({**PHI3, "sliding_window": 2047}, "its sliding_window is 2047: fewer than the 4,096 positions"),
+    ({**PHI3, "rope_scaling": {"type": "longrope", **LONGROPE}}, "its rope_scaling.type is 'longrope': must be one of default"),
+    ({**PHI3, "rope_scaling": {"type": "su", **LONGROPE}}, "its rope_scaling.type is 'su': must be one of default"),
+    ({**PHI3, "rope_scaling": YARN}, "its rope_scaling.rope_type is 'yarn': must be one of default"),  # transformers: longrope
+    ({**PHI3, "partial_rotary_factor": 0.75}, "its partial_rotary_factor is 0.75: megafork rotates whole heads"),
+    ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.75}}, "its rope_parameters.partial_rotary_factor is 0.75"),
+    ({**PHI3, "partial_rotary_factor": None}, "its partial_rotary_factor is None"),  # which transformers cannot read
+    ({**PHI3, "head_dim": None}, "its head_dim is None: must be a whole number"),
+    ({**MISTRAL, "sliding_window": None, "num_key_value_heads": None}, "its num_key_value_heads is None: must be a whole number"),
+    ({**PHI3, "resid_pdrop": 0.1}, "its resid_pdrop is 0.1: megafork trains models with 0"),
+    ({**PHI3, "embd_pdrop": 0.1}, "its embd_pdrop is 0.1: megafork trains models with 0"),
+    ({**PHI3, "attention_bias": True}, "its attention_bias is True"),
+    ({"resid_pdrop": 0.0}, "its resid_pdrop is 0.0: megafork does not know what it changes"),  # of a Qwen3
     ({"quantization_config": {"quant_method": "fp8"}}, "it is quantised (quantization_config)"),
     ({"quantization_config": {}}, "it is quantised (quantization_config)"),
     ({"compression_config": {"format": "pack"}}, "its compression_config is {'format': 'pack'}: megafork does not know what it changes"),

@@ -64,6 +64,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "loss": {"dual_clip": 1.05, "reduction": "official"},
     },
     "a mean per response over all its tokens": {"forks": {"normalize_by": "response"}, "loss": {"reduction": "seq-mean"}},
+    "GSPO": {"loss": {"objective": "gspo", "clip_low": 0.02, "clip_high": 0.03, "reduction": "seq-mean"}},
+    "CISPO": {"loss": {"objective": "cispo", "clip_high": 0.1}},
+    "SAPO": {"loss": {"objective": "sapo", "sapo_temperatures": [1.0, 1.5]}, "forks": {"top_entropy_quantile": 1.0}},
+    "REINFORCE": {"loss": {"objective": "reinforce"}},
     "all tokens in the denominator": {"forks": {"normalize_by": "response"}, "rollout": {"temperature": 1.5}},
 }
 

@@ -27,13 +27,27 @@ TINY = {
     "tie_word_embeddings": True,
     "rope_theta": 10000.0,
 }
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("Qwen3", {}),
+    "untied": ("Qwen3", {"tie_word_embeddings": False}),
+    "one KV head": ("Qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "Qwen2.5": ("Qwen2", {}),
+    "Qwen2.5 untied": ("Qwen2", {"tie_word_embeddings": False}),
+    "Llama": ("Llama", {"tie_word_embeddings": False}),
+    "Mistral": ("Mistral", {"tie_word_embeddings": False}),
+    "Phi-4": ("Phi3", {"tie_word_embeddings": False}),
+    "Phi-4, tied, one KV head": ("Phi3", {"num_key_value_heads": 1}),
+}
+"""Each family of the table, in the forms that make a difference to its tensors."""
+_CONFIG = {"Phi3": {"pad_token_id": None, "eos_token_id": None}}
+"""What else an architecture needs: transformers' defaults for Phi-3's tokens lie beyond a tiny vocabulary."""
 
 
 def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random model of the architecture as a Hugging Face folder; norms and biases are random too, so that a swap shows."""
     import transformers
 
-    config = getattr(transformers, f"{architecture}Config")(**{**TINY, **changes})
+    config = getattr(transformers, f"{architecture}Config")(**{**TINY, **_CONFIG.get(architecture, {}), **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(dtype)
     with torch.no_grad():

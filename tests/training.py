@@ -131,15 +131,11 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
             for r in itertools.chain(*micros):
                 drawn_at, old_log_prob, _ = old[_name(r)]
                 masks.update({(step, *_name(r), n): bool(m) for n, m in enumerate(chosen[_name(r)])})
-                ratio = (_score(model, r, drawn_at)[0] - old_log_prob).exp()
-                free, bound = -ratio * r.advantage, -ratio.clamp(0.8, 1.28) * r.advantage
-                value = torch.maximum(free, bound)
-                if spec.loss.dual_clip is not None and r.advantage < 0:
-                    value = value.clamp(max=-r.advantage * spec.loss.dual_clip)
+                value, held_back = _objective(spec, _score(model, r, drawn_at)[0], old_log_prob, r.advantage, chosen[_name(r)])
                 cap = spec.loss.importance_cap
                 weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
                 loss = loss + (value * weight * weights[_name(r)]).sum()
-                clipped += int(((bound > free) & chosen[_name(r)]).sum())
+                clipped += int((held_back & chosen[_name(r)]).sum())
             adam.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
@@ -158,6 +154,29 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
             }
         )
     return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
+
+
+def _objective(
+    spec: Recipe, log_prob: torch.Tensor, old: torch.Tensor, advantage: float, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each token of a response, and which its bounds hold back; the ratio of `gspo` is that of the chosen tokens."""
+    loss, ratio = spec.loss, (log_prob - old).exp()
+    low, high = 1 - loss.clip_low, 1 + loss.clip_high
+    if loss.objective == "cispo":
+        weight = ratio.detach().clamp(low, high)
+        return -weight * advantage * log_prob, weight != ratio
+    if loss.objective == "sapo":
+        steep = loss.sapo_temperatures[advantage <= 0]
+        return -advantage * (4 / steep) * torch.sigmoid(steep * (ratio - 1)), torch.zeros_like(chosen)
+    if loss.objective == "reinforce":
+        return -advantage * log_prob, torch.zeros_like(chosen)
+    if loss.objective == "gspo":
+        ratio = (log_prob - old)[chosen].mean().exp().expand(len(chosen)) if chosen.any() else torch.ones_like(log_prob)
+    free, bound = -ratio * advantage, -ratio.clamp(low, high) * advantage
+    value = torch.maximum(free, bound)
+    if loss.dual_clip is not None and advantage < 0:
+        value = value.clamp(max=-advantage * loss.dual_clip)
+    return value, bound > free
 
 
 def _name(r: Response) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Entropies of the same responses under each model: Megatron under its layout, one model in memory at a time. On ranks."""
+"""Entropies of the same responses under each model, by Megatron in the given layout, one model in memory at a time. Runs on ranks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Rows = list[dict[str, Any]]
 
 
 def unscored(inputs: AnalysisInputs) -> list[str]:
-    """Labels of the models whose entropies are not there yet."""
+    """Labels of the models whose entropies are still missing."""
     return [label for label in inputs.models if not is_current(inputs.entropies(label), inputs.identity_of(label))]
 
 
 def score_responses(inputs: AnalysisInputs, device: torch.device) -> None:
-    """Write the responses' file and each model's entropies, where they are not there yet. Every rank of the world calls."""
+    """Write the missing files of responses and entropies. Every rank of the world must call."""
     mesh = build_mesh(inputs.layout, seed=inputs.options.seed, device=device)
     if mesh.is_rank_zero and not is_current(inputs.responses, inputs.identity):
         write_responses(inputs)
     left: list[Any] = [unscored(inputs) if mesh.is_rank_zero else None]
-    dist.broadcast_object_list(left, src=0)  # also: the responses are there
+    dist.broadcast_object_list(left, src=0)  # also makes every rank wait for the responses
     precision = Precision.model_validate({"dtype": inputs.job.engine.dtype})
     chunks = build_policy(read_shape(inputs.author.folder), PolicyConfig(precision), mesh)
     for label in left[0]:
@@ -63,7 +63,7 @@ def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
 
 
 def _score_group(rows: Rows, chunks: list[Policy], inputs: AnalysisInputs, mesh: Mesh) -> Rows:
-    """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
+    """{"entropies", "log_probs"} (fp32) of each row, on every rank. Every rank must call."""
     lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
     placed = placement(lengths, inputs.layout.padded(inputs.job.engine.longest_sequence), mesh)[mesh.dp_rank]
     packed = packer(mesh, whole=1, temperature=inputs.options.temperature)

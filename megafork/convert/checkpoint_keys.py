@@ -1,7 +1,8 @@
-"""Where a model's parameters lie in a distributed checkpoint: keys, sizes and chunks, as megatron-core's sharded state dict names them.
+"""A model's parameters in a distributed checkpoint: keys, sizes and chunks, as in megatron-core's sharded state dict.
 
-The layers' parameters are stacked: one tensor a kind, layers in front. Norms have the names of Transformer Engine's fused layers. The gated
-MLP is all of gate above all of up, so that nothing but the vocabulary's padding depends on a layout; and that is free on loading.
+The layers' parameters are stacked: one tensor per kind, with layers as the first dimension. Norms have the names of Transformer Engine's
+fused layers. The gated MLP is all of gate followed by all of up, so that only the vocabulary's padding depends on the layout, and any
+padding can be loaded.
 """
 
 from __future__ import annotations
@@ -11,17 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megafork.recipe import Parallel
-from megafork.shape import Shape, stage_of_layer
-from megafork.weights.mapping import EMBEDDING, Parameter, parameters, shard_shape
-
-_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+from megafork.shape import Shape
+from megafork.weights.mapping import LAYERS, Parameter, parameters, shard_shape
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter's tensor in the checkpoint: its key, the size of all of it, and which layer of it the parameter is."""
+    """A parameter's tensor in the checkpoint: its key, its full size, and the parameter's layer within it."""
 
     parameter: Parameter
     key: str
@@ -35,24 +32,18 @@ class Stored:
 def stored_parameters(shape: Shape, tp: int = 1) -> Iterator[Stored]:
     """Every parameter in the order of `mapping.parameters`, with the vocabulary padded for `tp`."""
     for parameter in parameters(shape):
-        key = parameter.rule.megatron.replace("{i}.", "")
-        for ours, theirs in _NORMS.items():
-            key = key.replace(ours, theirs)
+        name = parameter.rule.fused or parameter.rule.megatron
         whole = shard_shape(parameter, shape, 1)
         if parameter.rule.kind == "vocab":
             whole = (shape.padded_vocab(tp), *whole[1:])
-        yield Stored(parameter, key, whole if parameter.layer is None else (shape.layers, *whole))
-
-
-def stage_of(parameter: Parameter, shape: Shape, layout: Parallel) -> int:
-    """The pipeline stage that writes a parameter."""
-    if parameter.layer is not None:
-        return stage_of_layer(shape.layers, layout)[parameter.layer]
-    return 0 if parameter.rule == EMBEDDING else layout.pp - 1
+        if parameter.layer is None:
+            yield Stored(parameter, name, whole)
+        else:
+            yield Stored(parameter, f"{LAYERS}.{name}", (shape.layers, *whole))
 
 
 def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(offset, chunk) of TP rank `rank`'s shard. A replicated parameter is rank 0's."""
+    """(offset, chunk) of TP rank `rank`'s shard. A replicated parameter belongs to rank 0."""
     rows = shard.size(0)
     match stored.parameter.rule.kind:
         case "vocab" | "qkv":
@@ -69,7 +60,8 @@ def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[
         yield (inner, part) if stored.layer is None else ((stored.layer, *inner), part[None])
 
 
-def extra_states(layer: int, layers: int) -> Iterator[str]:
-    """Keys of the states that a layer's linears keep besides weights: empty without FP8, but megatron-core asks for them."""
-    for linear in _LINEARS:
-        yield f"decoder.layers.{linear}._extra_state/shard_{layer}_{layers}"
+def extra_states(layer: int, shape: Shape) -> Iterator[str]:
+    """Keys of the extra states of a layer's linears: empty without FP8, but megatron-core requires them."""
+    for rule in shape.family.layer:
+        if rule.fp8:
+            yield f"{LAYERS}.{rule.module}._extra_state/shard_{layer}_{shape.layers}"

@@ -1,4 +1,4 @@
-"""What an evaluation works on: the model, its tokenizer and the benchmarks, checked against each other. No ranks needed."""
+"""Inputs of an evaluation: the model, its tokenizer and the benchmarks, checked against each other. No ranks needed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class EvaluationInputs:
     max_tokens: int
     dtype: str
     remarks: list[str]
-    """What of the benchmarks does not count, a line each."""
+    """Lines about benchmark rows that are not counted."""
 
     @property
     def folder(self) -> Path:
-        """Of the model's completions and results."""
+        """Folder of the model's completions and results."""
         return Path(self.options.out) / self.digest
 
     def sampling(self, decoding: Decoding) -> Sampling:
@@ -46,7 +46,7 @@ class EvaluationInputs:
         return Sampling(self.max_tokens, temperature, decoding.top_p, stop=self.tokenizer.eos_ids, forks=decoding.forks)
 
     def job(self) -> SampleJob:
-        """The completions that it needs."""
+        """The completions that the evaluation needs."""
         options = self.options
         prompts = {prompt_key(problem.tokens): problem.tokens for benchmark in self.benchmarks for problem in benchmark.problems}
         engine = EngineConfig(

@@ -1,4 +1,4 @@
-"""From a model's shape to a Megatron model: Qwen3 (dense), Qwen2.5 and the Llama family."""
+"""From a model's shape to a Megatron model, for every family of `shape/families.py`."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> 
         softmax_scale=softmax_scale(shape),
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.family.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
+        add_qkv_bias=shape.family.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -102,17 +102,25 @@ def _recompute(config: PolicyConfig) -> dict[str, Any]:
 def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with our norm (sequence parallel) and our core attention (packing, context parallel); in FP8 with
     Transformer Engine's projections."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    family = shape.family
+    spec = get_gpt_layer_local_spec(qk_layernorm=family.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedCoreAttention
-    if shape.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PackedCoreAttention
+    modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
-        precision.use_transformer_engine(layer)
+        modules |= precision.projections(family)
+    for name, module in modules.items():
+        _replace(layer, name, module)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+
+
+def _replace(layer: Any, name: str, module: type) -> None:
+    """Have a layer's submodule, such as `mlp.linear_fc1`, made from this class."""
+    *path, last = name.split(".")
+    for part in path:
+        layer = getattr(layer, part).submodules
+    setattr(layer, last, module)
 
 
 def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]:

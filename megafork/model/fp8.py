@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape
+from megafork.shape import FAMILIES, Shape
 
 BLOCK = 128
 SCALE = "_scale_inv"
@@ -24,7 +24,7 @@ CONFIG = {
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": sorted({family.head.tensors[0].module for family in FAMILIES.values()}),
     }
 }
 """What config.json gains."""
@@ -32,9 +32,10 @@ _BAND = 8 * BLOCK
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def is_quantized(name: str) -> bool:
+def is_quantized(name: str, shape: Shape) -> bool:
     """Whether a Hugging Face tensor becomes FP8."""
-    return name.endswith("_proj.weight")
+    found = shape.family.find(name)
+    return found is not None and found[0].fp8
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,12 +66,16 @@ def check_blocks(shape: Shape, tp: int, field: str) -> None:
 
     `field`: what asked for FP8.
     """
-    heads, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    for part, rows in (("q_proj", heads // tp), ("k_proj", max(groups // tp, shape.head_dim)), ("gate_proj", shape.ffn // tp)):
-        if rows % BLOCK:
-            raise RecipeError(
-                f"{field}: {part} has {rows} rows a rank, no multiple of the {BLOCK} of a block: vLLM cannot load that; do without"
-            )
+    for rule in shape.family.layer:
+        for tensor in rule.tensors if rule.fp8 else ():
+            for axis in tensor.rows:
+                start, stop = axis.part(shape, tp, 0)
+                if axis.split != "whole" and (stop - start) % BLOCK:
+                    whose = f" of {axis.name}" if len(tensor.rows) > 1 else ""
+                    raise RecipeError(
+                        f"{field}: {tensor.module} has {stop - start} rows{whose} a rank, no multiple of the {BLOCK} of a block: vLLM "
+                        "cannot load that; do without"
+                    )
 
 
 def check_rollouts(shape: Shape, recipe: Recipe) -> None:
@@ -82,12 +87,13 @@ def check_rollouts(shape: Shape, recipe: Recipe) -> None:
 class Quantized:
     """(Hugging Face name, tensor) pairs, with every projection as two: FP8, then scales. As often iterable as `tensors`."""
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], shape: Shape) -> None:
         self.tensors = tensors
+        self.shape = shape
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors:
-            if is_quantized(name):
+            if is_quantized(name, self.shape):
                 small, scale = quantize(tensor)
                 yield name, small
                 yield name + SCALE, scale

@@ -12,7 +12,7 @@ import torch
 
 from megafork.model.fp8 import BLOCK
 from megafork.recipe import Precision, RecipeError
-from megafork.shape import Shape
+from megafork.shape import Family, Shape
 
 
 def lacking() -> str | None:
@@ -52,11 +52,9 @@ def settings(precision: Precision) -> dict[str, Any]:
     return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False} if precision.train_fp8 else {}
 
 
-def use_transformer_engine(layer: Any) -> None:
-    """Have a layer spec's four projections made by Transformer Engine; their parameters keep names and shapes. Norms and attention stay
-    ours, outside of FP8."""
+def projections(family: Family) -> dict[str, type]:
+    """Transformer Engine's class for each projection of a layer, by Megatron's name of it; parameters keep names and shapes. Norms and
+    attention stay ours, outside of FP8."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
-    attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
-    attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
+    return {rule.module: TERowParallelLinear if rule.kind == "row" else TEColumnParallelLinear for rule in family.layer if rule.fp8}

@@ -1,16 +1,17 @@
-"""All that lies on a GPU while a step runs: the trainer's state, the activations, vLLM, and the refit between them."""
+"""A GPU's memory during a step: the trainer's state, activations, vLLM, and the refit buffer between them."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
-from megafork.model.fp8 import BLOCK, is_quantized
+from megafork.model.fp8 import BLOCK
 from megafork.plan.activations import Activations, stage_activations
 from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
 from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
-from megafork.shape import Shape, stage_layers
+from megafork.shape import Shape, Span, stage_layers
 from megafork.weights.mapping import Parameter, shard_shape
 from megafork.weights.reshard import needed
 
@@ -21,13 +22,13 @@ class Engine:
 
     weights: int
     cache: int
-    """KV cache; below 0: what is lacking before there is any."""
+    """KV cache; a negative value is the shortfall before there is any cache."""
     token: int
     """KV cache of one token."""
     longest: int
     """Tokens of the longest prompt and response."""
     pool: int
-    """All that vLLM takes while it is awake."""
+    """Total that vLLM uses while it is awake."""
 
     @property
     def concurrent(self) -> int:
@@ -37,7 +38,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Of one rank of a pipeline stage, in bytes; all its ranks are alike but for padding."""
+    """Memory of one rank of a pipeline stage, in bytes; its ranks differ only in padding."""
 
     stage: int
     layers: int
@@ -45,34 +46,34 @@ class StageMemory:
     activations: Activations
     engine: Engine
     fp8_copies: int
-    """Of the projections, made by Transformer Engine and kept: one for the forward and one, transposed, for the backward."""
+    """FP8 copies of the projections that Transformer Engine keeps: one for the forward and one, transposed, for the backward."""
     refit_buffer: int
     colocated: bool
-    """vLLM shares the GPU; else it is at servers with GPUs of their own."""
+    """Whether vLLM shares the GPU; otherwise it runs on servers with their own GPUs."""
     parked: bool
-    """Gradients and optimizer are off the GPU while vLLM is awake."""
+    """Whether gradients and optimizer are off the GPU while vLLM is awake."""
 
     @property
     def state(self) -> int:
-        """Weights, gradients and optimizer: there all the time. Exact."""
+        """Weights, gradients and optimizer, which are always allocated. Exact."""
         return self.weights.weight_bytes + self.weights.gradient_bytes + max(self.weights.optimizer_bytes)
 
     @property
     def phases(self) -> dict[str, int]:
-        """All bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
+        """Total bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
         always = self.state + self.fp8_copies + RESERVED
         awake, asleep = (self.engine.pool, VLLM_ASLEEP) if self.colocated else (0, 0)
         training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
-        beside = always - (self.state - self.weights.weight_bytes if self.parked else 0)
+        outside_update = always - (self.state - self.weights.weight_bytes if self.parked else 0)
         return {
-            "rollout": beside + awake,
+            "rollout": outside_update + awake,
             "update": always + asleep + training,
-            "refit": beside + awake + self.refit_buffer,
+            "refit": outside_update + awake + self.refit_buffer,
         }
 
 
 def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemory]:
-    """Memory of each pipeline stage at the longest micro-batch, with the head asked at each of its positions."""
+    """Memory of each pipeline stage at the longest micro-batch, with the head run at every position."""
     engine = engine_memory(shape, recipe, gpu)
     buffer = refit_buffer(shape, recipe)
     micro_batches = 10**9  # enough to fill the pipeline
@@ -88,24 +89,24 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
 
 
 def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
-    """Bytes that a layer's projections take twice in FP8, an fp32 scale for each block included."""
+    """Bytes of the two FP8 copies of a layer's projections, including an fp32 scale per block."""
     if not recipe.precision.train_fp8:
         return 0
 
     def copies(parameter: Parameter) -> int:
         size = math.prod(shard_shape(parameter, shape, recipe.parallel.tp))
-        return 2 * (size + 4 * size // BLOCK**2) if all(map(is_quantized, parameter.huggingface())) else 0
+        return 2 * (size + 4 * size // BLOCK**2) if parameter.rule.fp8 else 0
 
     return over_model(replace(shape, layers=1), copies)
 
 
 def engines(recipe: Recipe, gpus: int) -> int:
-    """vLLM engines that share a roll-out, when `gpus` train."""
+    """Number of vLLM engines that share a roll-out when training on `gpus` GPUs."""
     return len(recipe.rollout.servers) or gpus // recipe.rollout.tp
 
 
 def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
-    """vLLM's weights (exact: the parts that it loads) and what is left for its KV cache."""
+    """vLLM's weights (exact: the parts that it loads) and the memory left for its KV cache."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
     weights = _engine_bytes(shape, tp, width, fp8=recipe.precision.rollout_fp8)
     if recipe.rollout.kv_cache_mb is not None:
@@ -119,8 +120,8 @@ def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
 
 
 def refit_buffer(shape: Shape, recipe: Recipe) -> int:
-    """Bytes at most for the bucket that travels (`weights/refit.py`): its whole tensors, what a rank receives, and what the ranks of the
-    one stage that holds it send to all the others. An estimate."""
+    """Most bytes needed by a refit's bucket in transit (`weights/refit.py`): its whole tensors, the parts a rank receives, and the parts
+    that the ranks of the one stage that holds it send to all the others. An estimate."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
     vocabulary = shape.vocab * shape.hidden
     layer = (count_parameters(shape) - count_parameters(replace(shape, layers=1))) // max(shape.layers - 1, 1)
@@ -130,11 +131,11 @@ def refit_buffer(shape: Shape, recipe: Recipe) -> int:
 
 def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool) -> int:
     def size(parameter: Parameter) -> int:
-        return sum(part(name) for name in parameter.huggingface())
+        parts = itertools.chain.from_iterable(needed(name, shape, tp, 0) for name in parameter.huggingface())
+        return sum(part(*each, fp8=fp8 and parameter.rule.fp8) for each in parts)
 
-    def part(name: str) -> int:
-        rows, columns = needed(name, shape, tp, 0)
+    def part(rows: Span, columns: Span | None, *, fp8: bool) -> int:
         high, wide = rows[1] - rows[0], columns[1] - columns[0] if columns else 1
-        return high * wide + 4 * -(-high // BLOCK) * -(-wide // BLOCK) if fp8 and is_quantized(name) else high * wide * width
+        return high * wide + 4 * -(-high // BLOCK) * -(-wide // BLOCK) if fp8 else high * wide * width
 
     return over_model(shape, size)

@@ -1,7 +1,7 @@
-"""The objective at the forks: clipped policy gradient with exact global denominators (PAPER eq. 6; DAPO, arXiv 2503.14476).
+"""The loss of a mini-batch: an objective (`objectives.py`) at the forks, with exact global denominators (arXiv 2506.01939, eq. 6).
 
-The loss of a mini-batch is sum(weight * per-token loss). The weights carry the mask and the denominator, are known before the forward,
-and are the only place where the reductions differ. So the loss and its gradient are sums over tokens, and do not depend on how tokens are
+The loss of a mini-batch is sum(weight * per-token loss). The weights contain the mask and the denominator, are known before the forward,
+and are the only place where the reductions differ. So the loss and its gradient are sums over tokens and independent of how tokens are
 spread over ranks and micro-batches.
 """
 
@@ -14,27 +14,16 @@ from torch import Tensor
 from megafork.recipe import Forks, Loss
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
+from megafork.rl.objectives import Objective, Tokens, clip
 
 
-def token_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A) with r = exp(log_prob - old_log_prob), at most c |A| for A < 0 under dual clip: fp32 [P].
-
-    Also returns which tokens were clipped (bool [P], no gradient).
-    """
-    ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0).exp()
-    free = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
-    value = torch.maximum(free, clipped)
-    was_clipped = (clipped > free).detach()
-    if loss.dual_clip is not None:
-        value = torch.where(advantage < 0, torch.minimum(value, -advantage * loss.dual_clip), value)
-    return value, was_clipped
-
-
-def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """`token_loss` at the micro-batch's forks, with the sums that the log shows."""
+def policy_loss(
+    log_prob: Tensor, micro: MicroBatch, *, loss: Loss, objective: Objective = clip, context: dist.ProcessGroup | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective at the micro-batch's forks, with the sums that the log shows. Every rank of `context` (CP) must call."""
     old, advantage = micro.old_log_prob[micro.mask], micro.advantage[micro.mask]
-    value, clipped = token_loss(log_prob, old, advantage, loss)
+    tokens = Tokens(log_prob, old, advantage, micro.sequence[micro.mask], len(micro.responses), context)
+    value, clipped = objective(tokens, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
         report = {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
@@ -45,15 +34,15 @@ def policy_loss(log_prob: Tensor, micro: MicroBatch, *, loss: Loss) -> tuple[Ten
 
 
 def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy that starts the step against the one that
-    wrote the response (truncated importance sampling, Ionides 2008)."""
+    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step over the policy
+    that sampled the response (truncated importance sampling, Ionides 2008)."""
     return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
 
 
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:
     """Set `weight` of every position of a mini-batch from its mask.
 
-    Every rank of `groups.tokens` on the last pipeline stage must call. A mini-batch or response without any selected token weighs 0.
+    Every rank of `groups.tokens` on the last pipeline stage must call. A mini-batch or response without selected tokens has weight 0.
     """
     counted = [micro.mask if forks.normalize_by == "selected" else torch.ones_like(micro.mask) for micro in micros]
     match loss.reduction:

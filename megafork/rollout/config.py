@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megafork.model.fp8 import Quantized
 from megafork.recipe import Recipe
 from megafork.rollout.engine import Weights
+from megafork.shape import read_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,4 +55,4 @@ class EngineConfig:
 
     def loaded(self, weights: Weights) -> Weights:
         """The same weights as the engine loads them: for FP8 quantised on the way. As often iterable."""
-        return Quantized(weights) if self.fp8 else weights
+        return Quantized(weights, read_shape(Path(self.model))) if self.fp8 else weights

@@ -34,7 +34,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
 
 
 def _layer(name: str) -> str:
-    layer = re.match(r".*?\.layers\.\d+\.", name)
+    layer = re.match(r".*?\.\d+\.", name)
     return layer.group() if layer else name
 
 

@@ -4,13 +4,20 @@ No torch, no transformers: a wrong model folder is answered in a fraction of a s
 """
 
 from megafork.shape.config import read_config, refuse_adapter
+from megafork.shape.families import FAMILIES
+from megafork.shape.family import Family, HFTensor, Rule, Span
 from megafork.shape.layout import check_engines, check_layout, check_rollout_tp, check_world, stage_layers, stage_of_layer
 from megafork.shape.model import Llama3, Shape, Yarn
 from megafork.shape.read import read_dtype, read_shape
 
 __all__ = [
+    "FAMILIES",
+    "Family",
+    "HFTensor",
     "Llama3",
+    "Rule",
     "Shape",
+    "Span",
     "Yarn",
     "check_engines",
     "check_layout",

@@ -25,7 +25,7 @@ def check_rollout_tp(shape: Shape, tp: int) -> None:
     """Refuse an engine of more ranks than share the attention heads evenly, and a model that vLLM has no room for."""
     if shape.heads % tp:
         raise RecipeError(Key("rollout.tp"), f" is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
-    if shape.architecture == "Qwen2ForCausalLM" and shape.head_dim * shape.heads != shape.hidden:
+    if not shape.family.vllm_reads_head_dim and shape.head_dim * shape.heads != shape.hidden:
         raise RecipeError(
             f"the model's head_dim is {shape.head_dim}: vLLM knows a {shape.architecture} only with hidden_size / num_attention_heads = "
             f"{shape.hidden / shape.heads:g}; give another model"

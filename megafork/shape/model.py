@@ -1,34 +1,12 @@
-"""The shape of a dense transformer, and what the architectures that megafork trains compute."""
+"""The shape of a dense transformer."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Family:
-    """What the models of one architecture compute, and what transformers takes where their config.json leaves a key out."""
-
-    model_type: str
-    positions: int
-    """max_position_embeddings."""
-    kv_heads: int | None = None
-    """num_key_value_heads; None: as many as there are heads."""
-    head_dim: int | None = None
-    """head_dim; None: hidden_size / num_attention_heads."""
-    qk_norm: bool = False
-    qkv_bias: bool = False
-
-
-FAMILIES = {
-    "Qwen3ForCausalLM": Family("qwen3", positions=32768, kv_heads=32, head_dim=128, qk_norm=True),
-    "Qwen2ForCausalLM": Family("qwen2", positions=32768, kv_heads=32, qkv_bias=True),
-    "LlamaForCausalLM": Family("llama", positions=2048),
-}
-"""By `architectures`. All of them have RMS norms, SiLU, a gated MLP, rotary positions, and no biases but those named here."""
-NORM_EPS = 1e-6
-ROPE_THETA = 10000.0
+from megafork.shape.families import FAMILIES
+from megafork.shape.family import Family
 
 
 @dataclass(frozen=True)
@@ -80,12 +58,8 @@ class Shape:
     """Tokens of the longest sequence; with YaRN what it stretches the model to."""
 
     @property
-    def qk_norm(self) -> bool:
-        return FAMILIES[self.architecture].qk_norm
-
-    @property
-    def qkv_bias(self) -> bool:
-        return FAMILIES[self.architecture].qkv_bias
+    def family(self) -> Family:
+        return FAMILIES[self.architecture]
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of embedding and head: the vocabulary rounded up so that every TP rank holds equally many."""

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from megafork.recipe import Key, RecipeError
 from megafork.shape.config import Keys, read_config
-from megafork.shape.model import FAMILIES, NORM_EPS, Family, Shape
+from megafork.shape.families import FAMILIES
+from megafork.shape.family import Family
+from megafork.shape.model import Shape
 from megafork.shape.rope import LONGEST, read_rope
 
 _READ = {
@@ -31,7 +33,7 @@ _FIXED = {
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
 }
-"""Keys with the one value that megafork computes; an absent one has it."""
+"""Keys with the one value that megafork computes; an absent one has it. Those of single families are in `families.py`."""
 _WITHOUT_EFFECT = {
     # of every config that transformers writes, or wrote
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "initializer_range", "use_cache", "pretraining_tp"),
@@ -69,7 +71,9 @@ def read_shape(folder: Path) -> Shape:
     layers = config.whole("num_hidden_layers", largest=_MOST_LAYERS)
     _refuse_other_layers(config, layers)
     positions = config.whole("max_position_embeddings", largest=LONGEST, default=family.positions)
-    theta, scaling = read_rope(config, positions)
+    theta, scaling = read_rope(config, family, positions)
+    longest = getattr(scaling, "positions", positions)
+    _refuse_windows(config, family, longest)
     return Shape(
         architecture=architecture,
         layers=layers,
@@ -80,10 +84,10 @@ def read_shape(folder: Path) -> Shape:
         head_dim=_head_dim(config, family, hidden, heads),
         vocab=config.whole("vocab_size", largest=_LARGEST_SIZE),
         tied=config.flag("tie_word_embeddings", default=False),
-        norm_eps=config.number("rms_norm_eps", above=0, below=1, default=NORM_EPS),
+        norm_eps=config.number("rms_norm_eps", above=0, below=1, default=family.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=getattr(scaling, "positions", positions),
+        max_positions=longest,
     )
 
 
@@ -115,15 +119,30 @@ def _refuse_what_differs(config: Keys, family: Family) -> None:
             f" is {str(config.folder)!r}: it is quantised ({what}); give the model it was made from, or delete {what} where the "
             "weights are quantised no longer",
         )
-    if config.values.get("sliding_window") is not None and family.model_type == "llama":
-        raise config.error("sliding_window", "vLLM would attend to a window, transformers to everything; set it to null")
+    fixed = {**_FIXED, **family.fixed}
     for key, value in config.values.items():
-        if key in _FIXED:
-            wanted = _FIXED[key]
+        if key in fixed:
+            wanted = fixed[key]
             if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
                 raise config.error(key, f"megafork trains models with {wanted!r}; give another model")
-        elif key not in _READ and key not in _WITHOUT_EFFECT and value is not None:
+        elif key not in _READ and key not in _WITHOUT_EFFECT and key not in family.ignored and value is not None:
             raise config.error(key, "megafork does not know what it changes; delete the key from config.json if it changes nothing")
+
+
+def _refuse_windows(config: Keys, family: Family, positions: int) -> None:
+    """A window that hides any of the positions."""
+    if family.window == "off" or config.values.get("sliding_window", family.sliding_window) is None:
+        return
+    if family.window == "refused":
+        raise config.error("sliding_window", "vLLM would attend to a window, transformers to everything; set it to null")
+    absent = "sliding_window" not in config
+    window = config.whole("sliding_window", largest=LONGEST, default=family.sliding_window)
+    if window < positions:
+        told = f"transformers takes {window} where it is left out, " if absent else ""
+        raise config.error(
+            "sliding_window",
+            f"{told}fewer than the {positions:,} positions, and megafork attends to them all; give a model that was trained without (null)",
+        )
 
 
 def _refuse_other_layers(config: Keys, layers: int) -> None:
@@ -134,7 +153,7 @@ def _refuse_other_layers(config: Keys, layers: int) -> None:
 
 def _kv_heads(config: Keys, family: Family, heads: int) -> int:
     absent = "num_key_value_heads" not in config
-    kv_heads = config.without_null("num_key_value_heads").whole(
+    kv_heads = config.without_null(*family.nulls).whole(
         "num_key_value_heads", largest=_LARGEST_SIZE, default=family.kv_heads if absent and family.kv_heads else heads
     )
     if heads % kv_heads:
@@ -144,10 +163,9 @@ def _kv_heads(config: Keys, family: Family, heads: int) -> int:
 
 
 def _head_dim(config: Keys, family: Family, hidden: int, heads: int) -> int:
-    if family.model_type == "llama":
-        config = config.without_null("head_dim")
+    config = config.without_null(*family.nulls)
     derived = family.head_dim is None and "head_dim" not in config
-    if hidden % heads and (derived or family.model_type == "llama"):  # transformers refuses it of every Llama
+    if hidden % heads and (derived or family.whole_heads):
         raise config.error("hidden_size", f"must be a multiple of num_attention_heads, {heads}")
     head_dim = config.whole("head_dim", largest=_LARGEST_HEAD, default=family.head_dim or hidden // heads)
     if head_dim % 2:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 from megafork.shape.config import Keys
-from megafork.shape.model import ROPE_THETA, Llama3, Yarn
+from megafork.shape.family import Family
+from megafork.shape.model import Llama3, Yarn
 
 LONGEST = 1 << 24
 """Positions. vLLM makes a table of all of them."""
@@ -19,14 +20,14 @@ _YARN = {"factor", "original_max_position_embeddings", "attention_factor", "msca
 _KINDS = {"default": set[str](), "llama3": _LLAMA3, "yarn": _YARN}
 
 
-def read_rope(config: Keys, positions: int) -> tuple[float, Llama3 | Yarn | None]:
+def read_rope(config: Keys, family: Family, positions: int) -> tuple[float, Llama3 | Yarn | None]:
     """Theta, and how its frequencies are scaled. `positions`: max_position_embeddings. Raises RecipeError."""
-    rope = _parameters(config)
-    theta = (rope if "rope_theta" in rope else config).number("rope_theta", above=1, default=ROPE_THETA)
-    for keys, absent in ((config, None), (rope, 1.0)):
-        if keys.values.get("partial_rotary_factor", 1.0) not in (1.0, absent):
+    rope = _parameters(config, family)
+    theta = (rope if "rope_theta" in rope else config).number("rope_theta", above=1, default=family.rope_theta)
+    for keys in (config.without_null(*family.nulls), rope):
+        if keys.values.get("partial_rotary_factor", 1.0) != 1.0:
             raise keys.error("partial_rotary_factor", "megafork rotates whole heads; give a model with 1.0")
-    kind = _kind(rope)
+    kind = _kind(rope, family)
     unknown = sorted(rope.values.keys() - _COMMON - _KINDS[kind])
     if unknown:
         raise rope.error(unknown[0], f"neither transformers nor vLLM reads it in a rope of type {kind!r}; delete the key")
@@ -36,18 +37,20 @@ def read_rope(config: Keys, positions: int) -> tuple[float, Llama3 | Yarn | None
     return theta, _llama3(rope, original) if kind == "llama3" else _yarn(rope, original)
 
 
-def _parameters(config: Keys) -> Keys:
+def _parameters(config: Keys, family: Family) -> Keys:
     scaling, parameters = config.inner("rope_scaling"), config.inner("rope_parameters")
     if not scaling.values:
         return parameters
     theta = parameters.values.get("rope_theta")
-    if theta not in (None, ROPE_THETA) and "rope_theta" not in scaling and "rope_theta" not in config:
-        raise parameters.error("rope_theta", f"rope_scaling replaces it by {ROPE_THETA:g}; write the rope_theta into rope_scaling as well")
+    if theta not in (None, family.rope_theta) and "rope_theta" not in scaling and "rope_theta" not in config:
+        raise parameters.error(
+            "rope_theta", f"rope_scaling replaces it by {family.rope_theta:g}; write the rope_theta into rope_scaling as well"
+        )
     return scaling
 
 
-def _kind(rope: Keys) -> str:
-    names = [rope.text(name, among=_KINDS) for name in ("rope_type", "type") if name in rope]
+def _kind(rope: Keys, family: Family) -> str:
+    names = [rope.text(name, among=family.ropes) for name in ("rope_type", "type") if name in rope]
     if len(set(names)) > 1:
         raise rope.error("type", f"its rope_type is {names[0]!r}; delete the wrong one of the two")
     return names[0] if names else "default"

@@ -1,4 +1,4 @@
-"""One step's update of the policy: score, select the forks, weigh them, and train on each mini-batch."""
+"""One step's update of the policy: score, select and weight the forks, and train on each mini-batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.loss import policy_loss, set_weights
+from megafork.rl.objectives import objective_named
 from megafork.train.clock import Clock
 from megafork.train.learner import Learner
 from megafork.train.summary import entropy_metrics, update_metrics
@@ -21,15 +22,16 @@ Check = Callable[[Mapping[str, float]], None]
 def update_policy(
     learner: Learner, minibatches: list[list[MicroBatch]], recipe: Recipe, *, step: int, clock: Clock, check: Check | None = None
 ) -> dict[str, float]:
-    """Update the policy once per mini-batch. Every rank calls, with as many mini-batches of as many micro-batches each.
+    """Update the policy once per mini-batch. Every rank must call, with equally many mini-batches and micro-batches in each.
 
-    minibatches: of this DP rank, with advantages; their old log-probs, entropies, masks and weights are set on the last stage.
-    check: is given the metrics of the scored responses before the first update; it may raise, on every rank alike.
+    minibatches: this DP rank's, with advantages; their old log-probs, entropies, masks and weights are set on the last stage.
+    check: called with the metrics of the scored responses before the first update; if it raises, it must do so on every rank.
     Returns the metrics of entropies, forks and updates, the same on every rank.
     """
     mesh = learner.mesh
     groups = ForkGroups(mesh.token_group, mesh.cp_group)
     everything = list(itertools.chain(*minibatches))
+    loss = partial(policy_loss, loss=recipe.loss, objective=objective_named(recipe.loss.objective), context=mesh.cp_group)
     thresholds: list[Selection] = []
     updates: list[dict[str, float]] = []
 
@@ -52,5 +54,5 @@ def update_policy(
                 select(mini)
             if mesh.is_last_stage:
                 set_weights(mini, recipe.forks, recipe.loss, groups)
-            updates.append(learner.train(mini, partial(policy_loss, loss=recipe.loss)))
+            updates.append(learner.train(mini, loss))
     return metrics | update_metrics(everything, thresholds, updates, mesh)

@@ -18,11 +18,10 @@ from torch import Tensor
 from megafork.recipe import Key, RecipeError
 from megafork.shape import Shape, read_config
 from megafork.weights.checksums import sync, sync_name
-from megafork.weights.mapping import EMBEDDING, HEAD, huggingface_shapes
+from megafork.weights.mapping import huggingface_shapes
 from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file, write_index
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_HEAD, _EMBEDDING = HEAD.huggingface[0], EMBEDDING.huggingface[0]
 _BAND = 64 << 20
 """Bytes of a tensor that are compared at once."""
 COMPANIONS = (
@@ -128,11 +127,12 @@ class HuggingFaceWeights:
         are read.
         """
         wanted = huggingface_shapes(shape)
+        head, embedding = (rule.tensors[0].name for rule in (shape.family.head, shape.family.embedding))
         wrong = [f"missing {name}" for name in wanted if name not in self._tensors]
-        if shape.tied and _HEAD in self._tensors:  # some tools write the tied head twice
-            wanted[_HEAD] = wanted[_EMBEDDING]
+        if shape.tied and head in self._tensors:  # some tools write the tied head twice
+            wanted[head] = wanted[embedding]
         for name in sorted(self._tensors):
-            if name.endswith("rotary_emb.inv_freq"):
+            if name.endswith(shape.family.buffers):
                 continue
             if name not in wanted:
                 wrong.append(f"unknown {name}")
@@ -145,18 +145,18 @@ class HuggingFaceWeights:
         if wrong:
             shown = "; ".join(wrong[:listed]) + (f"; and {len(wrong[listed:])} more" if listed and len(wrong) > listed else "")
             raise RecipeError(Key("model.path"), f" is {str(self.folder)!r}: its tensors do not fit its config.json: {shown}")
-        if shape.tied and _HEAD in self._tensors and not self._head_is_embedding(shape):
+        if shape.tied and head in self._tensors and not self._are_equal(head, embedding, shape):
             raise RecipeError(
                 Key("model.path"),
-                f" is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {_HEAD} is not its "
-                f"{_EMBEDDING}: set it to false to train with that head, or delete {_HEAD} from the file to train without it",
+                f" is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {head} is not its "
+                f"{embedding}: set it to false to train with that head, or delete {head} from the file to train without it",
             )
 
-    def _head_is_embedding(self, shape: Shape) -> bool:
+    def _are_equal(self, head: str, embedding: str, shape: Shape) -> bool:
         """Compared band by band, so that no more of either is in memory."""
         band = max(1, _BAND // (4 * shape.hidden))
         bands = ((first, min(first + band, shape.vocab)) for first in range(0, shape.vocab, band))
-        return all(torch.equal(*(self.read(name, rows).float() for name in (_HEAD, _EMBEDDING))) for rows in bands)
+        return all(torch.equal(*(self.read(name, rows).float() for name in (head, embedding))) for rows in bands)
 
 
 def is_finite(tensor: Tensor) -> bool:

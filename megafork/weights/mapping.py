@@ -1,4 +1,4 @@
-"""The one table of how Hugging Face tensors lie in Megatron's parameters.
+"""How Hugging Face tensors lie in Megatron's parameters, from the table of model families (`shape/families.py`).
 
 Every parameter of a TP rank is a stack of rectangles of Hugging Face tensors (`Piece`). Loading copies the rectangles in, exporting
 copies them out, and a resharding plan is the intersection of two such lists; none of them knows a model's names.
@@ -12,41 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
-from megafork.shape import Shape
+from megafork.recipe import Parallel
+from megafork.shape import Family, Rule, Shape, stage_of_layer
 
-Kind = Literal["vocab", "qkv", "gated", "row", "replicated"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A Megatron parameter name, the Hugging Face tensors in it, and how it is split. `{i}` is the global layer number."""
-
-    megatron: str
-    huggingface: tuple[str, ...]
-    kind: Kind
-
-
-_LAYER = "decoder.layers.{i}."
-_HF = "model.layers.{i}."
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-EMBEDDING = Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
-LAYER_RULES = (
-    Rule(_LAYER + "input_layernorm.weight", (_HF + "input_layernorm.weight",), "replicated"),
-    Rule(_LAYER + "self_attention.linear_qkv.weight", tuple(_HF + name + ".weight" for name in _QKV), "qkv"),
-    Rule(_LAYER + "self_attention.linear_qkv.bias", tuple(_HF + name + ".bias" for name in _QKV), "qkv"),
-    Rule(_LAYER + "self_attention.q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), "replicated"),
-    Rule(_LAYER + "self_attention.k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), "replicated"),
-    Rule(_LAYER + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), "row"),
-    Rule(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), "replicated"),
-    Rule(_LAYER + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), "gated"),
-    Rule(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), "row"),
-)
-FINAL_NORM = Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated")
-HEAD = Rule("output_layer.weight", ("lm_head.weight",), "vocab")
-TIED_HEAD = Rule("output_layer.weight", ("model.embed_tokens.weight",), "vocab")
+LAYERS = "decoder.layers"
+"""What Megatron calls the module that holds the layers by number."""
 
 
 @dataclass(frozen=True)
@@ -61,72 +33,61 @@ class Piece:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter of the whole model by its global name, with its rule and layer (None outside the layers)."""
+    """One Megatron parameter of the whole model: a family's rule and, within the layers, a layer's number over all stages."""
 
-    name: str
+    family: Family
     rule: Rule
-    layer: int | None
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its global name."""
+        return self.rule.megatron if self.layer is None else f"{LAYERS}.{self.layer}.{self.rule.megatron}"
 
     def huggingface(self) -> tuple[str, ...]:
-        return tuple(name.format(i=self.layer) for name in self.rule.huggingface)
+        """The tensors in it."""
+        return tuple(self.family.hf_name(tensor, self.layer) for tensor in self.rule.tensors)
 
 
 def parameters(shape: Shape) -> Iterator[Parameter]:
-    """Every parameter once, embedding first and head last, layer by layer. A tied head is the embedding and does not occur."""
-    yield Parameter(EMBEDDING.megatron, EMBEDDING, None)
+    """Every parameter once in Megatron's order: the embedding, layer by layer, the final norm, the head. A tied head is the embedding and
+    does not occur."""
+    family = shape.family
+    yield Parameter(family, family.embedding)
     for layer in range(shape.layers):
-        for rule in LAYER_RULES:
-            if _present(rule, shape):
-                yield Parameter(rule.megatron.format(i=layer), rule, layer)
-    yield Parameter(FINAL_NORM.megatron, FINAL_NORM, None)
+        for rule in family.layer:
+            yield Parameter(family, rule, layer)
+    yield Parameter(family, family.final_norm)
     if not shape.tied:
-        yield Parameter(HEAD.megatron, HEAD, None)
+        yield Parameter(family, family.head)
 
 
-def _present(rule: Rule, shape: Shape) -> bool:
-    if rule.megatron.endswith("linear_qkv.bias"):
-        return shape.qkv_bias
-    if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron:
-        return shape.qk_norm
-    return True
+def stage_of(parameter: Parameter, shape: Shape, layout: Parallel) -> int:
+    """The pipeline stage that holds a parameter. A tied head is the first stage's embedding."""
+    if parameter.layer is not None:
+        return stage_of_layer(shape.layers, layout)[parameter.layer]
+    return 0 if parameter.rule is shape.family.embedding else layout.pp - 1
 
 
 def huggingface_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of the model and its full shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for parameter in parameters(shape):
-        for name in parameter.huggingface():
-            shapes[name] = full_shape(name, shape)
-    return shapes
+    return {
+        name: tensor.size(shape)
+        for parameter in parameters(shape)
+        for name, tensor in zip(parameter.huggingface(), parameter.rule.tensors, strict=True)
+    }
 
 
 def full_shape(name: str, shape: Shape) -> tuple[int, ...]:
-    """The shape of one Hugging Face tensor."""
-    rows = {
-        "q_proj": shape.heads * shape.head_dim,
-        "k_proj": shape.kv_heads * shape.head_dim,
-        "v_proj": shape.kv_heads * shape.head_dim,
-        "o_proj": shape.hidden,
-        "q_norm": shape.head_dim,
-        "k_norm": shape.head_dim,
-        "gate_proj": shape.ffn,
-        "up_proj": shape.ffn,
-        "down_proj": shape.hidden,
-        "embed_tokens": shape.vocab,
-        "lm_head": shape.vocab,
-    }
-    columns = {"o_proj": shape.heads * shape.head_dim, "down_proj": shape.ffn}
-    module, kind = name.split(".")[-2:]
-    if module not in rows:
-        return (shape.hidden,)
-    if kind == "bias" or module.endswith("norm"):
-        return (rows[module],)
-    return (rows[module], columns.get(module, shape.hidden))
+    """The shape of one Hugging Face tensor of the family."""
+    found = shape.family.find(name)
+    assert found is not None, name
+    return found[1].size(shape)
 
 
 def shard_shape(parameter: Parameter, shape: Shape, tp: int) -> tuple[int, ...]:
     """Shape of the parameter on one TP rank."""
-    fulls = [full_shape(name, shape) for name in parameter.huggingface()]
+    fulls = [tensor.size(shape) for tensor in parameter.rule.tensors]
     rest = fulls[0][1:]
     match parameter.rule.kind:
         case "vocab":
@@ -141,41 +102,66 @@ def shard_shape(parameter: Parameter, shape: Shape, tp: int) -> tuple[int, ...]:
 
 def pieces(parameter: Parameter, shape: Shape, tp: int, rank: int) -> list[Piece]:
     """The rectangles of Hugging Face tensors in TP rank `rank`'s shard, in row order. Rows that no piece covers are vocabulary padding."""
-    names = parameter.huggingface()
+    name = parameter.huggingface()[0]
     rows = shard_shape(parameter, shape, tp)[0]
     match parameter.rule.kind:
         case "vocab":
             start, stop = min(rank * rows, shape.vocab), min((rank + 1) * rows, shape.vocab)
-            return [Piece(names[0], (start, stop), None, 0)] if stop > start else []
+            return [Piece(name, (start, stop), None, 0)] if stop > start else []
         case "qkv":
-            return _cut(_fused_qkv(names, shape), rank * rows, (rank + 1) * rows)
+            return _cut(_fused_qkv(_blocks(parameter, shape), shape), rank * rows, (rank + 1) * rows)
         case "gated":
-            half = rows // 2
-            return [Piece(name, (rank * half, (rank + 1) * half), None, n * half) for n, name in enumerate(names)]
+            return _cut(_gated(_blocks(parameter, shape), tp), rank * rows, (rank + 1) * rows)
         case "row":
             width = shard_shape(parameter, shape, tp)[1]
-            return [Piece(names[0], (0, rows), (rank * width, (rank + 1) * width), 0)]
+            return [Piece(name, (0, rows), (rank * width, (rank + 1) * width), 0)]
         case "replicated":
-            return [Piece(names[0], (0, rows), None, 0)]
+            return [Piece(name, (0, rows), None, 0)]
 
 
-def _fused_qkv(names: tuple[str, ...], shape: Shape) -> Iterator[tuple[str, int, int]]:
-    """(tensor, first row, rows) of the fused QKV from top to bottom."""
-    q, k, v = names
+class Block(NamedTuple):
+    """Whole rows of a Hugging Face tensor: `height` of them from row `first` on."""
+
+    name: str
+    first: int
+    height: int
+
+
+def _blocks(parameter: Parameter, shape: Shape) -> Iterator[Block]:
+    """The rows of a parameter's tensors by what they mean, whether each has a tensor to itself or several share one."""
+    for name, tensor in zip(parameter.huggingface(), parameter.rule.tensors, strict=True):
+        first = 0
+        for axis in tensor.rows:
+            yield Block(name, first, axis.size(shape))
+            first += axis.size(shape)
+
+
+def _fused_qkv(blocks: Iterator[Block], shape: Shape) -> Iterator[Block]:
+    """The fused QKV from top to bottom."""
+    q, k, v = blocks
     d = shape.head_dim
     queries = shape.heads // shape.kv_heads * d
     for group in range(shape.kv_heads):
-        yield q, group * queries, queries
-        yield k, group * d, d
-        yield v, group * d, d
+        yield Block(q.name, q.first + group * queries, queries)
+        yield Block(k.name, k.first + group * d, d)
+        yield Block(v.name, v.first + group * d, d)
 
 
-def _cut(blocks: Iterator[tuple[str, int, int]], start: int, stop: int) -> list[Piece]:
+def _gated(blocks: Iterator[Block], tp: int) -> Iterator[Block]:
+    """The gated MLP of all TP ranks, one above the other."""
+    gate, up = blocks
+    rows = gate.height // tp
+    for rank in range(tp):
+        yield Block(gate.name, gate.first + rank * rows, rows)
+        yield Block(up.name, up.first + rank * rows, rows)
+
+
+def _cut(blocks: Iterator[Block], start: int, stop: int) -> list[Piece]:
     """The part of stacked blocks that lies in rows [start, stop) of the stack."""
     cut, top = [], 0
-    for name, first, count in blocks:
-        low, high = max(top, start), min(top + count, stop)
+    for name, first, height in blocks:
+        low, high = max(top, start), min(top + height, stop)
         if low < high:
             cut.append(Piece(name, (first + low - top, first + high - top), None, low - start))
-        top += count
+        top += height
     return cut

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
-from megafork.shape import Shape, stage_of_layer
+from megafork.shape import Shape
 from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.mapping import EMBEDDING, TIED_HEAD, Parameter, full_shape, parameters, pieces, shard_shape
+from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, pieces, shard_shape, stage_of
 
 
 def global_name(chunk: Policy, name: str) -> str:
     """A parameter's name with the layer's number in the whole model instead of its number in this stage."""
-    if not name.startswith("decoder.layers."):
+    if not name.startswith(f"{LAYERS}."):
         return name
-    head, _, rest = name.removeprefix("decoder.layers.").partition(".")
-    return f"decoder.layers.{chunk.decoder.layers[int(head)].layer_number - 1}.{rest}"
+    head, _, rest = name.removeprefix(f"{LAYERS}.").partition(".")
+    return f"{LAYERS}.{chunk.decoder.layers[int(head)].layer_number - 1}.{rest}"
 
 
 def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:
@@ -37,7 +37,8 @@ def load_policy(chunks: list[Policy], source: HuggingFaceWeights, shape: Shape, 
     """
     wanted = {parameter.name: parameter for parameter in parameters(shape)}
     if shape.tied:
-        wanted[TIED_HEAD.megatron] = Parameter(TIED_HEAD.megatron, TIED_HEAD, None)
+        head = Parameter(shape.family, shape.family.tied_head)
+        wanted[head.name] = head
     tp = mesh.layout.tp
     with torch.no_grad():
         for name, local in local_parameters(chunks).items():
@@ -56,10 +57,8 @@ def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tu
     """
     local = local_parameters(chunks)
     layout = mesh.layout
-    stages = stage_of_layer(shape.layers, layout)
     for parameter in parameters(shape):
-        outside = 0 if parameter.rule == EMBEDDING else layout.pp - 1  # a tied head is the first stage's embedding
-        stage = outside if parameter.layer is None else stages[parameter.layer]
+        stage = stage_of(parameter, shape, layout)
         size = shard_shape(parameter, shape, layout.tp)
         shards = _gather(local.get(parameter.name), size, stage, mesh, next(iter(local.values())))
         full: dict[str, Tensor] = {}

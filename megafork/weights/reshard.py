@@ -14,12 +14,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megafork.recipe import Parallel
-from megafork.shape import Shape, stage_of_layer
-from megafork.weights.mapping import EMBEDDING, Parameter, Piece, full_shape, parameters, pieces
+from megafork.shape import Shape, Span
+from megafork.weights.mapping import Parameter, Piece, full_shape, parameters, pieces, stage_of
 
-Span = tuple[int, int]
-_VLLM_VOCABULARY_MULTIPLE = 64
-"""vLLM pads embedding and head to it before it splits them."""
+Part = tuple[Span, Span | None]
+"""Rows and columns of a Hugging Face tensor; columns None: it has one dimension."""
 
 
 class Transfer(NamedTuple):
@@ -55,9 +54,8 @@ class Reshard:
     @cached_property
     def buckets(self) -> list[list[Parameter]]:
         """What travels together: the embedding, each layer, the final norm, the head."""
-        return [
-            list(group) for _, group in itertools.groupby(parameters(self.shape), key=lambda p: (p.layer, p.rule if p.layer is None else 0))
-        ]
+        together = itertools.groupby(parameters(self.shape), key=lambda p: (p.layer, p.rule if p.layer is None else None))
+        return [list(group) for _, group in together]
 
     @cached_property
     def alike(self) -> list[tuple[list[Parameter], int]]:
@@ -70,24 +68,25 @@ class Reshard:
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
         """Of all ranks, in an order that every rank knows; those of a rank to itself too."""
         for parameter in bucket:
-            stage = self.stage(parameter)
+            held = [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
             for target in range(self.world):
-                yield from self._to(target, parameter, stage)
+                yield from self._to(target, parameter, held)
 
     def full_shape(self, name: str) -> tuple[int, ...]:
         return full_shape(name, self.shape)
 
-    def _to(self, target: int, parameter: Parameter, stage: int) -> Iterator[Transfer]:
-        own_tp = target % self.layout.tp
-        replicated = parameter.rule.kind == "replicated"
+    def _to(self, target: int, parameter: Parameter, held: list[list[Piece]]) -> Iterator[Transfer]:
+        """`held`: of each TP rank."""
+        own_tp, replicated = target % self.layout.tp, parameter.rule.kind == "replicated"
+        wanted = {name: needed(name, self.shape, self.rollout_tp, target % self.rollout_tp) for name in parameter.huggingface()}
         for tp_rank in [own_tp] if replicated else range(self.layout.tp):
-            source = self._source(target, stage, tp_rank)
-            for piece in pieces(parameter, self.shape, self.layout.tp, tp_rank):
-                part = meet(*needed(piece.name, self.shape, self.rollout_tp, target % self.rollout_tp), piece)
-                if part:
-                    rows, columns = part
-                    left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
-                    yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
+            source = self._source(target, self.stage(parameter), tp_rank)
+            for piece in held[tp_rank]:
+                for part in wanted[piece.name]:
+                    if common := meet(*part, piece):
+                        rows, columns = common
+                        left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
+                        yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
 
     def _source(self, target: int, stage: int, tp_rank: int) -> int:
         """Among the ranks that hold this shard: the target, else one on its node, else one that serves about as many as the others."""
@@ -101,39 +100,28 @@ class Reshard:
 
     def stage(self, parameter: Parameter) -> int:
         """The pipeline stage that holds it."""
-        if parameter.layer is not None:
-            return self._stages[parameter.layer]
-        return 0 if parameter.rule == EMBEDDING else self.layout.pp - 1
+        return self._stages[parameter.name]
 
     @cached_property
-    def _stages(self) -> list[int]:
-        return stage_of_layer(self.shape.layers, self.layout)
+    def _stages(self) -> dict[str, int]:
+        return {parameter.name: stage_of(parameter, self.shape, self.layout) for parameter in parameters(self.shape)}
 
 
-def needed(name: str, shape: Shape, tp: int, rank: int) -> tuple[Span, Span | None]:
-    """Rows and columns of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads; columns None: one dimension."""
-    size = full_shape(name, shape)
-    whole: tuple[Span, Span | None] = (0, size[0]), (0, size[1]) if len(size) > 1 else None
-    match name.split(".")[-2]:
-        case "q_proj" | "gate_proj" | "up_proj":
-            return _share(size[0], tp, rank), whole[1]
-        case "k_proj" | "v_proj":
-            return _share(size[0], min(tp, shape.kv_heads), rank * min(tp, shape.kv_heads) // tp), whole[1]
-        case "o_proj" | "down_proj":
-            return whole[0], _share(size[1], tp, rank)
-        case "embed_tokens" | "lm_head":
-            padded = -(-size[0] // _VLLM_VOCABULARY_MULTIPLE) * _VLLM_VOCABULARY_MULTIPLE
-            start, stop = _share(padded, tp, rank)
-            return (min(start, size[0]), min(stop, size[0])), whole[1]
-        case _:
-            return whole
+def needed(name: str, shape: Shape, tp: int, rank: int) -> list[Part]:
+    """The parts of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads: one of each of its blocks of rows."""
+    found = shape.family.find(name)
+    assert found is not None, name
+    _, tensor = found
+    columns = tensor.columns.part(shape, tp, rank) if tensor.columns else None
+    parts, top = [], 0
+    for axis in tensor.rows:
+        start, stop = axis.part(shape, tp, rank)
+        parts.append(((top + start, top + stop), columns))
+        top += axis.size(shape)
+    return parts
 
 
-def _share(size: int, parts: int, part: int) -> Span:
-    return part * (size // parts), (part + 1) * (size // parts)
-
-
-def meet(rows: Span, columns: Span | None, piece: Piece) -> tuple[Span, Span | None] | None:
+def meet(rows: Span, columns: Span | None, piece: Piece) -> Part | None:
     """The part of these rows and columns that lies in the piece."""
     height = _overlap(rows, piece.rows)
     width = _overlap(columns, piece.columns or columns) if columns else None

@@ -1,8 +1,8 @@
-"""A training step of a few layers at Qwen3-32B's width, in bf16 and in FP8: seconds, FLOP a second and peak memory as one line of JSON.
+"""A training step of a few layers at Qwen3-32B's width, in bf16 and in FP8: seconds, FLOP/s and peak memory as one line of JSON.
 
     python tools/gpu/width.py FOLDER [--dry]
 
-FOLDER: where the random model goes. The vocabulary is small, so that the layers are what is timed.
+FOLDER: where to write the random model. The vocabulary is small, so that the layers dominate the time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def negative_log_prob(log_prob: torch.Tensor, micro: MicroBatch) -> tuple[torch.
 
 
 def measure(folder: Path, device: torch.device, *, fp8: bool, tokens: int, repeats: int) -> dict[str, Any]:
-    """Steps on one sequence of `tokens` tokens: their median time after two that are not counted, and the loss of each."""
+    """Steps on one sequence of `tokens` tokens: their median time after two uncounted steps, and the loss of each."""
     wanted = {"dtype": "bf16", "train_fp8": fp8}
     spec = Recipe.model_validate(
         {

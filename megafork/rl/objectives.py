@@ -1,0 +1,146 @@
+"""Objectives: the loss of each selected token, from its log-probs and its advantage. `loss.objective` names one.
+
+Each is one function of `Tokens` and the recipe's section `loss`. It returns the loss of each token, fp32 [P'], and which tokens its bounds
+hold back, bool [P'] without gradient. Which tokens are selected, what each weighs and the denominator are not its business (`loss.py`),
+so an objective is the same for every parallel layout as long as it reads other tokens through `Tokens.mean_per_response` alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.recipe import Loss, RecipeError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The selected tokens of a micro-batch on this CP rank; P' counts them."""
+
+    log_prob: Tensor
+    """fp32 [P'], under the policy that is trained, with gradient."""
+    old_log_prob: Tensor
+    """fp32 [P'], under the policy that starts the step."""
+    advantage: Tensor
+    """fp32 [P']."""
+    response: Tensor
+    """int64 [P'], which response of the micro-batch."""
+    responses: int
+    """In the micro-batch; the ranks of `context` hold parts of the same ones."""
+    context: dist.ProcessGroup | None = None
+
+    @property
+    def ratio(self) -> Tensor:
+        """exp(log_prob - old_log_prob), fp32 [P'], between exp(-20) and exp(20)."""
+        return (self.log_prob - self.old_log_prob).clamp(-20.0, 20.0).exp()
+
+    def mean_per_response(self, values: Tensor) -> Tensor:
+        """At each token the mean of `values` [P'] over the selected tokens of its response, without gradient: fp64 [P'].
+
+        Every rank of `context` must call.
+        """
+        sums = torch.zeros(2, max(self.responses, 1), dtype=torch.float64, device=values.device)
+        sums[0].index_add_(0, self.response, values.detach().double())
+        sums[1].index_add_(0, self.response, torch.ones_like(values, dtype=torch.float64))
+        if self.context is not None:
+            dist.all_reduce(sums, group=self.context)
+        return (sums[0] / sums[1].clamp(min=1.0))[self.response]
+
+
+Objective = Callable[[Tokens, Loss], tuple[Tensor, Tensor]]
+
+
+def clip(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r) A) with r = p / p_old, at most c |A| for A < 0 under dual clip (PPO; clip-higher of DAPO, arXiv 2503.14476)."""
+    value, clipped = _clipped(tokens.ratio, tokens.advantage, loss)
+    if loss.dual_clip is not None:
+        value = torch.where(tokens.advantage < 0, torch.minimum(value, -tokens.advantage * loss.dual_clip), value)
+    return value, clipped
+
+
+def gspo(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
+    """-min(s A, clip(s) A), where s is the geometric mean of the ratios of the response's selected tokens (GSPO, arXiv 2507.18071).
+
+    Each token has the value of s and the gradient of its own log-prob; summed over equally weighted tokens that is the gradient of the
+    sequence objective. With a mask the mean is over the forks alone, as is the gradient.
+    """
+    mean = tokens.mean_per_response(tokens.log_prob - tokens.old_log_prob).clamp(-20.0, 20.0).exp()
+    ratio = mean.to(tokens.log_prob.dtype) * (tokens.log_prob - tokens.log_prob.detach()).exp()
+    return _clipped(ratio, tokens.advantage, loss)
+
+
+def cispo(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
+    """-clip(r) A log p, with no gradient through clip(r): no token is dropped (CISPO, arXiv 2506.13585)."""
+    ratio = tokens.ratio.detach()
+    weight = ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+    return -weight * tokens.advantage * tokens.log_prob, weight != ratio
+
+
+def sapo(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
+    """-A sigmoid(t (r - 1)) 4 / t: a soft gate in the place of the clip, with a t of its own for A > 0 (SAPO, arXiv 2511.20347)."""
+    positive, negative = loss.sapo_temperatures
+    temperature = torch.where(tokens.advantage > 0, positive, negative)
+    gate = torch.sigmoid(temperature * (tokens.ratio - 1.0)) * 4.0 / temperature
+    return -gate * tokens.advantage, torch.zeros_like(tokens.advantage, dtype=torch.bool)
+
+
+def reinforce(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
+    """-A log p: the policy gradient with the group's mean as baseline, uncorrected for updates since the roll-out (Williams 1992)."""
+    return -tokens.advantage * tokens.log_prob, torch.zeros_like(tokens.advantage, dtype=torch.bool)
+
+
+OBJECTIVES: dict[str, Objective] = {function.__name__: function for function in (clip, gspo, cispo, sapo, reinforce)}
+
+
+def objective_named(name: str) -> Objective:
+    """One of `OBJECTIVES`, or the user's own as FILE.py:FUNCTION. Raises RecipeError."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        close = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
+        fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(OBJECTIVES)}, or give FILE.py:FUNCTION"
+        raise RecipeError(f"loss.objective is {name!r}: {fix}")
+    if not Path(file).is_file():
+        raise RecipeError(f"loss.objective is {name!r}: no such file; give a path relative to the working directory")
+    spec = importlib.util.spec_from_file_location("megafork_objective", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever the user's own file raises
+        raise RecipeError(f"loss.objective is {name!r}: the file cannot be imported ({type(error).__name__}: {error}); fix it") from None
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise RecipeError(f"loss.objective is {name!r}: {file} defines no function {function!r}; name one that it has")
+    return found
+
+
+def check_objective(loss: Loss) -> None:
+    """Refuse an objective that is unknown, or the user's own where it does not return what it must. Raises RecipeError."""
+    objective, wrong = objective_named(loss.objective), f"loss.objective is {loss.objective!r}: its function"
+    log_prob = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
+    tokens = Tokens(log_prob, torch.tensor([-0.6, -1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1]), 2)
+    try:
+        answer: Any = objective(tokens, loss)
+    except Exception as error:  # noqa: BLE001 - whatever the user's own function raises
+        raise RecipeError(f"{wrong} raised {type(error).__name__}: {error}; fix it") from None
+    if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Tensor) and part.shape == (3,) for part in answer)):
+        raise RecipeError(f"{wrong} must return two tensors of as many elements as there are tokens: the losses, and which are held back")
+    value, held_back = answer
+    if not value.requires_grad or not value.isfinite().all() or held_back.dtype != torch.bool:
+        raise RecipeError(f"{wrong} must return finite losses that depend on tokens.log_prob, and booleans")
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    free = -advantage * ratio
+    bounded = -advantage * ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+    return torch.maximum(free, bounded), (bounded > free).detach()
