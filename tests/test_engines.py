@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,14 @@ def test_an_engine_of_transformers_follows_a_policy_split_over_ranks(spec: Recip
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ENGINES.values(), ids=ENGINES)
-def test_a_server_of_vllm_is_told_what_an_engine_in_the_ranks_is(config: EngineConfig) -> None:
+def test_a_server_of_vllm_is_told_what_an_engine_in_the_ranks_is(config: EngineConfig, tmp_path: Path) -> None:
     """Its command line, as vLLM itself reads it."""
     import_vllm()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    config = replace(config, model=str(tmp_path))
     _, _, _, *words = command(config, "127.0.0.1", 8000)
     read = AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(words))
     for name, value in engine_arguments(config, on_gpu=torch.cuda.is_available()).items():

@@ -65,8 +65,8 @@ Ended = Callable[[int, Completion], None]
 class Engine(Protocol):
     """A roll-out engine, as `train.engines.build_engine` makes it: with the source of its weights, which it reads at every `refit`.
 
-    Every rank of the world makes one together, and all call each method together and with the same arguments. What a
-    subclass leaves out is as here.
+    Every rank of the world makes one together, and all call each method together and with the same arguments. What a subclass leaves out
+    is as here.
     """
 
     rank: int
