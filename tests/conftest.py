@@ -20,7 +20,17 @@ settings.register_profile("same everywhere", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same everywhere")
 
-LONGEST = ("test_slurm", "test_refit", "test_update", "test_vllm_server", "test_kills", "test_runs", "test_ablation", "test_launch")
+LONGEST = (
+    "test_slurm",
+    "test_refit",
+    "test_update",
+    "test_rehearsal",
+    "test_vllm_server",
+    "test_kills",
+    "test_runs",
+    "test_ablation",
+    "test_launch",
+)
 """Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone. Those that start
 most processes, Slurm's and the servers', do not come side by side."""
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import free_port, on_ranks
+from rehearsal import DEVICE, rehearse
 from responses import make_responses
 from tiny import TINY, FolderWeights, recipe, save_model
 
@@ -29,7 +30,7 @@ from megafork.compat import vllm as vllm_fixes
 from megafork.compat.cpu import CpuRngTracker
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
-from megafork.recipe import Recipe
+from megafork.recipe import Parallel, Recipe
 from megafork.rollout.colocated import ColocatedEngine
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling, request_seed
@@ -195,6 +196,53 @@ def test_optimizer_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert seen["load without the fixes"] == "KeyError: 'step'"
     assert set(seen["steps"]) == {2.0}
     assert max(seen["steps without the fix"]) > 2.0, "the parameters share one count of steps"
+
+
+def _norms() -> list[tuple[float, int]]:
+    """The norm of gradients by upstream's function and by ours, and how often each waits for the GPU."""
+    from megatron.core.optimizer import clip_grads
+
+    ledger, found = rehearse(), []
+    gradients = [torch.linspace(-1.0, n, 7 * n).to(DEVICE) for n in range(1, 9)]
+    for patch in (lambda: None, megatron_fixes.keep_norms_on_device):
+        patch()
+        with ledger.during() as noted:
+            norm, _ = clip_grads.l2_norm_impl(65536, None, [gradients], False)
+        found.append((norm.item(), len(noted.of("wait"))))
+    return found
+
+
+def test_the_norm_of_gradients_waits_for_no_parameter() -> None:
+    [[(upstream, waits), (ours, none)]] = on_ranks(1, _norms)
+    assert ours == upstream and none == 0
+    assert waits >= 8, "upstream no longer reads each parameter's norm"
+
+
+def _shapes() -> list[tuple[Any, int]]:
+    """Of what two pipeline stages send each other, by upstream's function and by ours, and the waits of each."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    ledger, found = rehearse(), []
+    mesh = build_mesh(Parallel(pp=2), seed=1, device=DEVICE)
+    group = mpu.get_pipeline_model_parallel_group()
+    stages = P2PCommunicator(group, TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=1))
+    hidden = torch.zeros(5 + mesh.pp_rank, 1, 8, device=DEVICE)
+    for patch in (lambda: None, megatron_fixes.exchange_shapes_on_host):
+        patch()
+        with ledger.during() as noted:
+            first = mesh.pp_rank == 0
+            shapes = stages._communicate_shapes(hidden if first else None, None if first else hidden, not first, first)
+        found.append((shapes, len(noted.of("wait"))))
+    return found
+
+
+def test_pipeline_stages_exchange_shapes_without_the_gpu() -> None:
+    for rank, [(upstream, waits), (ours, none)] in enumerate(on_ranks(2, _shapes)):
+        assert ours == upstream == (([0, 0, 0], [6, 1, 8]) if rank == 0 else ([5, 1, 8], [0, 0, 0]))
+        assert none == 0
+        assert waits >= 3, "upstream no longer waits"
 
 
 def _queue_processes() -> tuple[int, int]:

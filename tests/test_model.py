@@ -36,10 +36,14 @@ class Micro:
 
     tokens: torch.Tensor
     lengths: tuple[int, ...]
+    places: torch.Tensor
     positions: torch.Tensor
+    positions_on_host: torch.Tensor
     targets: torch.Tensor
     temperature: torch.Tensor
-    mask: torch.Tensor
+    selected: torch.Tensor
+    selected_on_host: torch.Tensor
+    order: torch.Tensor | None = None
     entropy_temperature: float = 0.7
 
 
@@ -73,12 +77,15 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
         start += len(wide)
     count = sum(map(len, positions))
     micro = Micro(
-        torch.cat(padded)[None],
-        tuple(map(len, padded)),
-        torch.cat(positions),
-        torch.cat([ids.roll(-1) for ids in tokens]),
-        torch.full((count,), 0.7),
-        torch.ones(count, dtype=torch.bool),
+        tokens=torch.cat(padded)[None],
+        lengths=tuple(map(len, padded)),
+        places=torch.cat([torch.arange(len(wide)) for wide in padded]),
+        positions=torch.cat(positions),
+        positions_on_host=torch.cat(positions),
+        targets=torch.cat([ids.roll(-1) for ids in tokens]),
+        temperature=torch.full((count,), 0.7),
+        selected=torch.arange(count),
+        selected_on_host=torch.arange(count),
     )
     exported = dict(export_policy(chunks, shape, mesh))
     if mesh.is_rank_zero:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from responses import LAYOUTS, make_responses, name, on_layout, random_lengths
 from torch import Tensor
 
-from megafork.parallel.context import unzigzag_index, zigzag_index
+from megafork.parallel.context import places_of, unzigzag_index, zigzag_index
 from megafork.recipe import Parallel
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
@@ -93,8 +93,10 @@ def test_zigzag_gives_each_rank_two_mirrored_chunks_and_unzigzag_undoes_it(chunk
     held = [zigzag_index(lengths, cp, rank) for rank in range(cp)]
     if cp > 1:
         assert [index.tolist() for index in held] == by_hand
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    assert [places_of(lengths, index).tolist() for index in held] == [positions[index].tolist() for index in held]
     gathered = torch.cat([packed[index] for index in held])
-    assert torch.equal(gathered[unzigzag_index(lengths, cp, torch.device("cpu"))], packed)
+    assert torch.equal(gathered[unzigzag_index(lengths, cp)], packed)
 
 
 @pytest.mark.parametrize("lengths", [[6], [8, 4, 2], [3]])
@@ -199,3 +201,13 @@ def test_responses_are_left_as_they_were() -> None:
     for now, then in zip(RESPONSES, before, strict=True):
         assert torch.equal(now.tokens, then.tokens)
         assert torch.equal(now.prompt_tokens, then.prompt_tokens)
+
+
+def test_the_forks_indices_follow_the_mask() -> None:
+    micro = pack(RESPONSES)
+    for mask in (torch.zeros(len(micro.positions), dtype=torch.bool), torch.arange(len(micro.positions)) % 3 == 1):
+        micro.mask = mask
+        for _ in range(2):
+            assert torch.equal(micro.targets[micro.selected], micro.targets[mask])
+            assert torch.equal(micro.selected_on_host, micro.selected)
+            micro.mask |= micro.offset == 0  # in place

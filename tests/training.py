@@ -47,9 +47,10 @@ def responses(seed: int = 5, count: int = 12) -> list[Response]:
 class Rig:
     """A rank's learner with the weights of the recipe's model, and the steps that it takes."""
 
-    def __init__(self, spec: Recipe) -> None:
+    def __init__(self, spec: Recipe, device: torch.device | None = None) -> None:
+        """`device`: the CPU, or what `rehearsal` plays."""
         self.spec = spec
-        self.mesh: Mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+        self.mesh: Mesh = build_mesh(spec.parallel, seed=1, device=device or torch.device("cpu"))
         folder = Path(spec.model.path)
         self.shape = read_shape(folder)
         chunks = build_policy(self.shape, PolicyConfig.of(spec), self.mesh)
@@ -64,10 +65,14 @@ class Rig:
             placed = placement([r.length for r in members], self.spec.micro_batch_tokens, self.mesh)[self.mesh.dp_rank]
             yield [pack([members[n] for n in micro]) for micro in placed]
 
+    def update(self, number: int) -> tuple[list[list[MicroBatch]], dict[str, float]]:
+        """`step`, with the micro-batches that it trained on."""
+        minibatches = list(self.minibatches())
+        return minibatches, update_policy(self.learner, minibatches, self.spec, step=number, clock=Clock())
+
     def step(self, number: int) -> tuple[dict[str, float], dict[tuple[int, ...], bool]]:
         """The update of `train.loop.Trainer.step` on the fixed batch: its metrics, and the mask of the tokens that this rank holds."""
-        minibatches = list(self.minibatches())
-        metrics = update_policy(self.learner, minibatches, self.spec, step=number, clock=Clock())
+        minibatches, metrics = self.update(number)
         masks: dict[tuple[int, ...], bool] = {}
         if self.mesh.is_last_stage:
             for micro in itertools.chain(*minibatches):

@@ -1,5 +1,5 @@
 """Fixes for bugs in the distributed optimizer of megatron-core 0.16.1 to 0.19, most of which occur with torch's own Adam (no Transformer
-Engine, no apex)."""
+Engine, no apex), and for places where its host waits for the GPU without need."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import queue
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megafork.compat import cpu
 
 cpu.install()
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.optimizer import clip_grads  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer  # noqa: E402
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
+from megatron.core.utils import local_multi_tensor_l2_norm  # noqa: E402
 
 
 class FixedDistributedOptimizer(DistributedOptimizer):
@@ -54,6 +58,40 @@ def fix_optimizer_state(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool) -> tuple[torch.Tensor, None]:
+    norm = torch.nn.utils.get_total_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return norm.float().reshape(1), None
+
+
+def keep_norms_on_device() -> None:
+    """Where neither Transformer Engine nor apex brings its own, upstream reads the norm of each parameter's gradient on the host: it waits
+    for the GPU as often as the model has parameters, twice an update."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _communicate_shapes(
+    self: Any, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
+) -> tuple[list[int], list[int]]:
+    operations, received = [], []
+    for sent, receives, peer in ((tensor_send_prev, recv_prev, self.prev_rank), (tensor_send_next, recv_next, self.next_rank)):
+        shape = torch.zeros(3, dtype=torch.int64)
+        if sent is not None:
+            operations.append(dist.P2POp(dist.isend, torch.tensor(sent.size()), peer, self.pp_group))
+        if receives:
+            operations.append(dist.P2POp(dist.irecv, shape, peer, self.pp_group))
+        received.append(shape)
+    for request in dist.batch_isend_irecv(operations) if operations else []:
+        request.wait()
+    return received[0].tolist(), received[1].tolist()
+
+
+def exchange_shapes_on_host() -> None:
+    """Pipeline stages tell each other the shape of what they send, as micro-batches differ in length. Upstream sends shapes from GPU to
+    GPU and waits three times for each: to make the tensor, after the exchange, and to read it. The groups also have gloo."""
+    P2PCommunicator._communicate_shapes = _communicate_shapes
 
 
 class _FileQueue:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,29 +23,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megafork.parallel.context import unzigzag_index
+from megafork.parallel.context import places_of
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch plus the padded lengths on the host, so that no kernel waits for a copy."""
+    """Megatron's description of a packed micro-batch, with all that its layers need to know of the lengths, found once on the host.
+
+    Megatron's `cu_seqlens` stay unset: with them it would read the lengths back from the device in each layer, for queries and for keys.
+    """
 
     lengths: tuple[int, ...] = ()
+    """Padded tokens of each sequence over all CP ranks."""
+    places: Tensor | None = None
+    """int64 [T / cp], position within its sequence of each token that this rank holds."""
+    order: Tensor | None = None
+    """int64 [T], where each token lies among the ranks' own, one rank's behind another's (`unzigzag_index`); with context parallelism."""
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> PackedSequences:
-        """`lengths`: padded tokens of each sequence over all CP ranks."""
-        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(
-            qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            cu_seqlens_q_padded=ends,
-            cu_seqlens_kv_padded=ends,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-            lengths=tuple(lengths),
-        )
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
+        """Without context parallelism."""
+        return cls.packed(lengths, places_of(lengths, torch.arange(sum(lengths))).to(device))
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None) -> PackedSequences:
+        longest = max(lengths)
+        return cls(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths), places=places, order=order)
 
 
 class PackedCoreAttention(MegatronModule):
@@ -80,11 +84,10 @@ class PackedCoreAttention(MegatronModule):
     ) -> Tensor:
         """query [T, heads, d], key and value [T, kv heads, d] of this rank -> [T, heads * d]."""
         cp = self.cp_group.size() if self.cp_group is not None else 1
-        lengths = packed_seq_params.lengths
         if cp == 1:
-            out = torch.cat([self._causal(*part) for part in _runs(query, key, value, lengths)])
+            out = torch.cat([self._causal(*part) for part in _runs(query, key, value, packed_seq_params.lengths)])
         else:
-            out = self._context_parallel(query, key, value, lengths, cp)
+            out = self._context_parallel(query, key, value, packed_seq_params, cp)
         return out.reshape(out.size(0), -1)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -93,16 +96,15 @@ class PackedCoreAttention(MegatronModule):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
         return out.transpose(1, 2).flatten(0, 1)
 
-    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], cp: int) -> Tensor:
-        assert self.cp_group is not None
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences, cp: int) -> Tensor:
+        assert self.cp_group is not None and packing.order is not None
         rank = self.cp_group.rank()
-        order = unzigzag_index(lengths, cp, query.device)
         key, value = (
-            gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.cp_group).index_select(0, order)
+            gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.cp_group).index_select(0, packing.order)
             for x in (key, value)
         )
         outs, local, start = [], 0, 0
-        for length in lengths:
+        for length in packing.lengths:
             chunk = length // (2 * cp)
             for piece in (rank, 2 * cp - 1 - rank):
                 seen = slice(start, start + (piece + 1) * chunk)

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megafork.model import precision
 from megafork.model.attention import PackedCoreAttention
 from megafork.model.policy import Policy, RMSNorm
-from megafork.model.rope import inverse_frequencies, softmax_scale
+from megafork.model.rope import PackedRotary, inverse_frequencies, softmax_scale
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.vocab import DEFAULT_MEMORY_MB, chunk_for
 from megafork.recipe import Parallel, Precision, Recipe
@@ -70,6 +70,7 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> 
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it even in a dense model
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        batch_p2p_sync=False,  # for an old torch: the host would wait for the device at each exchange between stages
         calculate_per_token_loss=True,  # gradients are plain sums; the loss carries its own global denominator
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -154,5 +155,6 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
                 head_chunk=chunk_for(config.head_memory_mb, padded // layout.tp),
             )
         )
-        chunks[-1].rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(mesh.device)  # Megatron's own know Llama 3.1's scaling alone
+        # Megatron's own knows Llama 3.1's scaling alone, and reads the lengths from the device in each layer
+        chunks[-1].rotary_pos_emb = PackedRotary(inverse_frequencies(shape).to(mesh.device))
     return [chunk.to(mesh.device) for chunk in chunks]

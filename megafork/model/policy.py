@@ -22,6 +22,7 @@ class HeadRequest:
     positions [P] int64: indices into this CP rank's packed tokens; targets [P] int64: the token that follows each; temperature fp32 [P].
     temperature_of: gives the temperatures of the log-probs [P] from the entropies [P]; unset, both are at `temperature`.
     entropy_grad: whether the entropy takes part in the gradient.
+    on_host: the positions in host memory; unset, sequence parallelism waits for them.
     """
 
     positions: Tensor
@@ -29,6 +30,7 @@ class HeadRequest:
     temperature: Tensor
     temperature_of: Callable[[Tensor], Tensor] | None = None
     entropy_grad: bool = False
+    on_host: Tensor | None = None
 
 
 class VocabHead(ColumnParallelLinear):
@@ -46,7 +48,7 @@ class VocabHead(ColumnParallelLinear):
         rows, at = hidden.squeeze(1), request.positions
         answer = partial(
             log_prob_and_entropy,
-            gather_rows(rows, at, self.tp_group) if self.sequence_parallel else rows.index_select(0, at),
+            gather_rows(rows, at, self.tp_group, request.on_host) if self.sequence_parallel else rows.index_select(0, at),
             self.weight if weight is None else weight,
             request.targets,
             vocab_size=self.real_vocab_size,

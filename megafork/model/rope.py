@@ -7,10 +7,12 @@ ten million turns a head by a hundredth.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megafork.model.attention import PackedSequences
 from megafork.shape import Llama3, Shape, Yarn
 
 
@@ -24,6 +26,25 @@ def inverse_frequencies(shape: Shape) -> Tensor:
             return _yarn(wavelengths, scaling, shape)
         case _:
             return 1.0 / wavelengths
+
+
+class PackedRotary(nn.Module):
+    """In place of Megatron's `RotaryEmbedding`: the angles of a packed micro-batch's tokens, once for all layers."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        """`frequencies`: fp32 [head_dim / 2], `inverse_frequencies` on the model's device."""
+        super().__init__()
+        self.frequencies = frequencies
+
+    def get_rotary_seq_len(self, context: Any, block: Any, hidden: Any, config: Any, packing: PackedSequences, **unused: Any) -> Any:
+        """What Megatron calls `forward` with."""
+        return packing
+
+    def forward(self, packing: PackedSequences, **unused: Any) -> Tensor:
+        """fp32 [T / cp, 1, head_dim], of the tokens that this rank holds; each angle twice, for both halves of a head."""
+        assert packing.places is not None
+        angles = torch.outer(packing.places.float(), self.frequencies)
+        return torch.cat((angles, angles), -1)[:, None]
 
 
 def softmax_scale(shape: Shape) -> float:

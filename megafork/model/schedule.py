@@ -19,11 +19,18 @@ class Packed(Protocol):
 
     tokens: Tensor
     lengths: tuple[int, ...]
+    places: Tensor
+    order: Tensor | None
     positions: Tensor
+    positions_on_host: Tensor
     targets: Tensor
     temperature: Tensor
     entropy_temperature: float
-    mask: Tensor
+
+    @property
+    def selected(self) -> Tensor: ...
+    @property
+    def selected_on_host(self) -> Tensor: ...
 
 
 def run_micro_batches(
@@ -67,9 +74,11 @@ def _forward(
     if getattr(model, "module", model).post_process:
         if everywhere:
             at = torch.full_like(micro.temperature, micro.entropy_temperature)
-            request = HeadRequest(micro.positions, micro.targets, at, temperature_of)
+            request = HeadRequest(micro.positions, micro.targets, at, temperature_of, on_host=micro.positions_on_host)
         else:
-            request = HeadRequest(micro.positions[micro.mask], micro.targets[micro.mask], micro.temperature[micro.mask])
-    packing = PackedSequences.of(list(micro.lengths), micro.tokens.device)
+            at = micro.selected
+            on_host = micro.positions_on_host[micro.selected_on_host]
+            request = HeadRequest(micro.positions[at], micro.targets[at], micro.temperature[at], on_host=on_host)
+    packing = PackedSequences.packed(micro.lengths, micro.places, micro.order)
     output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
     return output, partial(loss, micro)

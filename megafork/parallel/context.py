@@ -26,7 +26,12 @@ def zigzag_index(lengths: Sequence[int], cp: int, rank: int) -> Tensor:
     return torch.cat(parts)
 
 
-def unzigzag_index(lengths: Sequence[int], cp: int, device: torch.device) -> Tensor:
+def unzigzag_index(lengths: Sequence[int], cp: int) -> Tensor:
     """Position of each packed token in the ranks' local tokens concatenated in rank order: `gathered[index]` is in global order."""
     gathered = torch.cat([zigzag_index(lengths, cp, rank) for rank in range(cp)])
-    return torch.argsort(gathered).to(device)
+    return torch.argsort(gathered)
+
+
+def places_of(lengths: Sequence[int], held: Tensor) -> Tensor:
+    """Position within its sequence of each packed token that a rank holds (`zigzag_index`): int64 [T / cp]."""
+    return torch.cat([torch.arange(length) for length in lengths])[held]

@@ -79,7 +79,7 @@ def _kth_largest(
     device = tensors[0].device if tensors else torch.device("cpu")
     top = torch.zeros(1, _BINS, dtype=torch.int64, device=device)
     for keys in _keys(tensors):
-        top[0] += torch.bincount((keys >> _SHIFTS[0]) + _BINS // 2, minlength=_BINS)
+        _count(top[0], (keys >> _SHIFTS[0]) + _BINS // 2)
     histograms = _sum_and_refuse_nan(top, tensors, group)
 
     total = sum(histograms[0])
@@ -91,9 +91,9 @@ def _kth_largest(
     for above, shift in pairwise(_SHIFTS):
         counts = torch.zeros(len(ranks), _BINS, dtype=torch.int64, device=device)
         for keys in _keys(tensors):
+            digits = (keys >> shift) & ((1 << (above - shift)) - 1)
             for count, prefix in zip(counts, prefixes, strict=True):
-                same = keys[(keys >> above) == prefix]
-                count += torch.bincount((same >> shift) & ((1 << (above - shift)) - 1), minlength=_BINS)
+                _count(count, digits, (keys >> above) == prefix)
         histograms = _sum(counts, group)
         found = [_descend(histogram, rank) for histogram, rank in zip(histograms, left, strict=True)]
         prefixes = [(prefix << (above - shift)) + digit for prefix, (digit, _) in zip(prefixes, found, strict=True)]
@@ -125,6 +125,15 @@ def _keys(tensors: list[Tensor]) -> Iterator[Tensor]:
         yield bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+def _count(counts: Tensor, digits: Tensor, among: Tensor | None = None) -> None:
+    """Add to `counts` [_BINS] how many of the digits, those of `among` only, have each value. On CUDA without waiting for it, as a mask's
+    index and `bincount` would."""
+    if digits.is_cuda:
+        counts.scatter_add_(0, digits.long(), torch.ones_like(digits, dtype=torch.int64) if among is None else among.long())
+    else:
+        counts += torch.bincount(digits if among is None else digits[among], minlength=_BINS)
+
+
 def _value(key: int) -> float:
     """The float with this key: the inverse of `_keys`."""
     bits = key if key >= 0 else key ^ 0x7FFFFFFF
@@ -144,7 +153,7 @@ def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.Proce
     """`_sum`, with each rank's first NaN in the same message, so that all ranks raise together."""
     size, own = (1, 0) if group is None else (group.size(), group.rank())
     first = torch.zeros(1, size, dtype=torch.int64, device=counts.device)
-    first[0, own] = _first_nan(tensors) + 1
+    first[0, own] = _first_nan(tensors, counts.device)
     summed = _sum(torch.cat([counts, first], 1), group)[0]
     for rank, position in enumerate(summed[_BINS:]):
         if position:
@@ -153,15 +162,16 @@ def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.Proce
     return [summed[:_BINS]]
 
 
-def _first_nan(tensors: list[Tensor]) -> int:
-    """Position of the first NaN in the concatenated tensors, -1 without one."""
-    offset = 0
+def _first_nan(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Number of the first NaN in the concatenated tensors, counted from 1; 0 without one. int64, found without waiting for CUDA."""
+    first, offset = torch.zeros((), dtype=torch.int64, device=device), 0
     for part in _parts(tensors):
         nan = part.isnan()
-        if nan.any():
-            return offset + int(nan.nonzero()[0])
+        if len(part) and (part.is_cuda or nan.any()):
+            here = torch.where(nan.any(), nan.to(torch.uint8).argmax() + offset + 1, 0)
+            first = torch.where(first > 0, first, here)
         offset += len(part)
-    return -1
+    return first
 
 
 def _sum(counts: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.parallel.mesh import Mesh
+from megafork.parallel.to_device import to_device
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -23,13 +24,26 @@ def over_tokens(values: Mapping[str, Tensor | float], mesh: Mesh, op: Literal["s
     dist.broadcast_object_list(names, src=mesh.world - 1)  # in Megatron's order the last rank is in the last stage
     counts = mesh.is_last_stage and mesh.tp_rank == 0
     neutral = 0.0 if op == "sum" else -torch.inf
-    mine = [float(values[name]) if counts else neutral for name in names[0]]
-    return dict(zip(names[0], over_world(mine, mesh, op), strict=True))
+    mine = torch.full((len(names[0]),), neutral, dtype=torch.float64, device=mesh.device)
+    if counts:
+        for slot, name in zip(mine, names[0], strict=True):  # fills and copies on the device
+            slot.fill_(values[name])
+    return dict(zip(names[0], _reduced(mine, op), strict=True))
 
 
 def over_world(values: list[float], mesh: Mesh, op: Literal["sum", "max"] = "sum") -> list[float]:
     """Reduce numbers elementwise in float64 over all ranks. Every rank must call, with equally many."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)
+    return _reduced(to_device(torch.tensor(values, dtype=torch.float64), mesh.device), op)
+
+
+def all_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the group's ranks, in place and where the values are. Every rank of the group must call; None: this rank alone."""
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def _reduced(tensor: Tensor, op: Literal["sum", "max"]) -> list[float]:
     dist.all_reduce(tensor, op=_OPS[op])
     return tensor.tolist()
 

@@ -85,17 +85,18 @@ def log_prob_and_entropy(
     return _Head.apply(hidden, weight, targets, temperatures, shard, rows, columns, entropy_grad)
 
 
-def gather_rows(local_hidden: Tensor, positions: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(local_hidden: Tensor, positions: Tensor, group: dist.ProcessGroup | None, on_host: Tensor | None = None) -> Tensor:
     """Gather rows `positions` of a sequence that is split over `group` (sequence parallel) to every rank.
 
     local_hidden: [S/TP, H], this rank's rows. positions: [P] int64 in [0, S), the same on every rank, in any order; P may be 0.
+    on_host: `positions` in host memory; without it the host waits for the device to know how many rows each rank holds.
     Returns [P, H] in the order of `positions`. Only these rows are sent: one all-gather, padded to the most rows that any rank holds.
     The backward communicates nothing: it assumes a gradient that is complete on every rank, as `log_prob_and_entropy` makes it.
     Collective: every rank of the group must call the forward, with the same positions.
     """
     if group is None or group.size() == 1:
         return local_hidden[positions]
-    return _GatherRows.apply(local_hidden, positions, group)
+    return _GatherRows.apply(local_hidden, positions, group, positions.cpu() if on_host is None else on_host)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class _Head(torch.autograd.Function):
         shard: _Shard = ctx.shard
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         terms = GradientTerms.of(temperatures, top, log_total, entropy, grad_log_prob, grad_entropy)
-        factor_dtype = weight.dtype if weight.is_cuda else torch.float32
+        factor_dtype = _factor_dtype(weight)
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = None
         if for_weight:
@@ -232,6 +233,11 @@ def _product(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
     return torch.mm(a, b) if add_to is None else add_to.addmm_(a, b)
 
 
+def _factor_dtype(weight: Tensor) -> torch.dtype:
+    """Of the logits' gradient as a factor of the backward's products."""
+    return weight.dtype if weight.is_cuda else torch.float32
+
+
 def _no_gradient(weight: Tensor) -> Tensor:
     """A zero gradient of the weight's shape that takes no memory, not even when autograd or a hook adds it to another gradient."""
     indices = torch.empty(2, 0, dtype=torch.int64, device=weight.device)
@@ -264,32 +270,31 @@ class _RowReduction:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local_hidden: Tensor, positions: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local_hidden: Tensor, positions: Tensor, group: dist.ProcessGroup, on_host: Tensor) -> Tensor:
         length, width = local_hidden.shape
         owner = positions.div(length, rounding_mode="floor")
         order = owner.argsort(stable=True)
-        counts = torch.bincount(owner, minlength=group.size())
-        first = counts.cumsum(0) - counts
-        counts_here = counts.tolist()
-        start = sum(counts_here[: group.rank()])
-        mine = order[start : start + counts_here[group.rank()]]
+        counts = torch.bincount(on_host.div(length, rounding_mode="floor"), minlength=group.size()).tolist()
+        start = sum(counts[: group.rank()])
+        mine = order[start : start + counts[group.rank()]]
         ctx.shape, ctx.dtype = local_hidden.shape, local_hidden.dtype
         local = positions[mine] - group.rank() * length
         ctx.save_for_backward(mine, local)
-        most = max(counts_here)
+        most = max(counts)
         if most == 0:
             return local_hidden.new_empty(0, width)
         sent = local_hidden.new_zeros(most, width)
         torch.index_select(local_hidden, 0, local, out=sent[: len(local)])
         received = local_hidden.new_empty(group.size() * most, width)
         dist.all_gather_into_tensor(received, sent, group=group)
-        slot = torch.empty_like(order)
-        slot[order] = owner[order] * most + torch.arange(len(order), device=order.device) - first[owner[order]]
+        slot, sorted_owner = torch.empty_like(order), owner[order]
+        first = torch.searchsorted(sorted_owner, sorted_owner)
+        slot[order] = sorted_owner * most + torch.arange(len(order), device=order.device) - first
         return received[slot]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         mine, local = ctx.saved_tensors
         grad_hidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=gradient.device)
-        return grad_hidden.index_add_(0, local, gradient[mine]), None, None
+        return grad_hidden.index_add_(0, local, gradient[mine]), None, None, None

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.parallel.to_device import to_device
+
 
 @dataclass
 class Response:
@@ -56,8 +58,14 @@ class MicroBatch:
     """int64 [1, T / cp], padding included."""
     lengths: tuple[int, ...]
     """Padded tokens of each sequence over all CP ranks; their sum is T."""
+    places: Tensor
+    """int64 [T / cp], position of each token within its sequence."""
+    order: Tensor | None
+    """int64 [T], where each token lies once the CP ranks' tokens are gathered (`context.unzigzag_index`); None without CP."""
     positions: Tensor
     """int64 [P], index into this rank's tokens."""
+    positions_on_host: Tensor
+    """The same in host memory."""
     targets: Tensor
     """int64 [P], the token to predict."""
     sequence: Tensor
@@ -81,6 +89,25 @@ class MicroBatch:
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], weight of each position's loss; 0 outside the mask."""
 
+    _selected: tuple[Tensor, int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def selected(self) -> Tensor:
+        """int64 [P'], the forks as indices into vectors of length P. The first call for a mask waits for the device; none after it does, as
+        each index by the mask itself would."""
+        return self._find_selected()[0]
+
+    @property
+    def selected_on_host(self) -> Tensor:
+        """`selected` in host memory."""
+        return self._find_selected()[1]
+
+    def _find_selected(self) -> tuple[Tensor, Tensor]:
+        if self._selected is None or self._selected[0] is not self.mask or self._selected[1] != self.mask._version:
+            on_host = self.mask.cpu().nonzero()[:, 0]
+            self._selected = self.mask, self.mask._version, to_device(on_host, self.mask.device), on_host
+        return self._selected[2:]
+
     def by_response(self, values: Tensor, context: dist.ProcessGroup | None = None) -> list[Tensor]:
         """Values of this rank's positions [P] as one fp32 vector per response, over the tokens of the response.
 
@@ -88,10 +115,11 @@ class MicroBatch:
         """
         ends = torch.tensor([0, *(len(response.tokens) for response in self.responses)]).cumsum(0)
         flat = torch.zeros(int(ends[-1]), dtype=torch.float32, device=values.device)
-        flat[ends.to(values.device)[self.sequence] + self.offset] = values.float()
+        flat[to_device(ends, values.device)[self.sequence] + self.offset] = values.float()
         if context is not None and context.size() > 1:
             dist.all_reduce(flat, group=context)
-        return [flat[start:end].cpu() for start, end in itertools.pairwise(ends.tolist())]
+        flat = flat.cpu()
+        return [flat[start:end] for start, end in itertools.pairwise(ends.tolist())]
 
     @property
     def padding(self) -> int:

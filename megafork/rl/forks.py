@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.parallel.quantile import top_threshold
+from megafork.parallel.reduce import all_sum
+from megafork.parallel.to_device import to_device
 from megafork.recipe import Forks
 from megafork.rl.batch import MicroBatch
 
@@ -73,11 +75,11 @@ def _many_thresholds(micros: list[MicroBatch], keys: list[Tensor], forks: Forks,
         parts = range(len(micro.responses)) if forks.scope == "sequence" else [None]
         for part in parts:
             members = torch.ones_like(micro.mask) if part is None else micro.sequence == part
-            threshold = top_threshold(key[members], forks.top_entropy_quantile, group=groups.context)
+            threshold = top_threshold(key if part is None else key[members], forks.top_entropy_quantile, group=groups.context)
             micro.mask |= members & (key >= threshold.tau)
             if threshold.total:
                 taus.append(_entropy(threshold.tau, forks.select))
-    sums = _all_sum(torch.tensor([math.fsum(taus), len(taus)], dtype=torch.float64), groups.tokens)
+    sums = all_sum(torch.tensor([math.fsum(taus), len(taus)], dtype=torch.float64), groups.tokens)
     return _selection(micros, float(sums[0] / sums[1]) if sums[1] else math.nan, groups.tokens)
 
 
@@ -99,7 +101,7 @@ def _uniform(micro: MicroBatch, seed: int, step: int) -> Tensor:
 
     Mixed with splitmix64's finaliser.
     """
-    names = torch.tensor([[r.group, r.sample] for r in micro.responses] or [[0, 0]], dtype=torch.int64, device=micro.offset.device)
+    names = to_device(torch.tensor([[r.group, r.sample] for r in micro.responses] or [[0, 0]]), micro.offset.device)
     mixed = _mix(torch.full_like(micro.offset, seed) ^ (step << 32))
     for part in (names[micro.sequence, 0], names[micro.sequence, 1], micro.offset):
         mixed = _mix(mixed + part)
@@ -123,14 +125,9 @@ def _signed(constant: int) -> int:
 
 
 def _selection(micros: list[MicroBatch], tau: float, group: Group, *, ties: int = 0) -> Selection:
-    selected = sum(int(micro.mask.sum()) for micro in micros)
-    total = sum(micro.mask.numel() for micro in micros)
-    near = sum(int(((micro.entropy - tau).abs() <= NEAR * tau).sum()) for micro in micros)  # none if tau is NaN
-    sums = _all_sum(torch.tensor([selected, total, near], dtype=torch.int64), group)
-    return Selection(tau, int(sums[0]), int(sums[1]), ties, int(sums[2]))
-
-
-def _all_sum(values: Tensor, group: Group) -> Tensor:
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values
+    """Counts on the device, read once."""
+    selected = torch.stack([micro.mask.sum() for micro in micros]).sum()
+    total = torch.full_like(selected, sum(micro.mask.numel() for micro in micros))
+    near = torch.stack([((micro.entropy - tau).abs() <= NEAR * tau).sum() for micro in micros]).sum()  # none where tau is NaN
+    chosen, tokens, close = all_sum(torch.stack([selected, total, near]), group).tolist()
+    return Selection(tau, chosen, tokens, ties, close)

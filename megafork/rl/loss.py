@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.parallel.reduce import all_sum
 from megafork.recipe import Forks, Loss
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
@@ -21,15 +22,16 @@ def policy_loss(
     log_prob: Tensor, micro: MicroBatch, *, loss: Loss, objective: Objective = clip, context: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective at the micro-batch's forks, with the sums that the log shows. Every rank of `context` (CP) must call."""
-    old, advantage = micro.old_log_prob[micro.mask], micro.advantage[micro.mask]
-    tokens = Tokens(log_prob, old, advantage, micro.sequence[micro.mask], len(micro.responses), context)
+    at = micro.selected
+    old, advantage = micro.old_log_prob[at], micro.advantage[at]
+    tokens = Tokens(log_prob, old, advantage, micro.sequence[at], len(micro.responses), context)
     value, clipped = objective(tokens, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
         report = {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
         if loss.importance_cap is None:
             return value, report
-        ratio = importance(old, micro.rollout_log_prob[micro.mask], loss.importance_cap)
+        ratio = importance(old, micro.rollout_log_prob[micro.selected], loss.importance_cap)
     return value * ratio, {**report, "importance": ratio.sum(), "capped": (ratio >= loss.importance_cap).sum()}
 
 
@@ -47,32 +49,25 @@ def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: Fork
     counted = [micro.mask if forks.normalize_by == "selected" else torch.ones_like(micro.mask) for micro in micros]
     match loss.reduction:
         case "token-mean":
-            total = _sum(sum(int(mask.sum()) for mask in counted), groups.tokens)
+            total = all_sum(torch.stack([mask.sum() for mask in counted]).sum(), groups.tokens)
             for micro in micros:
-                micro.weight = micro.mask / max(total, 1)
+                micro.weight = micro.mask / total.clamp(min=1)
         case "official":
             sequences = _sequences(micros, groups)
             for micro, mask in zip(micros, counted, strict=True):
-                tokens = _sum(int(mask.sum()), groups.context)
-                micro.weight = micro.mask * (len(micro.responses) / max(sequences, 1) / max(tokens, 1))
+                tokens = all_sum(mask.sum(), groups.context)
+                share = len(micro.responses) / max(sequences, 1)
+                micro.weight = micro.mask * (share / tokens.clamp(min=1).double()).float()
         case "seq-mean":
             sequences = _sequences(micros, groups)
             for micro, mask in zip(micros, counted, strict=True):
                 tokens_of = torch.zeros(max(len(micro.responses), 1), dtype=torch.float32, device=mask.device)
                 tokens_of.index_add_(0, micro.sequence, mask.float())
-                if groups.context is not None:
-                    dist.all_reduce(tokens_of, group=groups.context)
+                all_sum(tokens_of, groups.context)
                 micro.weight = micro.mask / (tokens_of.clamp(min=1.0)[micro.sequence] * max(sequences, 1))
 
 
 def _sequences(micros: list[MicroBatch], groups: ForkGroups) -> int:
     """Responses of the mini-batch; the CP ranks of a micro-batch hold the same ones."""
-    total = _sum(sum(len(micro.responses) for micro in micros), groups.tokens)
+    total = int(all_sum(torch.tensor(sum(len(micro.responses) for micro in micros)), groups.tokens))  # on the host
     return total // (groups.context.size() if groups.context is not None else 1)
-
-
-def _sum(value: int, group: dist.ProcessGroup | None) -> int:
-    total = torch.tensor([value], dtype=torch.int64)
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    return int(total)

@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
-from megafork.parallel.context import zigzag_index
+from megafork.parallel.context import places_of, unzigzag_index, zigzag_index
 from megafork.parallel.mesh import Mesh
+from megafork.parallel.to_device import to_device
 from megafork.rl.batch import MicroBatch, Response
 
 
@@ -120,16 +121,23 @@ def pack(
     local[held] = torch.arange(len(held))
     positions = local[_cat(where, torch.int64)]
     mine = positions >= 0
+
+    def moved(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return to_device(_cat(parts, dtype)[mine], device)
+
     return MicroBatch(
         responses=responses,
-        tokens=tokens[held].unsqueeze(0).to(device),
+        tokens=to_device(tokens[held].unsqueeze(0), device),
         lengths=lengths,
-        positions=positions[mine].to(device),
-        targets=_cat(targets, torch.int64)[mine].to(device),
-        sequence=_cat(sequence, torch.int64)[mine].to(device),
-        offset=_cat(offset, torch.int64)[mine].to(device),
-        rollout_log_prob=_cat(rollout, torch.float32)[mine].to(device),
-        advantage=_cat(advantage, torch.float32)[mine].to(device),
+        places=to_device(places_of(lengths, held), device),
+        order=to_device(unzigzag_index(lengths, cp), device) if cp > 1 else None,
+        positions=to_device(positions[mine], device),
+        positions_on_host=positions[mine],
+        targets=moved(targets, torch.int64),
+        sequence=moved(sequence, torch.int64),
+        offset=moved(offset, torch.int64),
+        rollout_log_prob=moved(rollout, torch.float32),
+        advantage=moved(advantage, torch.float32),
         temperature=torch.full((int(mine.sum()),), temperature, dtype=torch.float32, device=device),
         entropy_temperature=temperature,
     )

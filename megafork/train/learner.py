@@ -46,6 +46,8 @@ class Learner:
             use_gloo_process_groups=mesh.device.type == "cuda",
         )
         megatron_fixes.fix_optimizer_state(self.optimizer)
+        megatron_fixes.keep_norms_on_device()
+        megatron_fixes.exchange_shapes_on_host()
 
     def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
         """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only). Under
@@ -73,7 +75,7 @@ class Learner:
 
         def loss(micro: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             value, report = token_loss(output[0], micro)
-            total = (micro.weight[micro.mask] * value).sum()
+            total = (micro.weight[micro.selected] * value).sum()
             for name, part in {"loss": total, **report}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.detach().double()
             return total, torch.zeros([], dtype=torch.int), {}

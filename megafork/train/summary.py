@@ -52,7 +52,7 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
     """Metrics of the step's forks and updates: `thresholds`, one per selection; `updates`, as returned by `Learner.train`."""
     sums: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
-        sums = {"entropy": sum(float(micro.entropy[micro.mask].double().sum()) for micro in micros)}
+        sums = {"entropy": sum(micro.entropy[micro.selected].double().sum() for micro in micros)}
     selected = sum(threshold.selected for threshold in thresholds)
     forks = max(selected, 1)
     capped = {

@@ -1,0 +1,14 @@
+"""Host tensors onto the device without waiting for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The host tensor on `device`: on CUDA by an asynchronous copy from pinned memory, since one from pageable memory lets the host wait
+    until the device has done all that was asked before."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
