@@ -47,8 +47,8 @@ class Trainer:
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
         self.prefetch = Prefetch(self.sampler)
-        self.order = self.sampler.order.state()
-        """Where the prompts' order stood after the last step's responses; a checkpoint keeps it."""
+        self.sampled = self.sampler.state()
+        """The sampler's state after the last step's responses; a checkpoint keeps it."""
         self.reward_error: str | None = None
         """Why a response could not be judged, for the first that could not; every rank knows it."""
         self.example = ""
@@ -61,7 +61,7 @@ class Trainer:
         clock = Clock()
         with clock("rollout"):
             collected = self.prefetch.collect(step)
-            self.order, self.example = collected.order, collected.example
+            self.sampled, self.example = collected.state, collected.example
             self.engine.sleep()
             self.offload.to_device()
         minibatches = self.place(collected)
@@ -126,6 +126,7 @@ class Trainer:
             "sampling/refills": collected.refills,
             "sampling/groups": len(collected.groups),
             "sampling/with_advantage": learned,
+            "rollout/idle_share": 1.0 - collected.busy_s / collected.span_s if self.engine.engines > 1 else None,
             "packing/padding": padding / max(tokens, 1),
         }
 
@@ -160,7 +161,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     trainer = Trainer(recipe, mesh, inputs, learner)
     run.begin()
     if run.state is not None:
-        trainer.sampler.order.restore(run.state["order"])
+        trainer.sampler.restore(run.state)
         torch.set_rng_state(run.state["rng"])
     trainer.refit(run.start)
     if run.start == 0:
@@ -174,7 +175,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate(step)
         told = list(remarks.after(last, first=step == run.start + 1, error=trainer.reward_error, example=trainer.example))
-        run.end_step(last, {"order": trainer.order, "rng": torch.get_rng_state()}, told, stop=remarks.stop)
+        run.end_step(last, {**trainer.sampled, "rng": torch.get_rng_state()}, told, stop=remarks.stop)
     run.close()
     trainer.close()
     return last

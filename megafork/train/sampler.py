@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +23,7 @@ from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rl.fork_temperature import fork_temperature
 from megafork.rollout.engine import Completion, Engine, Request, Sampling, request_seed
+from megafork.train.dealing import Dealer
 
 
 class Outcome(NamedTuple):
@@ -59,8 +60,12 @@ class Collected:
     """Responses whose verifier raised, hung or died; they count as wrong."""
     first_error: str | None = None
     reward_seconds: float = 0.0
-    order: dict[str, int] = field(default_factory=dict)
-    """State of the prompts' order afterwards, where the next collection continues."""
+    busy_s: float = 0.0
+    """Seconds that the engines generated, all together."""
+    span_s: float = 0.0
+    """The same if each had generated as long as the one that took longest."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """The sampler's afterwards, from which the next collection continues."""
 
     @property
     def groups(self) -> list[int]:
@@ -87,6 +92,9 @@ class Sampler:
     ) -> None:
         self.recipe = recipe
         self.order = PromptOrder(prompts, recipe.run.seed)
+        self.dealer = Dealer()
+        self._busy = 0.0
+        """Seconds of the last `generate`."""
         self.engine = engine
         self.verifiers = verifiers
         self.tokenizer = tokenizer
@@ -110,7 +118,8 @@ class Sampler:
             count = missing if round_ == 0 else min(spec.prompts, math.ceil(missing * asked * spec.samples / max(len(kept), 1)))
             prompts = self.order.take(count)
             held = self._sample(prompts, first_group, step, done)
-            outcomes = self._share(held)
+            outcomes = self._share(held, done)
+            self._learn(prompts, first_group, outcomes)
             first_group, asked, done.refills = first_group + count, asked + count, round_
             accuracy_sum += sum(outcome.accuracy for outcome in outcomes)
             done.sampled += len(outcomes)
@@ -119,18 +128,20 @@ class Sampler:
             kept += self._mixed(outcomes) if spec.dynamic_sampling else outcomes
             mine += held
         done.sampled_accuracy = accuracy_sum / max(done.sampled, 1)
-        done.order = self.order.state()
+        done.state = self.state()
         self._keep(done, kept, mine)
         return done
 
     def _sample(self, prompts: Sequence[Prompt], first_group: int, step: int, done: Collected) -> list[Response]:
         """Judged responses to the prompts assigned to this rank's engine; empty except on the engine's first rank."""
         spec, engine = self.recipe.rollout, self.engine
-        ours = [(first_group + n, prompt) for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
+        ours = [(first_group + n, prompts[n]) for n in self.dealer.deal(prompts, engine.engines)[engine.number]]
         keys = [(group, prompt, sample) for group, prompt in ours for sample in range(spec.samples)]
         requests = [Request(p.tokens, request_seed(self.recipe.run.seed, step, group, p.index, sample)) for group, p, sample in keys]
         sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids, forks=fork_temperature(spec))
+        started = time.perf_counter()
         completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
+        self._busy = time.perf_counter() - started - waited
         if self.verifiers is None:
             return []
         done.reward_seconds += waited
@@ -179,14 +190,32 @@ class Sampler:
         verdicts = [begun[place].result() for place in range(len(completions))]
         return completions, [texts[place] for place in range(len(completions))], verdicts, time.perf_counter() - started
 
-    def _share(self, held: list[Response]) -> list[Outcome]:
+    def _share(self, held: list[Response], done: Collected) -> list[Outcome]:
         set_advantages(held, self.recipe)
         mine = [
             Outcome(r.group, r.sample, self.mesh.rank, len(r.prompt_tokens), len(r.tokens), r.accuracy, r.reward, r.truncated) for r in held
         ]
-        every: list[list[Outcome]] = [[] for _ in range(self.mesh.world)]
-        dist.all_gather_object(every, mine, group=self.group)
-        return sorted(outcome for part in every for outcome in part)
+        every: list[tuple[list[Outcome], float | None]] = [([], None) for _ in range(self.mesh.world)]
+        dist.all_gather_object(every, (mine, self._busy if self.engine.rank == 0 else None), group=self.group)
+        busy = [seconds for _, seconds in every if seconds is not None]
+        done.busy_s, done.span_s = done.busy_s + sum(busy), done.span_s + len(busy) * max(busy)
+        return sorted(outcome for part, _ in every for outcome in part)
+
+    def _learn(self, prompts: Sequence[Prompt], first_group: int, outcomes: Sequence[Outcome]) -> None:
+        lengths: dict[int, list[int]] = {}
+        for outcome in outcomes:
+            lengths.setdefault(outcome.group - first_group, []).append(outcome.tokens)
+        for place, prompt in enumerate(prompts):
+            self.dealer.learn(prompt, lengths.get(place, []))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"order": self.order.state(), "lengths": self.dealer.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.order.restore(state["order"])
+        self.dealer.restore(state.get("lengths", {}))
 
     def _mixed(self, outcomes: list[Outcome]) -> list[Outcome]:
         accuracies: dict[int, list[float]] = {}
