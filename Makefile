@@ -16,19 +16,19 @@ runs/quickstart-sft/hf: | .venv/ready
 	$(BIN)/python recipes/quickstart/countdown.py runs/quickstart-sft/task
 	$(BIN)/megafork sft recipes/quickstart/sft.yaml
 
-ablation: .venv/ready runs/quickstart-sft/hf  ## Which tokens to learn from, three seeds each: docs/ablation.md. Called again, it goes on.
+ablation: .venv/ready runs/quickstart-sft/hf  ## Which tokens to learn from, three seeds each: docs/ablation.md. Resumes when called again.
 	$(BIN)/megafork ablate $(ABLATION:%=recipes/ablation/%.yaml) --seeds 1,2,3
 
 test: .venv/ready  ## The whole suite.
 	$(BIN)/pytest
 
-test-fast: .venv/ready  ## What a developer runs while working.
+test-fast: .venv/ready  ## The fast tests, to run while working.
 	$(BIN)/pytest -m "not slow"
 
-bench: .venv/ready  ## Ours against the peers' own code, on this machine: half an hour; docs/benchmarks.md.
+bench: .venv/ready  ## Ours against the peers' own code on this machine: half an hour; docs/benchmarks.md.
 	$(BIN)/python -m benchmarks
 
-gpu: .venv/ready  ## What can be seen on a GPU alone, into benchmarks/results/gpu.json. Called again, it goes on.
+gpu: .venv/ready  ## What only a GPU can show, into benchmarks/results/gpu.json. Resumes when called again.
 	$(BIN)/python tools/gpu
 
 lint: .venv/ready
@@ -43,8 +43,8 @@ format: .venv/ready
 clean:
 	rm -rf .venv runs build *.egg-info
 
-# torch comes first and with its own dependencies (a CPU or a CUDA build, as the registry offers), then everything else exactly as
-# pinned, so that no resolver moves it. A second call installs nothing.
+# torch is installed first, with its own dependencies (the CPU or CUDA build that the registry offers), then everything else exactly as
+# pinned, so that no resolver changes a version. A second call installs nothing.
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megafork needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv

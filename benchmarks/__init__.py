@@ -1,6 +1,6 @@
-"""Megafork against its peers: the same inputs, the same ranks, their own code. `make bench`, or `python -m benchmarks --help`."""
+"""megafork against its peers: the same inputs, the same ranks, their own code. `make bench`, or `python -m benchmarks --help`."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # `ranks` and `measure` are what the tests use too
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # for `ranks` and `measure`

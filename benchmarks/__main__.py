@@ -24,14 +24,14 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Which of: {', '.join(NAMES)}. Empty: all.")] = None,
-    quick: Annotated[bool, typer.Option(help="Small sizes: does it run? Their figures mean nothing.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)] = RESULTS,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Any of: {', '.join(NAMES)}. Unset: all.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small sizes, to check that everything runs; the figures mean nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.", show_default=False)] = RESULTS,
 ) -> None:
-    """Megafork against its peers: the same inputs, the same ranks, their own code (installed into .venv-peers on the first call)."""
+    """megafork against its peers: the same inputs, the same ranks, their own code (installed into .venv-peers on the first call)."""
     if unknown := set(names or ()) - set(NAMES):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: give some of {', '.join(NAMES)}")
-    os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of a rank; the ranks share the cores
+    os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # per rank; the ranks share the cores
     os.environ["KINETO_LOG_LEVEL"] = "99"
     console = Console(width=max(Console().width, 160))
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from the results, so that no figure is typed by hand."""
+"""Write docs/benchmarks.md from the results, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/benchmarks.md"
 _INTRODUCTION = """# Benchmarks
 
-Written by `make bench` from `benchmarks/results/*.json`; a test fails when page and results disagree. Peers are their own code, unmodified,
-from the package registry, in the same processes on the same inputs. A ratio is the median of the ratios of neighbouring repeats (of the
-peer's to ours: above 1 ours is less); a spread is the least and the most of all repeats. "aim" is the ratio that was to be reached.
+Written by `make bench` from `benchmarks/results/*.json`; a test fails if page and results disagree. The peers run their own code,
+unmodified, from the package registry, in the same processes on the same inputs. A ratio is the peer's value divided by ours (above 1: ours
+is less), the median over neighbouring repeats; a spread is the minimum and maximum over all repeats. "target" is the ratio to reach.
 """
 
 
@@ -32,7 +32,7 @@ def _section(name: str, result: dict[str, Any]) -> str:
     where = f"{on}, load {machine['load_at_start'][0]} at the start"
     pinned = ", ".join(f"{package} {version}" for package, version in versions.items())
     lines = [f"## {name}", "", str(importlib.import_module(f"benchmarks.{name}").__doc__).strip(), ""]
-    lines += ["| what | ours | peer | ratio | aim | |", "|---|---|---|---|---|---|"]
+    lines += ["| what | ours | peer | ratio | target | |", "|---|---|---|---|---|---|"]
     lines += [_row(figure) for figure in result["figures"]]
     return "\n".join([*lines, "", f"`{result['command']}` on {where}; {pinned}.", ""])
 

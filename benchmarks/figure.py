@@ -1,4 +1,4 @@
-"""What a benchmark gives back: figures, each ours against a peer's; and how times are taken."""
+"""The results of a benchmark: figures, each comparing ours with a peer's; and the timing of calls."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Series:
-    """The same thing measured several times, in the order measured."""
+    """Repeated measurements of one quantity, in order."""
 
     name: str
     values: list[float]
     cpu: list[float] = field(default_factory=list)
-    """Of times: the processor seconds of rank 0 too, which other programs on the machine lengthen little."""
+    """For times: also the processor seconds of rank 0, which other programs on the machine affect little."""
 
     def summary(self) -> dict[str, Any]:
         middle, least, most = statistics.median(self.values), min(self.values), max(self.values)
@@ -28,28 +28,28 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """`what` was measured in `unit` (s, MB): less is better. Not run: neither `ours` nor `peer`, and the note says why."""
+    """`what` was measured in `unit` (s, MB); less is better. If not run, `ours` and `peer` are None, and the note gives the reason."""
 
     what: str
     unit: str
     ours: Series | None = None
     peer: Series | None = None
     at_least: float | None = None
-    """The ratio of the peer's to ours that was to be reached."""
+    """The target for the ratio of the peer's value to ours."""
     note: str = ""
     extra: Mapping[str, float] = field(default_factory=dict)
-    """What else was measured, by name and unit."""
+    """Further measurements; names include the unit."""
 
     @property
     def ratio(self) -> float | None:
-        """Times by which ours is less: the median of the ratios of neighbours, which a change of the machine's load moves least."""
+        """The peer's value divided by ours: the median over neighbouring repeats, which is robust to changes in the machine's load."""
         if self.ours is None or self.peer is None or 0 in self.ours.values:
             return None
         return _ratio(self.peer.values, self.ours.values)
 
     @property
     def cpu_ratio(self) -> float | None:
-        """`ratio` of the processor seconds, where both have them."""
+        """`ratio` of the processor seconds, if both have them."""
         if self.ours is None or self.peer is None or not self.ours.cpu or not self.peer.cpu:
             return None
         return _ratio(self.peer.cpu, self.ours.cpu)
@@ -65,9 +65,9 @@ def _ratio(theirs: list[float], ours: list[float]) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Series]:
-    """Seconds of each call on the slowest rank, `repeats` times in turn: a, b, c, a, b, c ... after one call of each that is not counted.
+    """Seconds of each call on the slowest rank, `repeats` times in turn (a, b, c, a, b, c ...) after an uncounted warm-up call of each.
 
-    Every rank of the default process group calls it with the same names.
+    Every rank of the default process group must call it with the same names.
     """
     series = {name: Series(name, []) for name in calls}
     for repeat in range(repeats + 1):

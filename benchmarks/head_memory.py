@@ -1,4 +1,4 @@
-"""Peak extra memory of the head, forward and backward, as the tokens grow sixteen times: what the CPU allocator handed out, on a rank."""
+"""Peak extra memory of the head per rank, forward and backward, for 1x and 16x the tokens, measured in the CPU allocator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(quick: bool) -> list[Figure]:
     small, large = on_ranks(TP, _peaks, shapes, timeout_s=3600)[0]
     figures = []
     for shape, peaks in zip(shapes, (small, large), strict=True):
-        row = vocab / TP * 4 / 1e6  # MB of a token's logits
+        row = vocab / TP * 4 / 1e6  # MB for one token's logits
         where = f"peak extra memory: N {shape.tokens:,}, H {shape.hidden}, V {vocab:,}, TP {TP}"
         ours = Series(OURS, [peaks.pop(OURS)])
         for peer, peak in peaks.items():
@@ -45,7 +45,7 @@ def _peaks(shapes: list[Shape]) -> list[dict[str, float]]:
         found.append({})
         for name, head in heads.items():
             call = partial(forward_backward, head, *inputs, with_entropy=head is not peers.slime_head)
-            call()  # compilers and first calls have memory of their own
+            call()  # compilers and first calls use extra memory
             inputs[0].grad = inputs[1].grad = None
             found[-1][name] = peak_bytes(call) / 1e6
     return found

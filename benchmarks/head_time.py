@@ -1,8 +1,8 @@
 """Forward and backward of the head, TP 2: log-prob and entropy with both gradients, ours at all positions and at a fifth of them.
 
-With a narrow hidden size (64) the time goes into what is done with the logits, and that is what the aims are about. At Qwen3-0.6B's (1,024)
-it goes into matrix products in fp32: ours does four (the backward makes the logits again instead of keeping them), verl three, so on a CPU
-no head can be twice as fast as verl's; what is left is the memory, and a fifth of the work at a fifth of the positions.
+With a narrow hidden size (64) the time is spent on the logits, and the targets refer to that. At Qwen3-0.6B's hidden size (1,024) it is
+spent on matrix products in fp32: ours does four (the backward recomputes the logits instead of keeping them), verl three, so on a CPU no
+head can be twice as fast as verl's. The remaining advantages are memory, and a fifth of the work at a fifth of the positions.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Shape:
     tokens: int
     hidden: int
     vocab: int
-    """Divides by TP."""
+    """Divisible by TP."""
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states and targets alike on every rank, and the rank's weight; logits have about the spread of a trained model's."""
+        """Hidden states and targets, equal on every rank, and this rank's weight; logits have about the spread of a trained model's."""
         alike = torch.Generator().manual_seed(0)
         own = torch.Generator().manual_seed(1 + dist.get_rank())
         hidden = torch.randn(self.tokens, self.hidden, generator=alike)
@@ -53,7 +53,7 @@ def _figures(shape: Shape, repeats: int) -> list[Figure]:
     return [
         Figure(where, "s", series[OURS], series[VERL], at_least=2.0),
         Figure(where, "s", series[OURS_SPARSE], series[VERL], at_least=8.0, note="verl at all positions"),
-        Figure(where, "s", series[OURS_LOG_PROB], series[MEGATRON], note="ours gives the entropy as well"),
+        Figure(where, "s", series[OURS_LOG_PROB], series[MEGATRON], note="ours also gives the entropy"),
     ]
 
 
@@ -78,14 +78,14 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def forward_backward(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool = True) -> None:
-    """`with_entropy`: whether a gradient flows back from the entropy too. The gradients are left in `.grad`."""
+    """`with_entropy`: whether the entropy has a gradient too. The gradients are left in `.grad`."""
     hidden.grad = weight.grad = None
     log_prob, entropy = head(hidden, weight, targets)
     (log_prob.sum() + entropy.sum() if with_entropy else log_prob.sum()).backward()
 
 
 def _check_alike(first: Head, second: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """A time means something only where both compute the same."""
+    """Times are comparable only if both compute the same."""
     few = hidden.detach()[:64].clone().requires_grad_()
     found = []
     for head in (first, second):

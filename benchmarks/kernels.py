@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: bytes they must move a second, as a share of what a copy moves in the same run."""
+"""The Triton kernels on a GPU: the bytes per second that they must move, as a share of a copy's bandwidth in the same run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(quick: bool) -> list[Figure]:
     kernels.accumulate_stats(stats, logits, targets, ones)
     terms = GradientTerms(ones, stats[0].clone(), stats[1].log(), ones, ones, ones)
     target, copy = torch.empty_like(logits, dtype=torch.bfloat16), torch.empty_like(logits)
-    calls: dict[str, tuple[int, Callable[[], object]]] = {  # bytes a logit
+    calls: dict[str, tuple[int, Callable[[], object]]] = {  # bytes per logit
         "copy": (8, lambda: copy.copy_(logits)),
         "forward": (4, lambda: kernels.accumulate_stats(stats, logits, targets, ones)),
         "backward to bf16": (6, lambda: kernels.logits_gradient(logits, targets, terms, target.dtype)),
@@ -39,7 +39,7 @@ def run(quick: bool) -> list[Figure]:
                 seconds[name].append(taken)
     figures = []
     for name, (size, _) in list(calls.items())[1:]:
-        fair = [value * size / 8 for value in seconds["copy"]]  # the copy's time for as many bytes
+        fair = [value * size / 8 for value in seconds["copy"]]  # the copy's time for the same number of bytes
         ours, peer = Series(name, seconds[name]), Series("a copy of as many bytes", fair)
         figures.append(Figure(f"kernel: n {n:,}, columns {columns:,}, fp32 logits", "s", ours, peer, at_least=SHARE))
     return figures

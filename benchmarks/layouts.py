@@ -1,6 +1,6 @@
-"""One mini-batch's update under every layout of 2 and 4 ranks: time, padding, and what a rank holds at most.
+"""One mini-batch's update under every layout of 2 and 4 ranks: time, padding, and the maximum memory of a rank.
 
-Several ranks share each core here and talk over loopback: times say what a layout costs in work and messages, not what it gains on GPUs.
+Several ranks share each core here and communicate over loopback: times show the work and messages of a layout, not its gain on GPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ranks import on_ranks
 from tiny import recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe
@@ -72,7 +72,7 @@ def run(quick: bool) -> list[Figure]:
 
 
 def _responses(count: int, longest: int) -> list[Response]:
-    """Lengths as roll-outs have them: most are short and a few fill the limit."""
+    """Responses with realistic lengths: most are short and a few reach the limit."""
     generator = torch.Generator().manual_seed(1)
     lengths = (torch.randn(count, generator=generator) * 0.8 + 4.5).exp().clamp(16, longest - 32).long().tolist()
     draw = [torch.randint(0, SIZES["vocab_size"], (32 + n,), generator=generator, dtype=torch.int32) for n in lengths]
@@ -83,7 +83,7 @@ def _cost(spec: Recipe, name: str, count: int, longest: int, repeats: int) -> tu
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     folder = Path(spec.model.path)
     shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     learner = Learner(chunks, spec, mesh, updates=100)
     micros = place(_responses(count, longest), spec, mesh)
@@ -94,7 +94,7 @@ def _cost(spec: Recipe, name: str, count: int, longest: int, repeats: int) -> tu
     padding = sum(micro.padding for micro in micros)
     total, waste = over_world([padded, padding], mesh)
     most_held, most_extra = over_world([held, peak_bytes(lambda: learner.train(micros, cross_entropy))], mesh, "max")
-    tokens = (total - waste) / mesh.layout.model_size  # that many ranks are given the same micro-batches
+    tokens = (total - waste) / mesh.layout.model_size  # these ranks receive the same micro-batches
     return times, {
         "tokens_per_s": tokens / sorted(times[name].values)[len(times[name].values) // 2],
         "padding_percent": 100 * waste / total,

@@ -1,4 +1,4 @@
-"""What a result was measured on: enough to repeat it, nothing that tells whose machine it was."""
+"""The machine and versions of a result: enough to repeat it, nothing that identifies the machine's owner."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The peers' own code, unmodified, from the package registry: installed into `.venv-peers`, loaded beside megafork.
+"""The peers' own code, unmodified, from the package registry: installed into `.venv-peers`, loaded next to megafork.
 
-A module that needs little is loaded from its file alone, because importing its package would drag in a whole training stack.
+A module with few dependencies is loaded directly from its file, because importing its package would pull in a whole training stack.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def install() -> None:
-    """Install the peers unless this very list of them is there already."""
+    """Install the peers unless exactly this list is already installed."""
     installed = FOLDER / "installed.txt"
     if installed.exists() and installed.read_text() == PINS.read_text():
         return
@@ -50,7 +50,7 @@ def verl_head() -> Head:
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = _logits(hidden, weight)
-        copy = logits.clone()  # as the engine does: Megatron's cross-entropy changes in place what it is given
+        copy = logits.clone()  # as the engine does: Megatron's cross-entropy modifies its input in place
         entropy = verl.vocab_parallel_entropy(logits)
         return verl.vocab_parallel_log_probs_from_logits(copy, targets), entropy
 
@@ -71,13 +71,13 @@ def swift_head() -> Head:
 
 
 def megatron_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Megatron's own cross-entropy: a log-prob and no entropy (zeros), the least that a peer's logits cost."""
+    """Megatron's own cross-entropy: a log-prob and no entropy (zeros), a lower bound for a peer's cost."""
     log_prob = -tensor_parallel.vocab_parallel_cross_entropy(_logits(hidden, weight), targets)
     return log_prob, torch.zeros_like(log_prob)
 
 
 def slime_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """slime's flow as a description, there being no package: entropy as a metric, a chunk at a time without gradient, then the log-prob."""
+    """slime's algorithm reimplemented, as there is no package: entropy as a metric, in chunks without gradient, then the log-prob."""
     logits = _logits(hidden, weight)
     with torch.no_grad():
         entropy = torch.cat([_entropy(part) for part in logits.split(1024)])
@@ -85,10 +85,13 @@ def slime_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def trl_mask() -> Callable[[Tensor, float], Tensor]:
-    """TRL's `GRPOTrainer.get_high_entropy_mask` (entropies [B, S], quantile) -> mask [B, S]. Imports for seconds: call before a fork."""
+    """TRL's `GRPOTrainer.get_high_entropy_mask`: (entropies [B, S], quantile) -> mask [B, S].
+
+    The import takes seconds: call it before a fork.
+    """
     sys.path.append(str(FOLDER))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the version of vLLM, which nothing here uses
+        warnings.simplefilter("ignore")  # about the version of vLLM, which is not used here
         accelerate = importlib.import_module("accelerate")
         trl = importlib.import_module("trl.trainer.grpo_trainer")
 
@@ -105,7 +108,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Of a chunk [n, V/TP], over the ranks."""
+    """Entropy of a chunk of logits [n, V/TP], reduced over the ranks."""
     top = logits.amax(1, keepdim=True)
     torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
     exp = (logits - top).exp()

@@ -1,33 +1,36 @@
-"""New weights into the roll-out engines in the same ranks: our bridge, a gather of every tensor on every rank, and by way of the disk.
+"""Transfer of new weights to the roll-out engines in the same ranks: our bridge, a gather of every tensor on every rank, and via the disk.
 
-The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 a node: what the
-busiest rank receives, and what crosses between nodes in all; `megafork plan --refit` counts the same for any model. A rank must receive
-what its engine loads and it does not hold itself; the plan moves that and no more (`tests/test_reshard.py`).
+The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 per node: the data
+received by the busiest rank, and the total traffic between nodes; `megafork plan --refit` counts the same for any model. A rank must
+receive whatever its engine loads that it does not hold itself; the plan moves exactly that (`tests/test_reshard.py`).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
-from test_rollout import free_port
-from tiny import recipe, save_model
+from ranks import free_port, on_ranks
+from tiny import Chosen, recipe, save_model
 
 from benchmarks.figure import Figure, Series, interleaved
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.plan.refit import COMPARED, ENGINES, Refit, cost, cost_of_full_gather, count_refit
-from megafork.recipe import Recipe
+from megafork.recipe import Parallel, Recipe
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Weights
 from megafork.shape import read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
 from megafork.weights.refit import Bridge
+from megafork.weights.reshard import Reshard
 
 OURS, GATHER, DISK = "bridge", "full gather", "write and read a folder"
 SIZES: dict[str, Any] = {
@@ -56,6 +59,7 @@ def run(quick: bool) -> list[Figure]:
             megabytes = {way: Series(way, [count / 1e6]) for way, count in received.items()}
             figures += [Figure(f"refit, {name}", "s", times[OURS], times[way]) for way in (GATHER, DISK)]
             figures.append(Figure(f"refit, {name}: received by a rank", "MB", megabytes[OURS], megabytes[GATHER]))
+    figures += [_planning(world) for world in (64, 512, 4096)]
     counted = (count_refit(KNOWN["qwen3-32b"], layout, 64, tp) for layout in COMPARED for tp in ENGINES)
     return figures + [_figure(refit) for refit in counted]
 
@@ -67,10 +71,15 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     folder = Path(spec.model.path)
     shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
-    engine = ColocatedEngine(spec, mesh)
     bridge = Bridge(chunks, shape, mesh, spec.rollout.tp)
+    weights = Chosen(bridge)
+    engine = ColocatedEngine(EngineConfig.of(spec), mesh, weights)
+
+    def refit(source: Weights) -> None:
+        weights.source = source
+        engine.refit(1)
 
     def through_disk() -> None:
         weights = export_policy(chunks, shape, mesh)
@@ -81,18 +90,36 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
                 pass
         dist.barrier()
         saved = HuggingFaceWeights(out)
-        engine.refit(((name, saved.read(name, (0, saved.shape(name)[0]))) for name in sorted(saved.names())), 1)
+        refit((name, saved.read(name, (0, saved.shape(name)[0]))) for name in sorted(saved.names()))
         dist.barrier()
 
     calls = {
-        OURS: lambda: engine.refit(bridge, 1),
-        GATHER: lambda: engine.refit(export_policy(chunks, shape, mesh), 1),
+        OURS: lambda: refit(bridge),
+        GATHER: lambda: refit(export_policy(chunks, shape, mesh)),
         DISK: through_disk,
     }
     times = interleaved(calls, repeats)
     engine.close()
     width = next(chunks[0].parameters()).element_size()
     return times, {OURS: cost(bridge.plan).received * width, GATHER: cost_of_full_gather(bridge.plan).received * width}
+
+
+def _planning(world: int) -> Figure:
+    """A rank's routes, found once per run, against the whole plan of one layer of each stage, of which a rank would pick its part."""
+    layout, times = Parallel(tp=8, pp=4, sp=True), []
+    for enumerate_all in (False, True):
+        plan = Reshard(KNOWN["qwen3-32b"], layout, world, 8)
+        start = time.perf_counter()
+        for bucket in plan.buckets if not enumerate_all else [bucket for bucket, _ in plan.alike]:
+            _ = list(plan.transfers(bucket)) if enumerate_all else plan.route(world // 2, bucket)
+        times.append(time.perf_counter() - start)
+    return Figure(
+        f"Qwen3-32B, TP8 PP4 to TP8, planning on {world} ranks",
+        "s",
+        Series("own routes, all layers", times[:1]),
+        Series("every transfer, one layer per stage", times[1:]),
+        note="once per run; a refit plans nothing",
+    )
 
 
 def _figure(refit: Refit) -> Figure:

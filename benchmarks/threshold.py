@@ -1,4 +1,4 @@
-"""The threshold of the top fifth over 4 ranks, and the mask it gives: ours, TRL's own code, and a plain gather + sort."""
+"""The threshold of the top fifth over 4 ranks, and the resulting mask: ours, TRL's own code, and a plain gather + sort."""
 
 from __future__ import annotations
 
@@ -30,19 +30,23 @@ def run(quick: bool) -> list[Figure]:
     figures = [
         Figure(where, "s", times[OURS], times[SORT], at_least=10.0),
         Figure(where, "s", times[OURS], times[TRL], at_least=10.0),
-        Figure(f"{where}: handed to collectives, a rank", "MB", sent[OURS], sent[SORT], note="to be under 1 MB"),
-        Figure(f"{where}: peak extra, a rank", "MB", peaks[OURS], peaks[TRL]),
+        Figure(f"{where}: passed to collectives, per rank", "MB", sent[OURS], sent[SORT], note="target: under 1 MB"),
+        Figure(f"{where}: peak extra, per rank", "MB", peaks[OURS], peaks[TRL]),
     ]
     where = f"threshold of {many:,} values, {RANKS} ranks, ours in ten chunks"
     trl_needs = peaks[TRL].values[0] * 1e6 * (many / few) * RANKS
     fits = trl_needs < 0.7 * psutil.virtual_memory().available
     times, peaks = on_ranks(RANKS, _large, many // RANKS, trl_mask if fits else None, timeout_s=3600)[0]
     note = "exact" if fits else f"exact; TRL not run: {trl_needs / 1e9:.0f} GB over the ranks is more than this machine has free"
-    return [*figures, Figure(where, "s", times[OURS], times.get(TRL), note=note), Figure(f"{where}: peak extra, a rank", "MB", peaks[OURS])]
+    return [
+        *figures,
+        Figure(where, "s", times[OURS], times.get(TRL), note=note),
+        Figure(f"{where}: peak extra, per rank", "MB", peaks[OURS]),
+    ]
 
 
 def _compare(count: int, repeats: int, trl_mask: TrlMask) -> tuple[dict[str, Series], dict[str, Series], dict[str, Series]]:
-    """Times; MB handed to collectives; peak MB."""
+    """Times; MB passed to collectives; peak MB."""
     values = _entropies(count)
     calls: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: values >= top_threshold(values, RHO, group=dist.group.WORLD).tau,
@@ -56,7 +60,7 @@ def _compare(count: int, repeats: int, trl_mask: TrlMask) -> tuple[dict[str, Ser
         sent[name] = Series(name, [sum(size for _, size in collectives.calls) / 1e6])
     assert torch.equal(masks[OURS], masks[SORT])
     differing = int((masks[OURS] != masks[TRL]).sum())
-    assert differing <= 1, f"TRL interpolates between two values, which may move one of them: {differing}"
+    assert differing <= 1, f"TRL interpolates between two values, which may change one token at most, not {differing}"
     return interleaved(calls, repeats), sent, {name: Series(name, [peak_bytes(calls[name]) / 1e6]) for name in (OURS, TRL)}
 
 
@@ -76,7 +80,7 @@ def _large(count: int, trl_mask: TrlMask | None) -> tuple[dict[str, Series], dic
 
 
 def _entropies(count: int) -> Tensor:
-    """Skewed as entropies are: most near 0, some above 1."""
+    """Values distributed like entropies: most near 0, some above 1."""
     g = torch.Generator().manual_seed(dist.get_rank())
     return torch.randn(count, generator=g).mul_(2.0).sub_(3.0).exp_()
 
@@ -88,7 +92,7 @@ def _gather_and_sort(values: Tensor) -> float:
 
 
 def _check_exact(chunks: list[Tensor], tau: float) -> None:
-    """The k-th largest: at least k values are not below it, fewer than k above it."""
+    """Check that tau is the k-th largest: at least k values are not below it, and fewer than k are above it."""
     counts = torch.tensor([sum(int(f(chunk).sum()) for chunk in chunks) for f in (lambda x: x >= tau, lambda x: x > tau, torch.isfinite)])
     dist.all_reduce(counts)
     at_least, above, total = counts.tolist()

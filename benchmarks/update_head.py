@@ -1,7 +1,7 @@
-"""Head and loss of an update at Qwen3-0.6B's head: a fifth of the positions against all of them, and against verl's logits.
+"""Head and loss of an update with Qwen3-0.6B's head: a fifth of the positions against all of them, and against verl's logits.
 
-Ours holds one chunk of logits at either share, so a fifth of the positions saves little of what is little already; against logits that are
-kept for all positions it saves what the last row says.
+Ours holds one chunk of logits at either share, so a fifth of the positions saves little memory, because little is used; the last row shows
+the saving against logits kept for all positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(quick: bool) -> list[Figure]:
     times, peaks = on_ranks(TP, _costs, shape, 3, timeout_s=3600)[0]
     memory = {name: Series(name, [peak]) for name, peak in peaks.items()}
     where = f"head + loss of an update: N {shape.tokens:,}, H {shape.hidden:,}, V {shape.vocab:,}, TP {TP}"
-    constant = "at both ours is one chunk, whatever N is"
+    constant = "ours is one chunk in both cases, whatever N is"
     return [
         Figure(where, "s", times[SPARSE], times[DENSE], at_least=4.0),
         Figure(where, "s", times[SPARSE], times[VERL]),
@@ -43,7 +43,7 @@ def run(quick: bool) -> list[Figure]:
 def _costs(shape: Shape, repeats: int) -> tuple[dict[str, Series], dict[str, float]]:
     parallel_state.initialize_model_parallel(TP)
     hidden, weight, targets = shape.inputs()
-    weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]  # where Megatron's DDP keeps the gradient
+    weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]  # Megatron's DDP keeps the gradient here
     forks = torch.arange(0, shape.tokens, 5)
     every = torch.arange(shape.tokens)
     verl = peers.verl_head()

@@ -27,12 +27,12 @@ convert = typer.Typer(no_args_is_help=True, help="Weights from Hugging Face's fo
 app.add_typer(convert, name="convert")
 console = Console(highlight=False)
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file that says all of a run.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file that specifies a whole run.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable last line.")]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; must not exist.", show_default=False)]
-Dtype = Annotated[Literal["keep", "fp32", "bf16"], typer.Option(help="Of the weights written.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor and the logits of both; takes the whole model's memory.")]
+Dtype = Annotated[Literal["keep", "fp32", "bf16"], typer.Option(help="Dtype of the written weights.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor and the logits; needs memory for the whole model.")]
 
 
 @app.command()
@@ -43,23 +43,23 @@ def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False
 
 @app.command()
 def sft(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Supervised training on prompt-response rows, by the same Megatron stack."""
+    """Supervised training on prompt-response rows, with the same Megatron stack."""
     _run("sft", recipe, overrides, as_json)
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The page. Empty: RUN/report.html, or comparison.html beside the first run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page. Unset: RUN/report.html, or comparison.html next to the first run.")] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
-            "--watch", metavar="SECONDS", min=0.1, help="Write it again and again, until the last step or Ctrl-C.", show_default=False
+            "--watch", metavar="SECONDS", min=0.1, help="Rewrite it at this interval until the last step or Ctrl-C.", show_default=False
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's report again, or one page that compares several runs."""
+    """Rewrite a run's report, or write one page that compares several runs."""
     from megafork.report.watch import watch, write_page
 
     for run in runs:
@@ -75,15 +75,15 @@ def report(
 def evaluate(
     given: dict[str, Any],
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="1")] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold.")] = 1.0,
     fork_temperature: Annotated[
-        tuple[float, float] | None, typer.Option(help="LOW HIGH: HIGH where the entropy is over the threshold.", show_default=False)
+        tuple[float, float] | None, typer.Option(help="LOW HIGH: HIGH at tokens with entropy above the threshold.", show_default=False)
     ] = None,
-    fork_threshold: Annotated[float, typer.Option(help="In nats; the paper's 80th percentile.")] = PAPER_THRESHOLD,
+    fork_threshold: Annotated[float, typer.Option(help="Entropy in nats; the default is the paper's 80th percentile.")] = PAPER_THRESHOLD,
     sweep: Annotated[bool, typer.Option("--sweep", help="The paper's grid of fork temperatures.")] = False,
     as_json: Json = False,
 ) -> None:
-    """avg@k, pass@k and maj@k on benchmarks, with their intervals. Called again, it resumes where it was killed."""
+    """avg@k, pass@k and maj@k on benchmarks, with confidence intervals. Calling it again resumes a killed evaluation."""
     options = EvaluationOptions(**given, decodings=decodings(temperature, top_p, fork_temperature, fork_threshold, sweep))
     from megafork import commands
     from megafork.evaluate.table import results_table
@@ -115,13 +115,13 @@ def analyze(given: dict[str, Any], as_json: Json = False) -> None:
 def ablate(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="The first is what the others are compared with.", show_default=False),
+        typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="The others are compared with the first recipe.", show_default=False),
     ],
-    seeds: Annotated[str, typer.Option(help="Of the runs of each recipe.")] = "1,2,3",
-    out: Annotated[str, typer.Option(help="Folder of the runs and of ablation.json.")] = "runs/ablation",
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs, one run of each recipe per seed.")] = "1,2,3",
+    out: Annotated[str, typer.Option(help="Folder for the runs and ablation.json.")] = "runs/ablation",
     as_json: Json = False,
 ) -> None:
-    """Train recipes over the same seeds, and tabulate what they differ in. Called again, it resumes where it was killed."""
+    """Train recipes over the same seeds, and tabulate the differences. Calling it again resumes a killed ablation."""
     from megafork.ablate.options import AblationOptions
 
     options = AblationOptions.parse(arguments, seeds, out)
@@ -160,14 +160,14 @@ def doctor(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of the job. Empty: as few as the recipe's layout takes.")] = None,
-    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200 or a100.")] = "h100",
-    mean_response: Annotated[int | None, typer.Option(help="Tokens of a response on average, for the time of a step.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of GPUs. Unset: the fewest that the recipe's layout allows.")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU model: h100, h200 or a100.")] = "h100",
+    mean_response: Annotated[int | None, typer.Option(help="Mean tokens per response, for the step time.")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Count what a refit moves, from this layout and others.")] = False,
-    search: Annotated[bool, typer.Option("--search", help="Propose layouts that fit, the quickest first.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Propose layouts that fit, fastest first.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Memory, step time and refit of a recipe on so many GPUs, without any of them. Exit code 1: it does not fit."""
+    """Memory, step time and refit of a recipe on a given number of GPUs; needs no GPU. Exit code 1: it does not fit."""
     spec = load_recipe(recipe, overrides)
     from megafork.plan import hardware, models, planner, table
     from megafork.plan.refit import refits
@@ -187,13 +187,13 @@ def plan(
 def hf_to_megatron(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder.", show_default=False)],
     target: Target,
-    tp: Annotated[int, typer.Option(help="Tensor parallel ranks that the files are cut for; any layout loads them.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages that the files are cut for; any layout loads them.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor parallel ranks that the files are split for; any layout loads them.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages that the files are split for; any layout loads them.")] = 1,
     dtype: Dtype = "keep",
     verify: Verify = False,
     as_json: Json = False,
 ) -> None:
-    """A Hugging Face folder becomes a Megatron distributed checkpoint."""
+    """Convert a Hugging Face folder into a Megatron distributed checkpoint."""
     from megafork.convert import convert
 
     _convert(lambda tick: convert.hf_to_megatron(source, target, tp=tp, pp=pp, dtype=dtype, verify=verify, progress=tick), as_json)
@@ -201,15 +201,15 @@ def hf_to_megatron(
 
 @convert.command("megatron-to-hf")
 def megatron_to_hf(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint: converted, or of a run.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint: converted, or from a run.", show_default=False)],
     target: Target,
     dtype: Dtype = "keep",
-    fp8: Annotated[bool, typer.Option("--fp8", help="Projections in e4m3, with a scale a block of 128 x 128.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Projections in e4m3, with one scale per 128 x 128 block.")] = False,
     quantize: Annotated[str | None, typer.Option(help="Name of an nvidia-modelopt config.", show_default=False)] = None,
     verify: Verify = False,
     as_json: Json = False,
 ) -> None:
-    """A Megatron checkpoint becomes a Hugging Face folder. A Hugging Face folder is rewritten: in another dtype, or quantised."""
+    """Convert a Megatron checkpoint into a Hugging Face folder, or rewrite a Hugging Face folder in another dtype or quantised."""
     from megafork.convert import convert
 
     _convert(
@@ -246,7 +246,7 @@ def _run(command: Literal["train", "sft"], file: Path, overrides: list[str] | No
     if code == DONE and is_main():
         folder = recipe.run_folder
         metrics = folder / "metrics.jsonl"
-        rows = read_metrics(metrics) if metrics.exists() else []  # it may have been lost; the run itself has said so
+        rows = read_metrics(metrics) if metrics.exists() else []  # the file may have been lost; the run itself has reported it
         page = write_report(folder) if command == "train" and rows else None
         last = rows[-1] if rows else {}
         typer.echo(f"run: {folder}" + (f"   report: {page}" if page else ""))
@@ -260,7 +260,7 @@ def _finish(as_json: bool, **values: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line. Wrong input is one line on standard error and exit code 2; a signal that stops it is one line and 1."""
+    """Run the command line. Wrong input prints one line to standard error, with exit code 2; a stopping signal one line, with code 1."""
     try:
         app()
     except RecipeError as error:

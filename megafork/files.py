@@ -1,4 +1,4 @@
-"""Files that appear when they are whole; and a disk that has no room for them."""
+"""Atomic file writes, and full disks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def whole(file: Path, *, alone: bool = True) -> Iterator[Path]:
 
 
 def check_room(folder: Path) -> None:
-    """Raises OSError where another megabyte finds no room."""
+    """Raise OSError unless one more megabyte can be written."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(1 << 20))
         file.flush()
@@ -34,10 +34,10 @@ def check_room(folder: Path) -> None:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """One line about the full disk or quota that is behind an error; None when neither is."""
+    """One line about the full disk or exceeded quota behind an error; None if neither is the cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {str(error.filename)!r}" if error.filename else ""
-            return f"no room is left{where} ({error.strerror}): what was complete is kept; make room, and the same command continues"
+            return f"no room is left{where} ({error.strerror}): completed work is kept; make room, and the same command continues"
         error = error.__cause__ or error.__context__
     return None

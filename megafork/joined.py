@@ -1,4 +1,4 @@
-"""Ranks that others have started: what torchrun and Slurm say of them in the environment, checked before anything relies on it."""
+"""Ranks started by torchrun or Slurm: their environment, checked before anything relies on it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ _MEETING = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def joined() -> bool:
-    """Whether torchrun or Slurm has started this process as a rank; its environment then says which.
+    """Whether torchrun or Slurm has started this process as a rank, which the environment then describes.
 
-    Raises RecipeError where the environment says so and lacks something, or makes no sense; and where ranks of several machines have no
-    secret.
+    Raises RecipeError if that environment is incomplete or inconsistent, and if ranks on several machines have no secret.
     """
     if "RANK" not in os.environ and not _join_slurm():
         return False
-    fix = "unset RANK to have megafork start the ranks itself, or start it by torchrun or srun, which set all of them"
+    fix = "unset RANK to have megafork start the ranks itself, or start it with torchrun or srun, which set all of them"
     rank = os.environ["RANK"]
     for name in _MEETING:
         if not os.environ.get(name):
-            raise RecipeError(f"RANK is {rank!r}, so that somebody has started this rank, but {name} is not set: {fix}")
+            raise RecipeError(f"RANK is {rank!r}, so another program started this rank, but {name} is not set: {fix}")
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
         if not re.fullmatch(r"\d{1,9}", os.environ.get(name, "0")):
             raise RecipeError(f"{name} is {os.environ[name]!r}, not a number: {fix}")
@@ -32,19 +31,19 @@ def joined() -> bool:
     if not 0 < int(os.environ["MASTER_PORT"]) < 1 << 16:
         raise RecipeError(f"MASTER_PORT is {os.environ['MASTER_PORT']!r}: ports are 1 to 65535; {fix}")
     if secret() is None and not on_one_machine():
-        raise RecipeError(f"MASTER_ADDR is {os.environ['MASTER_ADDR']!r}, which other machines reach, and {NAME} is not set: {FIX}")
+        raise RecipeError(f"MASTER_ADDR is {os.environ['MASTER_ADDR']!r}, which other machines can reach, and {NAME} is not set: {FIX}")
     return True
 
 
 def on_one_machine() -> bool:
-    """Whether all ranks are on this machine: torchrun says how many are; else where they meet at an address that no other machine has."""
+    """Whether all ranks are on this machine: by torchrun's count of local ranks, else because they meet at a loopback address."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or is_loopback(os.environ["MASTER_ADDR"])
 
 
 def _join_slurm() -> bool:
-    """Under srun without torchrun: take rank, world and address from Slurm's environment. False outside of a step of several tasks.
+    """Under srun without torchrun, take rank, world size and address from Slurm's environment. False outside a step of several tasks.
 
-    A batch script's own shell has no step, so that `megafork` in it starts ranks itself. Give srun --kill-on-bad-exit.
+    A batch script's own shell is not in a step, so `megafork` starts its ranks itself there. Use srun --kill-on-bad-exit.
     """
     step = {name: os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID", "STEP_ID")}
     if not (step["PROCID"] and step["STEP_NODELIST"] and int(step["STEP_NUM_TASKS"] or 1) > 1):

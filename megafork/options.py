@@ -1,4 +1,4 @@
-"""A command's options, declared once: fields of a dataclass, each with its help, become the parameters of the command."""
+"""A command's options, declared once: the fields of a dataclass, each with its help, become the command's parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from megafork.recipe import RecipeError
+from megafork.recipe.kinds import LARGEST_SEED, MOST_MEGABYTES
+
 
 def argument(help: str, *, metavar: str | None = None) -> Any:
-    """A field that the command takes by position."""
+    """A field that is a positional argument of the command."""
     return field(metadata={"info": typer.Argument(help=help, metavar=metavar, show_default=False)})
 
 
 def option(default: Any = MISSING, help: str = "", *, name: str | None = None, unset: str | None = None, split: str = "") -> Any:
-    """A field that is an option of the command: `--name`, by default the field's own.
+    """A field that is an option of the command: `--name`, by default the field's name.
 
-    `unset`: what its help shows for a default that says nothing. `split`: what separates the parts of a tuple that is given as one text;
-    without it a tuple's option may be repeated.
+    `unset`: shown in the help instead of the default. `split`: the separator of a tuple given as one text; without it a tuple's option may
+    be repeated.
     """
     shown = unset if unset is not None else default is not MISSING
     info = typer.Option(*([name] if name else []), help=help, show_default=shown)
@@ -29,7 +32,8 @@ def option(default: Any = MISSING, help: str = "", *, name: str | None = None, u
 
 
 def takes(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the declared fields of a dataclass as parameters. It is called with their values as one mapping, then its own."""
+    """Add the declared fields of a dataclass to a command's parameters. The command receives their values as one mapping, then its own
+    parameters."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         fields = sorted(dataclasses.fields(options), key=lambda item: item.name not in options.__annotations__)  # inherited ones last
@@ -44,7 +48,7 @@ def takes(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]
             command(given, **values)
 
         every = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*parameters, *own)]
-        called.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined] # what typer reads
+        called.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined] # typer reads it
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         return called
 
@@ -73,15 +77,22 @@ def _read(item: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What `megafork eval` and `megafork analyze` are both asked."""
+    """The options that `megafork eval` and `megafork analyze` share."""
 
     template: str = option("paper", "paper, qwen, chat (the tokenizer's), plain, or a text with {prompt}.")
-    columns: str = option("", "Which column holds what, as {prompt: problem, answer: gold}.", unset="by name")
+    columns: str = option("", "Column of each field, as {prompt: problem, answer: gold}.", unset="by name")
     chat_template_args: str = option("", "Variables of the chat template, as {enable_thinking: false}.", unset="none")
     add_bos: str = option("auto", "auto (as the tokenizer begins raw text), true or false.")
-    max_tokens: int | None = option(None, "Tokens of the longest response.", unset="20480, or what the model's positions leave")
-    limit: int | None = option(None, "Take only the first so many prompts of each source.", unset="all")
-    seed: int = option(1, "Decides every random number.")
+    max_tokens: int | None = option(None, "Maximum tokens in a response.", unset="20480, or as many as the model's positions allow")
+    limit: int | None = option(None, "Use only the first N prompts of each source.", unset="all")
+    seed: int = option(1, "Seed of every random number.")
     ranks: int | None = option(None, "Processes that share the work; ignored under torchrun and Slurm.", unset="one per GPU")
-    dtype: str | None = option(None, "fp32 or bf16.", unset="as config.json says")
-    kv_cache_mb: int | None = option(None, "KV cache of an engine.", unset="what the GPU has, or 256")
+    dtype: str | None = option(None, "fp32 or bf16.", unset="from config.json")
+    kv_cache_mb: int | None = option(None, "KV cache per engine in MiB.", unset="sized to the GPU, or 256")
+
+    def __post_init__(self) -> None:
+        for name, value, least, most in (("seed", self.seed, 0, LARGEST_SEED), ("kv-cache-mb", self.kv_cache_mb, 1, MOST_MEGABYTES)):
+            if value is not None and not least <= value <= most:
+                raise RecipeError(f"--{name} is {value}: must be from {least} to {most}")
+        if self.dtype not in (None, "fp32", "bf16"):
+            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")

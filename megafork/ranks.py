@@ -1,7 +1,7 @@
-"""Ranks: started on this machine, or joined where torchrun or Slurm has started them; and what becomes of one that fails.
+"""Ranks: started on this machine, or joined if torchrun or Slurm has started them; and how failures are handled.
 
-A rank that fails ends all at once: the launcher prints that rank's traceback first, and no process is left. Nothing listens for it: the
-ranks inherit two files without a name, one with the job and one through which they meet.
+If a rank fails, all end at once: the launcher prints that rank's traceback first, and no process is left. No port is opened for this: the
+ranks inherit two anonymous files, one with the job and one through which they meet.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ __all__ = ["DONE", "FAILED", "WRONG_INPUT", "Interrupted", "Job", "do", "first_h
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 Job = Callable[[], int]
-"""The work of a rank: joins the others, returns an exit code. Of a module's functions and plain values, so that it can be pickled."""
+"""The work of a rank: joins the others, returns an exit code. Built from module-level functions and plain values, so it can be pickled."""
 _LAUNCHER = "MEGAFORK_LAUNCHER"
 GB_A_CPU_RANK = 0.8
-"""Memory that Python, torch, megatron-core and vLLM take in a rank before any model, measured without a GPU."""
+"""Memory in GB that Python, torch, megatron-core and vLLM take in a rank before any model is loaded, measured without a GPU."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable, of torchrun's, that names the file in which a rank says why it failed."""
+"""torchrun's environment variable for the file to which a rank writes why it failed."""
 _STOP_LIMIT_S = 5.0
 """How long a rank may take to end after SIGTERM before it is killed."""
 _LOOK_S = 0.05
 _NOTICING_S = 2.0
-"""By how much the end of a rank that said nothing may be noticed late. Its peers, which lose their connection to it, say so sooner."""
+"""Maximum delay in noticing the end of a rank that recorded nothing. Its peers lose their connection to it and report that sooner."""
 
 
 class Interrupted(RuntimeError):
@@ -50,19 +50,19 @@ class Interrupted(RuntimeError):
 
 
 class _Stop(BaseException):
-    """A signal came."""
+    """A stop signal arrived."""
 
 
 def is_main() -> bool:
-    """Whether this process speaks for the run: the launcher, or rank 0 under torchrun or Slurm."""
+    """Whether this is the main process of the run: the launcher, or rank 0 under torchrun or Slurm."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def do(job: Job, world: int, folder: Path, *, reaches_out: bool = False) -> int:
-    """Do a job on the ranks that this process is one of, or else on `world` new ones of this machine; returns the exit code.
+    """Run a job on the ranks that this process belongs to, or else on `world` new ranks on this machine; returns the exit code.
 
-    `folder`: of logs/. `reaches_out`: the job sends weights to other machines. Raises RecipeError when a new rank did, Interrupted when a
-    signal stopped the new ranks. A rank that was started by others does not return from a failure.
+    `folder`: parent of logs/. `reaches_out`: the job sends weights to other machines. Raises RecipeError if a new rank did, Interrupted if
+    a signal stopped the new ranks. A rank started by torchrun or Slurm does not return from a failure.
     """
     if not joined():
         return _start(job, world, folder / "logs", reaches_out)
@@ -85,7 +85,7 @@ def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
         old.unlink()
     ranks: list[_Started] = []
     with _nameless("job") as work, _nameless("store") as store:
-        work.write(pickle.dumps(job))  # what was checked is what the ranks do, whatever becomes of the files it came from
+        work.write(pickle.dumps(job))  # the ranks run exactly what was checked, even if its files change meanwhile
         work.flush()
         shared = {
             **os.environ,
@@ -106,23 +106,23 @@ def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
                 finally:
                     _end(ranks)
         except _Stop as stop:
-            raise Interrupted(f"stopped by {signal.Signals(stop.args[0]).name}; the same command continues") from None
+            raise Interrupted(f"stopped by {signal.Signals(stop.args[0]).name}; the same command resumes the run") from None
     return _explain([rank for rank in ranks if rank.failed], logs)
 
 
 def _nameless(name: str) -> IO[bytes]:
-    """A file that only this process and those that inherit it can open, and that is gone with them."""
+    """An anonymous file that only this process and those that inherit it can open; it disappears with them."""
     return os.fdopen(os.memfd_create(name), "w+b")
 
 
 def _path(descriptor: int) -> str:
-    """By which a process opens anew what it inherited."""
+    """Path with which a process reopens an inherited descriptor."""
     return f"/proc/self/fd/{descriptor}"
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Within, a signal that asks to stop raises _Stop, unless it is ignored (`nohup`)."""
+    """Inside this context a stop signal raises _Stop, unless it is ignored (`nohup`)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stop(number)
@@ -140,16 +140,16 @@ def _stop_signals() -> Iterator[None]:
 
 @dataclass
 class _Started:
-    """A rank that `_start` started, the leader of a process group of its own, and what is known of its end."""
+    """A rank that `_start` started, the leader of its own process group, and what is known about its end."""
 
     number: int
     process: Popen[bytes]
     words: IO[bytes]
-    """What it records of its failure; not a file of the run's, for the disk may be full."""
+    """Its record of a failure; not a file in the run folder, because the disk may be full."""
     ended: float = 0.0
-    """When that was noticed, in seconds."""
+    """Unix time at which its end was noticed, in seconds."""
     stopped: bool = False
-    """Whether the launcher ended it."""
+    """Whether the launcher stopped it."""
 
     @classmethod
     def new(cls, number: int, shared: dict[str, str], files: Iterable[IO[bytes]], logs: Path) -> _Started:
@@ -174,12 +174,12 @@ class _Started:
         return bool(self.process.returncode)
 
     def signal(self, number: signal.Signals) -> None:
-        """To the rank and what it has started."""
+        """Send a signal to the rank and everything it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def told(self) -> dict[str, Any] | None:
-        """What the rank recorded of its failure; a killed one can't."""
+        """The rank's own record of its failure; None if there is none, as after a kill."""
         self.words.seek(0)
         try:
             return json.loads(self.words.read())
@@ -188,13 +188,13 @@ class _Started:
 
 
 def _all_is_well(ranks: Iterable[_Started]) -> bool:
-    """Some run, and none has failed; each is looked at, for its peers may not notice."""
+    """Whether some rank runs and none has failed. Polls every rank, because peers may not notice a failure."""
     running = [rank.running() for rank in ranks]
     return any(running) and not any(rank.failed for rank in ranks)
 
 
 def _end(ranks: Iterable[_Started]) -> None:
-    """Stop those that run, and what others have left behind."""
+    """Stop running ranks, and processes left behind by ended ones."""
     for rank in ranks:
         rank.stopped = rank.running()
         rank.signal(signal.SIGTERM)
@@ -209,11 +209,11 @@ def _end(ranks: Iterable[_Started]) -> None:
 
 
 def _explain(failures: list[_Started], logs: Path) -> int:
-    """Say why the run failed: the first rank's traceback, and where the rest is. Raises RecipeError when its input was wrong."""
+    """Print why the run failed: the first failing rank's traceback, and where the rest is. Raises RecipeError if the input was wrong."""
     told = {rank.number: said for rank in failures if (said := rank.told()) is not None}
 
     def when(rank: _Started) -> tuple[bool, float]:
-        """One rank's failure makes the others lose their connection, and the launcher stop them: these come later."""
+        """When a rank failed. After the first failure the others lose their connection and the launcher stops them: they sort later."""
         said = told.get(rank.number)
         return said is None and rank.stopped, said["time_ns"] / 1e9 if said else rank.ended - _NOTICING_S
 
@@ -232,8 +232,8 @@ def _explain(failures: list[_Started], logs: Path) -> int:
         say(message)
         say(f"rank {first.number} failed")
     else:
-        say(f"rank {first.number} ended with exit code {code} and no word of its own")
-    say(f"all ranks were stopped; what they wrote is in {logs}")
+        say(f"rank {first.number} ended with exit code {code} and recorded no reason")
+    say(f"all ranks were stopped; their output is in {logs}")
     return FAILED
 
 
@@ -242,19 +242,19 @@ def say(text: str) -> None:
 
 
 def _rank(job: Job) -> int:
-    """This process is a rank: do the job. Whatever goes wrong is told to whoever started it."""
+    """Run the job in this process, which is a rank. Any error is reported to the process that started it."""
     try:
         return job()
     except RecipeError as error:
         record(str(error))
         return WRONG_INPUT
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher must hear of it
+    except BaseException as error:  # noqa: BLE001 - every failure must be reported to the launcher
         record(full_disk(error) or traceback.format_exc())
         return FAILED
 
 
 def record(message: str) -> None:
-    """Say why this rank failed: for the launcher, or torchrun, in the file that it reads; without one on standard error."""
+    """Report why this rank failed, in the file that the launcher or torchrun reads, or without a launcher on standard error."""
     file = os.environ.get(_ERROR_FILE)
     if file:
         told = {"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}
@@ -264,18 +264,18 @@ def record(message: str) -> None:
 
 
 def _leave(code: int) -> None:
-    """End at once: exit handlers of libraries wait for peers that may be gone."""
+    """Exit at once: libraries' exit handlers wait for peers that may be gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _main(work: int, *others: int) -> None:
-    """A rank that `_start` started, with the files that it inherited; its job is in `work`."""
+    """Entry point of a rank that `_start` started, with its inherited files; its job is in `work`."""
     die_with_parent(int(os.environ[_LAUNCHER]))  # a launcher that is killed by SIGKILL can't stop its ranks
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, also inside of a collective
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, even inside a collective
     for file in (work, *others):
-        os.set_inheritable(file, False)  # not for what this rank starts
+        os.set_inheritable(file, False)  # not for processes that this rank starts
     noise.silence()
     _leave(_rank(lambda: pickle.loads(Path(_path(work)).read_bytes())()))
 

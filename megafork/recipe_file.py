@@ -1,7 +1,7 @@
-"""Reading a recipe: the YAML file, the recipes it `extends:`, overrides from the command line, and what is wrong in plain words.
+"""Reading a recipe: the YAML file, the recipes it `extends:`, overrides from the command line, and errors in plain words.
 
-`extends:` names a base recipe that is read first, relative to the file it stands in; overrides (`section.key=value`) come last.
-Unknown keys are refused and the nearest known key is named. How YAML is read: `recipe_yaml.py`.
+`extends:` names a base recipe that is read first, relative to the extending file; overrides (`section.key=value`) come last.
+Unknown keys are refused, and the nearest known key is suggested. `recipe_yaml.py` parses the YAML.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def data_of_options(source: str, max_prompt_length: int, template: str, columns: str, chat_template_args: str, add_bos: str) -> Data:
-    """The section `data` as `megafork eval` and `analyze` say it in options; mappings are YAML text. Raises RecipeError."""
+    """The section `data` from the options of `megafork eval` and `analyze`; mappings are YAML text. Raises RecipeError."""
     data: dict[str, Any] = {"train": source, "template": template, "max_prompt_length": max_prompt_length}
     values: dict[str, Any] = {"model": {"path": "given apart"}, "data": data}
     for key, text in (("columns", columns), ("chat_template_args", chat_template_args), ("add_bos", add_bos)):
@@ -44,7 +44,7 @@ def data_of_options(source: str, max_prompt_length: int, template: str, columns:
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     text, path = _text(path, f", which {seen[-1].name} extends," if seen else "")
     if path in seen:
-        raise RecipeError(f"extends: {path.name} extends itself by way of {seen[-1].name}: break the circle")
+        raise RecipeError(f"extends: {path.name} extends itself through {seen[-1].name}: break the cycle")
     if len(seen) == _LONGEST_CHAIN:
         raise RecipeError(f"extends: {seen[0].name} extends a chain of more than {_LONGEST_CHAIN} recipes: join some of them")
     try:
@@ -63,7 +63,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _text(path: Path, by: str) -> tuple[str, Path]:
-    """The file's text, and its path without links."""
+    """The file's text, and its resolved path."""
     try:
         path = path.expanduser().resolve()
         if path.exists() and not path.is_file():  # reading a pipe or a device might never end
@@ -77,12 +77,12 @@ def _text(path: Path, by: str) -> tuple[str, Path]:
         raise RecipeError(f"recipe {shown(str(path))}{by} does not exist: give the path of a .yaml file") from None
     except RecipeError:
         raise
-    except (OSError, ValueError, RuntimeError):  # no text, a NUL in the name, a loop of links, a name too long
+    except (OSError, ValueError, RuntimeError):  # not text, a NUL in the name, a loop of links, a name too long
         raise RecipeError(f"recipe {shown(str(path))}{by} is not a readable text file: give the path of a .yaml file") from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Key by key in each section; lists are replaced."""
+    """Merge key by key in each section; lists are replaced."""
     merged = dict(base)
     for name, inner in over.items():
         old = merged.get(name)
@@ -101,7 +101,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = text
     mapping, dot, entry = key.partition(".")
     names = [section, mapping, entry] if dot and get_origin(kind_of(section, mapping)) is dict else [section, key]
-    for name in names[:-1]:  # data.columns.prompt=problem gives one entry of a mapping
+    for name in names[:-1]:  # data.columns.prompt=problem sets one entry of a mapping
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise RecipeError(f"{name} is {shown(values)}: it must be a section with keys below it")
@@ -138,7 +138,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _explain(item: Any) -> tuple[str, ...]:
-    """One of pydantic's errors in plain words, as the parts of a RecipeError."""
+    """A pydantic error in plain words, as the parts of a RecipeError."""
     if item["type"] == "value_error":
         return tuple(item["ctx"]["error"].args)
     section, *rest = (str(part) for part in item["loc"])
@@ -153,7 +153,7 @@ def _explain(item: Any) -> tuple[str, ...]:
 
 
 def _wanted(schema: dict[str, Any]) -> str:
-    """What a JSON schema asks for, such as `a number above 0 and at most 1`."""
+    """The values that a JSON schema allows, such as `a number, above 0 and at most 1`."""
     if "anyOf" in schema:
         return " or ".join(_wanted(option) for option in schema["anyOf"])
     if "const" in schema:

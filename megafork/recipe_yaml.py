@@ -1,7 +1,7 @@
-"""YAML as recipes use it: text, numbers, booleans, lists and mappings, and nothing that costs more than it looks.
+"""The subset of YAML that recipes use: text, numbers, booleans, lists and mappings, with limits on size and depth.
 
-Text stays text where a key takes text: `run.name: 007` is "007", `data.eval: no` is "no". Numbers are decimal (YAML 1.1 would read 010 as
-8 and 1:30 as 90), dates are text, tags are refused. Aliases and merge keys work, counted as often as they are used.
+Text stays text if a key takes text: `run.name: 007` is "007", `data.eval: no` is "no". Numbers are decimal (YAML 1.1 would read 010 as
+8 and 1:30 as 90), dates are text, tags are refused. Aliases and merge keys work; each use counts towards the limits.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ _MOST_VALUES = 10_000
 _DEEPEST = 16
 _TAG = "tag:yaml.org,2002:"
 Declared = tuple[yaml.Node, Any]
-"""A value, and the type that the recipe declares for it."""
+"""A value and its declared type in the recipe."""
 
 
 def parse(text: str) -> Any:
-    """A recipe's document. Raises yaml.YAMLError."""
+    """Parse a recipe document. Raises yaml.YAMLError."""
     return _construct(text, _declared)
 
 
 def parse_value(text: str, section: str, key: str) -> Any:
-    """The value of one key, as an override gives it. Raises yaml.YAMLError."""
+    """Parse the value of one key from an override. Raises yaml.YAMLError."""
     kind = kind_of(section, key)
     value = _construct(text, lambda root: [(root, kind)])
     return text if kind is not None and str in _options(kind) and not isinstance(value, str | list | None) else value
 
 
 def kind_of(section: str, key: str) -> Any:
-    """The type that the recipe declares for a key, None for an unknown one."""
+    """The declared type of a recipe key; None if the key is unknown."""
     declared = Recipe.model_fields.get(section)
     field = declared and declared.annotation.model_fields.get(key)  # type: ignore[union-attr]
     return field and field.annotation
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, where YAML would silently keep the last."""
+    """Refuses duplicate keys, of which YAML would silently keep the last."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own way; filled below
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - a class attribute of PyYAML; filled below
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value]
@@ -81,12 +81,12 @@ def _construct(text: str, declared: Callable[[yaml.Node], list[Declared]]) -> An
         return loader.construct_document(root)
     except RecursionError:
         raise yaml.YAMLError("its values are nested too deeply") from None
-    except ValueError:  # Python reads no number of more than 4,300 digits
-        raise yaml.YAMLError("it has a number of too many digits") from None
+    except ValueError:  # Python refuses numbers of more than 4,300 digits
+        raise yaml.YAMLError("it has a number with too many digits") from None
 
 
 def _check(loader: _Loader, root: yaml.Node) -> None:
-    """Aliases make a small file large, or endless."""
+    """Enforce the limits: aliases can make a small file large, or endless."""
     waiting, values = [(root, 1)], 0
     while waiting:
         node, depth = waiting.pop()
@@ -104,7 +104,7 @@ def _check(loader: _Loader, root: yaml.Node) -> None:
 
 
 def _declared(root: yaml.Node) -> list[Declared]:
-    """Every key's value in a document of sections."""
+    """The value of every key in a document of sections."""
     sections = root.value if isinstance(root, yaml.MappingNode) else []
     return [
         (value, kind_of(str(section.value), str(key.value)))
@@ -115,7 +115,7 @@ def _declared(root: yaml.Node) -> list[Declared]:
 
 
 def _keep_text(node: yaml.Node, kind: Any) -> None:
-    """Plain scalars that look like numbers, booleans or dates are text where `kind` takes text; null stays null."""
+    """Keep plain scalars that look like numbers, booleans or dates as text if `kind` takes text; null stays null."""
     for option in _options(kind):
         if option is str and isinstance(node, yaml.ScalarNode) and node.tag != _TAG + "null":
             node.tag = _TAG + "str"

@@ -1,4 +1,4 @@
-"""Reading a run folder: metrics.jsonl, recipe.yaml and rollouts/step_*.parquet. Memory is bounded whatever the run's size."""
+"""Read a run folder: metrics.jsonl, recipe.yaml and rollouts/step_*.parquet, in bounded memory whatever the run's size."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megafork.recipe import Recipe, RecipeError
 Metrics = dict[str, Any]
 """One line of metrics.jsonl: "step" (int) and metric name -> number or None."""
 ORIGIN = "megafork.json"
-"""In hf/: of which run and step the weights are."""
+"""File in hf/ that names the run and the step of the weights."""
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics.jsonl, in the file's order. A half-written last line (a killed run) is left out.
+    """The lines of a metrics.jsonl, in file order. A half-written last line (from a killed run) is dropped.
 
-    Raises RecipeError, naming the line, when any other line is not a JSON object with a whole-numbered "step".
+    Raises RecipeError, naming the line, when any other line is not a JSON object with an integer "step".
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -38,22 +38,22 @@ def read_metrics(path: Path) -> list[Metrics]:
                 break
             raise RecipeError(f"{str(path)!r} line {number} is not valid JSON: the file is damaged, remove that line") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise RecipeError(f"{str(path)!r} line {number} is not an object with a whole-numbered 'step': remove that line")
+            raise RecipeError(f"{str(path)!r} line {number} is not an object with an integer 'step': remove that line")
         metrics.append(row)
     return metrics
 
 
 def read_steps(folder: Path) -> list[Metrics]:
-    """The lines of a run's metrics.jsonl; raises RecipeError also where there is none yet."""
+    """The lines of a run's metrics.jsonl. Also raises RecipeError when there are none yet."""
     path = folder / "metrics.jsonl"
     metrics = read_metrics(path)
     if not metrics:
-        raise RecipeError(f"{str(path)!r} holds no whole line: there is no step to report")
+        raise RecipeError(f"{str(path)!r} has no complete line: there is no step to report")
     return metrics
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The run's resolved recipe as plain sections, {} where there is none. Not validated: an older run's keys may since have changed."""
+    """The run's resolved recipe as plain sections, {} without one. Not validated: the keys may have changed since an older run."""
     path = folder / "recipe.yaml"
     if not path.exists():
         return {}
@@ -65,12 +65,12 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def origin(recipe: Recipe, step: int) -> dict[str, Any]:
-    """What ORIGIN says of the weights beside it."""
+    """Contents of the ORIGIN file written next to the weights."""
     return {"run": recipe.run.name, "step": step}
 
 
 def is_exported(recipe: Recipe, step: int) -> bool:
-    """Whether hf/ holds the run's weights of `step`, or need not."""
+    """Whether hf/ holds the run's weights after `step`, or is not wanted at all."""
     if not recipe.checkpoint.export_hf:
         return True
     try:
@@ -80,7 +80,7 @@ def is_exported(recipe: Recipe, step: int) -> bool:
 
 
 def is_evaluated(recipe: Recipe, step: int) -> bool:
-    """Whether the held-out prompts were answered after `step`, or there are none."""
+    """Whether the held-out prompts were evaluated after `step`, or there are none."""
     return recipe.data.eval is None or evaluation_file(recipe.run_folder, step).is_file()
 
 
@@ -89,7 +89,7 @@ def evaluation_file(folder: Path, step: int) -> Path:
 
 
 def rollout_files(folder: Path) -> list[Path]:
-    """The run's roll-out files by step; the number in the name is the step."""
+    """The run's roll-out files, sorted by the step in their names."""
     return sorted((folder / "rollouts").glob("step_*.parquet"), key=step_of)
 
 
@@ -101,17 +101,17 @@ def step_of(path: Path) -> int:
 
 
 def open_rollouts(path: Path) -> parquet.ParquetFile:
-    """Opens a roll-out file; raises RecipeError for a file that is cut short or is not parquet."""
+    """Open a roll-out file. Raises RecipeError for a truncated file and for one that is not parquet."""
     try:
         return parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise RecipeError(f"{str(path)!r} is not a whole parquet file ({' '.join(str(error).split())}): remove it") from None
+        raise RecipeError(f"{str(path)!r} is not a complete parquet file ({' '.join(str(error).split())}): remove it") from None
 
 
 def read_entropies(file: parquet.ParquetFile, *, at_most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Entropies (fp32, nats) and fork mask (bool) of the file's response tokens, read by row group until `at_most` tokens are there.
+    """Entropies (fp32, nats) and fork mask (bool) of the file's first `at_most` response tokens, read one row group at a time.
 
-    Prompts lie in the file in the order they were drawn, so the first tokens are a fair sample of the step.
+    Prompts are stored in the order in which they were drawn, so the first tokens are a fair sample of the step.
     """
     entropies, masks, tokens = [], [], 0
     for group in range(file.num_row_groups):
@@ -127,7 +127,7 @@ def read_entropies(file: parquet.ParquetFile, *, at_most: int) -> tuple[np.ndarr
 
 
 def read_rows(file: parquet.ParquetFile, wanted: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows with these indices, in the order asked for; only the row groups that hold them are read."""
+    """The rows with these indices, in the given order; only the row groups that hold them are read."""
     rows: dict[int, dict[str, Any]] = {}
     start = 0
     for group in range(file.num_row_groups):

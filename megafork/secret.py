@@ -1,4 +1,4 @@
-"""The secret of a job, in its environment: by it the ranks of several machines, and roll-out servers and their trainer, know each other."""
+"""A job's secret, read from the environment: it authenticates ranks on several machines, and roll-out servers and their trainer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _SHORTEST = 16
 
 
 def secret() -> str | None:
-    """That of this process; None without one. Raises RecipeError for one that is soon guessed, or that no HTTP header can carry."""
+    """This process's secret, or None. Raises RecipeError for one that is too short or that an HTTP header cannot carry."""
     found = os.environ.get(NAME)
     if not found:
         return None
     if len(found) < _SHORTEST or not (found.isascii() and found.isprintable()) or " " in found:
-        raise RecipeError(f"{NAME} has {len(found)} characters: it needs {_SHORTEST} or more, of ASCII and without spaces; {FIX}")
+        raise RecipeError(f"{NAME} has {len(found)} characters: it needs {_SHORTEST} or more, all ASCII and no spaces; {FIX}")
     return found
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`: `localhost`, or an address of the loopback.
+    """Whether only this machine can reach `host`: `localhost` or a loopback address.
 
-    Another name is not looked up: many a machine knows its own by the loopback, under which others still reach it elsewhere.
+    Other names are not looked up: many machines resolve their own name to the loopback, though others reach them at another address.
     """
     try:
         address = ipaddress.ip_address(host)

@@ -1,26 +1,26 @@
-# What all batch scripts share: environment, pre-flight, and a run that outlives time limits, lost nodes and hangs.
+# Shared by all batch scripts: environment, pre-flight, and a run that survives time limits, lost nodes and hangs.
 # Sourced in the directory in which sbatch was called: the repository's root (or `sbatch --chdir ROOT`).
 #
 # Settings, all optional, from the environment in which sbatch is called:
-#   RECIPE             another recipe than the script's own; MEGAFORK_COMMAND: sft instead of train
-#   MEGAFORK_IMAGE     container image (needs the pyxis plugin); MEGAFORK_MOUNTS: what it sees besides this directory, A:B,C:D
-#   MEGAFORK_VENV      virtual environment where there is no container (.venv)
-#   MEGAFORK_LOGS      where each job makes its folder, on a file system that all nodes share (logs)
-#   MEGAFORK_HANG_S    seconds without an ended step after which a run is taken for hanging (5400)
-#   MEGAFORK_RETRIES   how often in a row a job is queued again after a failure or a hang (3)
+#   RECIPE             a recipe instead of the script's own; MEGAFORK_COMMAND: sft instead of train
+#   MEGAFORK_IMAGE     container image (needs the pyxis plugin); MEGAFORK_MOUNTS: mounts in addition to this directory, A:B,C:D
+#   MEGAFORK_VENV      virtual environment, without a container (.venv)
+#   MEGAFORK_LOGS      parent of the jobs' folders, on a file system that all nodes share (logs)
+#   MEGAFORK_HANG_S    seconds without a completed step after which a run counts as hanging (5400)
+#   MEGAFORK_RETRIES   how many times in a row a job is requeued after a failure or a hang (3)
 #   MEGAFORK_CPU       1: ranks without GPUs, for trying out
-# What is the cluster's own (modules, NCCL_SOCKET_IFNAME, mounts) goes into slurm/site.sh.
+# Cluster-specific settings (modules, NCCL_SOCKET_IFNAME, mounts) go into slurm/site.sh.
 
 set -euo pipefail
 if [[ -f slurm/site.sh ]]; then source slurm/site.sh; fi
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1          # Megatron overlaps communication by the order of launches
-export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1   # TE reads it when it is imported; without it its scales differ from vLLM's
+export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1   # TE reads it on import; without it its scales differ from vLLM's
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}    # hundreds of ranks must not ask the hub; the pre-flight says what its cache lacks
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}    # hundreds of ranks must not query the hub; the pre-flight reports what its cache lacks
 export PYTHONUNBUFFERED=1
-# By it the job's ranks and roll-out servers know each other; srun hands it on.
+# The job's ranks and roll-out servers authenticate each other with it; srun passes it on.
 export MEGAFORK_SECRET=${MEGAFORK_SECRET:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')}
 MEGAFORK_JOB=$(realpath -m "${MEGAFORK_LOGS:-logs}")/$SLURM_JOB_ID
 export MEGAFORK_JOB
@@ -35,8 +35,8 @@ else
     PATH=$(realpath -m "${MEGAFORK_VENV:-.venv}")/bin:$PATH
 fi
 
-# run train|sft RECIPE [section.key=value ...]: check, train, and be queued again as long as there is reason to. Ends the script.
-# In a job of two parts (sbatch OPTIONS : OPTIONS script) the second part's tasks are roll-out servers.
+# run train|sft RECIPE [section.key=value ...]: check, train, and requeue the job if needed. Ends the script.
+# In a job of two parts (sbatch OPTIONS : OPTIONS script) the tasks of the second part are roll-out servers.
 run() {
     local nodes=$SLURM_JOB_NUM_NODES ranks=$SLURM_NTASKS cpus=${SLURM_CPUS_PER_TASK:-} servers=() trainer=("${STEP[@]}")
     if ((${SLURM_HET_SIZE:-1} > 1)); then
@@ -44,7 +44,7 @@ run() {
         servers=("rollout.servers=[$(server_addresses)]")
         trainer+=(--het-group=0)
     fi
-    trainer+=(--cpus-per-task="${cpus:-1}")   # srun does not take it from sbatch
+    trainer+=(--cpus-per-task="${cpus:-1}")   # srun does not inherit it from sbatch
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): megafork $1 $2 with $ranks ranks on $nodes nodes ${servers[*]}"
     rm -f "$MEGAFORK_JOB"/{stop,stopped,heartbeat} "$MEGAFORK_JOB"/rank_*.error
     trap ask_to_stop USR1
@@ -57,7 +57,7 @@ run() {
     watch $!
 }
 
-# Where the servers will be: http://HOST:PORT, as many a node as the job's second part has tasks there.
+# Addresses of the servers, http://HOST:PORT: one per task of the job's second part.
 server_addresses() {
     local host port addresses=()
     for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1"); do
@@ -68,22 +68,22 @@ server_addresses() {
     (IFS=, && echo "${addresses[*]}")
 }
 
-# A job that can't work ends within a minute. Exit code 2 is the pre-flight's own; others are srun's, when a node does not answer.
+# A job that can't work ends within a minute. Exit code 2 is the pre-flight's own; others are srun's, if a node does not answer.
 preflight_failed() {
-    if (($1 == 2)); then give_up 2 "the pre-flight found what is written above"; fi
+    if (($1 == 2)); then give_up 2 "the pre-flight found the problems above"; fi
     try_again "the pre-flight could not be started on every node (srun's exit code is $1)"
 }
 
-# Wait for the training step; end it when it hangs, or when it can't stop before the job's time is over.
+# Wait for the srun step that trains; end it if it hangs, or if it can't stop before the job's time limit.
 watch() {
     local step=$1 code=0 beat last="" since=$SECONDS hang=${MEGAFORK_HANG_S:-5400}
     while kill -0 "$step" 2>/dev/null; do
         sleep 2 &
-        wait $! || true   # unlike sleep, it ends when Slurm's signal comes
+        wait $! || true   # unlike sleep, wait returns when Slurm's signal arrives
         beat=$(cat "$MEGAFORK_JOB/heartbeat" 2>/dev/null || true)
         if [[ $beat != "$last" ]]; then last=$beat since=$SECONDS; fi
         if ((SECONDS - since > hang)); then failed "no step has ended for $hang s: a rank hangs"; fi
-        if ((SECONDS > ${time_over:-SECONDS})); then queue_again "the step did not end in time, and is run again from the last checkpoint"; fi
+        if ((SECONDS > ${time_over:-SECONDS})); then queue_again "the step did not end in time, and will be repeated from the last checkpoint"; fi
     done
     wait "$step" || code=$?
     if [[ -f $MEGAFORK_JOB/stopped ]]; then
@@ -95,23 +95,23 @@ watch() {
     exit 0
 }
 
-# Slurm's warning before the time limit, or before another job takes the nodes. The run saves a checkpoint after the step it is in.
+# On Slurm's warning before the time limit or a preemption: the run saves a checkpoint after its current step.
 ask_to_stop() {
     touch "$MEGAFORK_JOB/stop"
     local end
     end=$(about_job %e) || true
     if [[ $end == *T* ]]; then time_over=$((SECONDS + $(date --date="$end" +%s) - $(date +%s) - 60)); fi
-    say "asked to stop; the job's time is over at $end"
+    say "asked to stop; the job's time ends at $end"
 }
 
-# A run that ended no step in this start will not end one in the next.
+# A run that completed no step after this start will not complete one after the next.
 failed() {
     if [[ -f $MEGAFORK_JOB/heartbeat ]]; then try_again "$1"; fi
-    give_up 1 "before the end of a step, $1"
+    give_up 1 "before the first step ended, $1"
 }
 
 try_again() {
-    echo "$(date '+%F %T') ${1%%$'\n'*}" >>"$MEGAFORK_JOB/failures"   # a line each
+    echo "$(date '+%F %T') ${1%%$'\n'*}" >>"$MEGAFORK_JOB/failures"   # one line per failure
     local failures
     failures=$(wc -l <"$MEGAFORK_JOB/failures")
     if ((failures > ${MEGAFORK_RETRIES:-3})); then give_up 1 "$1; this was failure $failures in a row"; fi
@@ -122,7 +122,7 @@ queue_again() {
     local state
     state=$(about_job %T)
     if [[ $state == CANCELLED || $state == COMPLET* ]]; then give_up 1 "$1; the job was cancelled meanwhile"; fi
-    say "$1; queued again, to continue from the last checkpoint"
+    say "$1; queued again, to resume from the last checkpoint"
     insist scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
@@ -132,10 +132,10 @@ give_up() {
     exit "$1"
 }
 
-# One of squeue's fields. A job of two parts has a line for each.
+# A field of squeue. A job of two parts has one line per part.
 about_job() { insist squeue --noheader --jobs="$SLURM_JOB_ID" --format="$1" | head -n 1; }
 
-# Slurm's commands fail while its controller is busy or starts again: ask for two minutes.
+# Slurm's commands fail while its controller is busy or restarting: retry for two minutes.
 insist() {
     local until=$((SECONDS + 120))
     until "$@"; do
@@ -144,11 +144,11 @@ insist() {
     done
 }
 
-# Why the first rank failed that did. One rank's failure makes the others lose their connection: their errors come later.
+# The error of the first rank that failed. The others then lose their connection: their errors come later.
 first_error() {
     local file
     file=$(grep --with-filename --only-matching '"time_ns": [0-9]*' "$MEGAFORK_JOB"/rank_*.error 2>/dev/null | sort --field-separator=: --key=3 -n | head -n 1)
-    if [[ -z $file ]]; then echo "no rank could say why"; return; fi
+    if [[ -z $file ]]; then echo "no rank recorded a reason"; return; fi
     file=${file%%:*}
     printf '%s\n%b' "$(basename "$file" .error)" "$(sed 's/^{"message": "//; s/", "timestamp": .*//; s/\\"/"/g' "$file")"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# avg@k and pass@k of a model on one node. From the repository's root; what follows the script goes to `megafork eval`:
+# avg@k and pass@k of a model on one node. Run it from the repository's root; arguments go to `megafork eval`:
 #   sbatch slurm/evaluate.sh runs/qwen3_32b_fork/hf --benchmarks aime24,aime25
 #SBATCH --job-name=megafork-eval
 #SBATCH --nodes=1

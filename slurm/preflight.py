@@ -1,9 +1,9 @@
-"""One look at a node before the ranks start: srun runs it once on each node of a job. Whatever is wrong is a line; exit code 1 then.
+"""Check a node before the ranks start: srun runs it once on each node of a job. Each problem is one line, and the exit code is then 1.
 
 python slurm/preflight.py RANKS train|sft RECIPE [section.key=value ...]
 
-The first node also checks what all nodes share, and writes the resolved recipe into the job's folder: what was checked is what the
-ranks read, whatever becomes of the file while the job runs.
+The first node also checks what all nodes share, and writes the resolved recipe into the job's folder: the ranks read exactly what was
+checked, even if the recipe file changes while the job runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megafork.recipe_file import load_recipe
 from megafork.shape import read_shape
 
 FREE_GPU = 0.9
-"""Share of a GPU's memory that must be free: less means that somebody else's process is on it."""
+"""Share of a GPU's memory that must be free: less means that another process is using it."""
 
 
 def main(ranks: int, command: Command, file: str, overrides: list[str]) -> int:
@@ -41,7 +41,7 @@ def main(ranks: int, command: Command, file: str, overrides: list[str]) -> int:
     try:
         recipe = load_recipe(file, overrides)
     except RecipeError as error:
-        return _say([str(error)] if first else [])  # every node would say the same
+        return _say([str(error)] if first else [])  # every node would report the same
     try:
         local = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": local_model(recipe.model.path)})})
         problems = list(_node(recipe, ranks)) or list(_shared(local, command, ranks) if first else ())
@@ -61,9 +61,9 @@ def _say(problems: list[str]) -> int:
 
 
 def _node(recipe: Recipe, ranks: int) -> Iterator[str]:
-    """What may be wrong with this node alone."""
+    """Problems of this node alone."""
     if not _job_folder().is_dir():
-        yield f"{_job_folder()} is not there: put MEGAFORK_LOGS on a file system that all nodes share"
+        yield f"{_job_folder()} does not exist: put MEGAFORK_LOGS on a file system that all nodes share"
     for finding in examine(recipe):
         if finding.needed and not finding.ok:
             yield f"{finding.name}: {finding.found or 'nothing'}: {finding.cost}"
@@ -72,10 +72,10 @@ def _node(recipe: Recipe, ranks: int) -> Iterator[str]:
 
 
 def _gpus(wanted: int) -> Iterator[str]:
-    """One a rank, each of them free and working."""
+    """One GPU per rank, each free and working."""
     there = torch.cuda.device_count()
     if there < wanted:
-        yield f"{there} GPUs for {wanted} ranks: look at nvidia-smi, or set MEGAFORK_CPU=1 to try out without GPUs"
+        yield f"{there} GPUs for {wanted} ranks: check nvidia-smi, or set MEGAFORK_CPU=1 to try out without GPUs"
     for index in range(there):
         try:
             free, total = torch.cuda.mem_get_info(index)
@@ -84,11 +84,11 @@ def _gpus(wanted: int) -> Iterator[str]:
             yield f"GPU {index} does not work: {' '.join(str(error).split())[:200]}"
             continue
         if free < FREE_GPU * total:
-            yield f"GPU {index} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process is on it"
+            yield f"GPU {index} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process is using it"
 
 
 def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
-    """What is the same for all nodes: layout, model, data, the run's checkpoint, and room for the next ones. Raises RecipeError."""
+    """Problems that all nodes share: layout, model, data, the run's checkpoint, and disk space for the next ones. Raises RecipeError."""
     commands.preflight(command, recipe, ranks)
     if torch.cuda.is_available() and os.environ.get("MEGAFORK_CPU") != "1":
         gpu = gpu_here(torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1])
@@ -98,24 +98,24 @@ def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
     free = shutil.disk_usage(folder).free
     if free < needed:
         yield (
-            f"{folder} has {free / 1e9:.0f} GB free, and checkpoints and the exported model of run {recipe.run.name!r} take "
-            f"{needed / 1e9:.0f} GB more: make room, choose another run.folder, or a smaller checkpoint.keep_last"
+            f"{folder} has {free / 1e9:.0f} GB free, but checkpoints and the exported model of run {recipe.run.name!r} need "
+            f"{needed / 1e9:.0f} GB more: free some space, or choose another run.folder or a smaller checkpoint.keep_last"
         )
 
 
 def does_not_fit(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[str]:
-    """What `megafork plan` finds too large for the GPUs, and which keys would mend it. It knows no supervised runs, which have no vLLM."""
+    """Whether `megafork plan` finds the run too large for the GPUs, and which keys would fix it. Supervised runs are not planned."""
     if command == "sft":
         return
     plan = make_plan(read_shape(Path(recipe.model.path)), recipe, ranks, gpu)
     if not plan.fits:
         lines = [Text.from_markup(line).plain for line in verdict(plan)]
-        yield f"{'; '.join(lines)}; `megafork plan` shows the whole of it"
+        yield f"{'; '.join(lines)}; `megafork plan` shows the details"
 
 
 def _bytes_to_write(recipe: Recipe) -> int:
-    """Weights, and fp32 main weights with two moments of Adam, for each checkpoint that is not there yet; the newest is written before
-    the oldest goes."""
+    """Bytes for weights, fp32 main weights and Adam's two moments of each checkpoint still to be written; the newest is written before the
+    oldest is deleted."""
     from megafork.weights.checkpoint import complete  # imports Megatron, which only the first node needs
     from megafork.weights.mapping import huggingface_shapes
 

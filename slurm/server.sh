@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# srun starts one of these a roll-out server. The servers of a node share its GPUs and have ports of their own, from 8000 on.
-# One that ends is started again: the trainer goes on with the others meanwhile, and takes it back with the current weights.
+# srun starts one of these per roll-out server. The servers of a node share its GPUs and have consecutive ports from 8000.
+# A server that ends is restarted: meanwhile the trainer continues with the others, and then takes it back with the current weights.
 exec >>"$MEGAFORK_JOB/server_$SLURM_PROCID.log" 2>&1
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 servers_here=${SLURM_STEP_TASKS_PER_NODE%%[^0-9]*}

@@ -219,4 +219,7 @@ def _serve(port: int, habits: Habits) -> None:
 
 def complete(engine: ServerEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
     """As the trainer asks: in a thread, which every rank attends to."""
-    return engine.attend(Background().begin(partial(engine.generate, requests, sampling)))
+    ended: dict[int, Completion] = {}
+    completions = engine.attend(Background().begin(partial(engine.generate, requests, sampling, ended.__setitem__)))
+    assert ended == dict(enumerate(completions)), "each is told of as it ends"
+    return completions

@@ -70,11 +70,11 @@ def test_trials_are_the_recipes_with_each_seed(recipes: list[str]) -> None:
 
 REFUSED = {
     ("train.steps=5",): "RECIPE is missing",
-    ("top.yaml", "run.seed=5"): "override 'run.seed=5' is what makes the trials: give --seeds and --out instead",
+    ("top.yaml", "run.seed=5"): "override 'run.seed=5' is set for each trial: give --seeds and --out instead",
     ("top.yaml", "./top.yaml"): "RECIPE 'top' is given twice",
     ("top.yaml", "nowhere.yaml"): "does not exist",
-    ("top.yaml", "data.eval=null"): "data.eval of 'top' is empty",
-    ("top.yaml", "other.yaml"): "data.eval or the section eval of 'other' is not as in 'top'",
+    ("top.yaml", "data.eval=null"): "data.eval of 'top' is unset",
+    ("top.yaml", "other.yaml"): "data.eval or the section eval of 'other' differs from 'top'",
     ("top.yaml", "forks.select=none"): "forks.select is 'none'",
 }
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_compared(arguments: tuple[str, ...], recipes: list[str])
 
 @pytest.mark.parametrize("seeds", ["", "1,1", "1,,2", "-1", "one", "01,1"])
 def test_wrong_seeds(seeds: str) -> None:
-    with pytest.raises(RecipeError, match=r"--seeds is .*: give different whole numbers such as 1,2,3"):
+    with pytest.raises(RecipeError, match=r"--seeds is .*: give distinct integers such as 1,2,3"):
         AblationOptions.parse(["top.yaml"], seeds, "out")
 
 
@@ -196,7 +196,7 @@ def test_held_out_prompts_that_are_others_between_runs(recipes: list[str]) -> No
         write_run(trial, [0.0, 0.5], [0.5, 0.5])
         [file] = (trial.recipe.run_folder / "evaluations").iterdir()
         file.write_text(json.dumps({**json.loads(file.read_text()), "problems": problems}))
-    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered other prompts"):
+    with pytest.raises(RecipeError, match=r"^data\.eval has changed between runs: 'out/top-seed_1' and .* answered different prompts"):
         summarise(options, trials, {})
 
 
@@ -205,7 +205,7 @@ def test_recipes_whose_held_out_prompts_would_differ_are_refused_before_any_trai
     held_out = (tmp_path / "held_out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text() + held_out[0])
     Path("all.yaml").write_text(f"extends: top.yaml\ndata: {{train: {tmp_path / 'more.jsonl'}}}\n")
-    with pytest.raises(RecipeError, match=r"^data.eval shares prompts with data.train, and not the same ones in top and all"):
+    with pytest.raises(RecipeError, match=r"^data.eval shares prompts with data.train, and different ones in top and all"):
         commands.ablate(AblationOptions.parse(recipes, "1", "out"))
     assert not Path("out").exists()
 
@@ -245,7 +245,7 @@ def test_real_trials_are_killed_fail_and_go_on(recipes: list[str], tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.splitlines()[-1] == "stopped by SIGINT; the same command continues"
+    assert errors.splitlines()[-1] == "stopped by SIGINT; the same command resumes the run"
     assert not every.exists(), "nor did the next trial begin"
 
     (every / "metrics.jsonl").mkdir(parents=True)  # which the run can't write to

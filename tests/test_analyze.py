@@ -300,15 +300,17 @@ def test_wrong_settings(task: Path, tmp_path: Path) -> None:
         ({"rho": 0.0}, r"--rho is 0\.0: must be above 0 and at most 1"),
         ({"temperature": 0.0}, r"--temperature is 0\.0: must be between 0\.01 and 100; greedy tokens have no entropy"),
         ({"samples": 0}, "--samples is 0: must be at least 1"),
-        ({"ranks": 3, "tp": 2}, "--ranks is 3, no multiple of --tp x --pp x --cp = 2"),
+        ({"seed": 1 << 63}, "--seed is 9223372036854775808: must be from 0 to 9223372036854775807"),
+        ({"kv_cache_mb": 0}, "--kv-cache-mb is 0: must be from 1 to 16777216"),
+        ({"ranks": 3, "tp": 2}, "--ranks is 3, not a multiple of --tp x --pp x --cp = 2"),
         ({"tp": 3}, "^--tp is 3 but the model has 4 attention heads"),
         ({"model": "./nowhere"}, "MODEL is './nowhere': no such folder"),
         ({"prompts": "nowhere.jsonl"}, "--prompts is 'nowhere.jsonl': no such file"),
         ({"max_tokens": 600}, "--max-tokens is 600 and the longest prompt has 4 tokens, but the model knows 512 positions"),
-        ({"against": (model,)}, "two models are called 'model': name one of them, as in LABEL=MODEL"),
-        ({"against": (f"a/b={model}",)}, "'a/b' names a file"),
-        ({"against": (str(wider),)}, "--against wider .* is of another shape than model"),
-        ({"against": (str(words),)}, "--against words is of another vocabulary .*: compare checkpoints of one model"),
+        ({"against": (model,)}, "two models are named 'model': label one of them by LABEL=MODEL"),
+        ({"against": (f"a/b={model}",)}, "'a/b' is used as a file name"),
+        ({"against": (str(wider),)}, "--against wider .* has a different shape than model"),
+        ({"against": (str(words),)}, "--against words has a different vocabulary .*: compare checkpoints of one model"),
     ):
         with pytest.raises(RecipeError, match=message) as caught:
             read_inputs(_options(task, **changes))

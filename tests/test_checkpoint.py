@@ -14,6 +14,7 @@ from training import STEPS, Rig
 
 from megafork.recipe import Recipe, RecipeError
 from megafork.weights.checkpoint import Checkpoints, complete, read_state
+from megafork.weights.optimizer_state import optimizer_content
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
@@ -138,3 +139,21 @@ def test_every_rank_skips_an_update_without_finite_gradients(parallel: Any, dtyp
     spec = _spec(save_model(tmp_path), {"parallel": parallel, "precision": {"dtype": dtype}, "optimizer": {"overlap": overlap, "lr": 0.1}})
     for seen in on_ranks(2, _skip, spec):
         assert seen == [(0.0, True, 0), (1.0, False, 1), (1.0, False, 2), (0.0, True, 0)]
+
+
+def _sizes(spec: Recipe, folder: Path) -> tuple[int, int, int]:
+    """Bytes that each rank of two replicas writes, at most holds of the optimizer for it, and has of it in all."""
+    rig = Rig(spec)
+    rig.step(0)
+    checkpoints = Checkpoints(folder, rig.mesh, keep_last=2)
+    content = optimizer_content(rig.learner.optimizer, {"model": rig.learner.chunks[0].sharded_state_dict()}, loading=False)
+    kept = sum(tensor.data.numel() for state in content["param_state"].values() for tensor in state.values() if hasattr(tensor, "data"))
+    checkpoints.save(1, rig.learner.chunks, rig.learner.optimizer, {})
+    written = sum(file.stat().st_size for file in (folder / "step_000001").glob(f"__{rig.mesh.rank}_*"))
+    return written, kept, 3 * sum(parameter.numel() for parameter in rig.learner.chunks[0].parameters())
+
+
+def test_every_replica_writes_and_holds_its_share_alone(tmp_path: Path) -> None:
+    (one, kept, every), (other, kept_other, _) = on_ranks(2, _sizes, _spec(save_model(tmp_path / "m"), {}), tmp_path / "checkpoints")
+    assert kept + kept_other == every and max(kept, kept_other) < 0.6 * every, "no rank gathers the whole optimizer"
+    assert max(one, other) < 0.6 * (one + other), "both write"

@@ -125,7 +125,7 @@ def test_a_tokenizer_of_another_model(task: Path) -> None:
 
 
 ROWS = {
-    '{"prompt": "max 1 2 ="}': 'data.train: train.jsonl line 1 has no answer (its fields: prompt): give it an "answer", name the column',
+    '{"prompt": "max 1 2 ="}': 'data.train: train.jsonl line 1 has no answer (its fields: prompt): give it an "answer", name the answer',
     "": "data.train is 'train.jsonl': it has no rows; give a dataset with at least one prompt",
     '{"prompt": "max 1 2 =", "answer": "2"': "data.train: train.jsonl line 1 is not valid JSON",
 }
@@ -138,7 +138,7 @@ def test_wrong_rows(rows: str, task: Path) -> None:
 
 
 def test_supervised_rows_that_are_too_long_or_have_no_response(task: Path) -> None:
-    assert "train.jsonl line 1 has a response of 2 tokens with its end, rollout.max_response_length is 1" in refused(
+    assert "train.jsonl line 1 has a response of 2 tokens with its end token, rollout.max_response_length is 1" in refused(
         "rollout.max_response_length=1", command="sft"
     )
     (task / "train.jsonl").write_text('{"prompt": "max 1 2 =", "answer": "2"}')
@@ -155,7 +155,7 @@ def test_an_objective_that_cannot_be_computed(task: Path) -> None:
 
 def test_a_verifier_that_cannot_be_loaded(task: Path) -> None:
     (task / "mine.py").write_text("import nonsense\ndef score(text, row): return 1")
-    assert "it cannot be loaded; mend the file or its imports (ModuleNotFoundError: No module named 'nonsense')" in refused(
+    assert "it cannot be loaded; fix the file or its imports (ModuleNotFoundError: No module named 'nonsense')" in refused(
         "reward.verifier=mine.py:score"
     )
     (task / "mine.py").write_text("def score(text, row): return 1")
@@ -291,4 +291,4 @@ def test_convert(tmp_path: Path) -> None:
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     wrong = subprocess.run(back, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert (wrong.returncode, wrong.stderr) == (2, "megafork: DST is 'back': it is there already; delete it, or choose another name\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "megafork: DST is 'back': it already exists; delete it, or choose another name\n")

@@ -74,7 +74,7 @@ def test_what_cannot_be_compared(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"metrics\.jsonl' does not exist"):
         write_comparison([runs[0], tmp_path / "nowhere"])
     (tmp_path / "two" / "metrics.jsonl").write_text("")
-    with pytest.raises(RecipeError, match=r"two/metrics\.jsonl' holds no whole line"):
+    with pytest.raises(RecipeError, match=r"two/metrics\.jsonl' has no complete line"):
         write_comparison(runs)
 
 

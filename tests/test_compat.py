@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from ranks import free_port, on_ranks
 from responses import make_responses
-from tiny import TINY, recipe, save_model
+from tiny import TINY, FolderWeights, recipe, save_model
 
 from megafork.compat import megatron as megatron_fixes
 from megafork.compat import noise
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat.cpu import CpuRngTracker
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.colocated import ColocatedEngine
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling, request_seed
 from megafork.shape import read_shape
 from megafork.train.learner import Learner
@@ -125,7 +126,7 @@ def _learner(spec: Recipe) -> tuple[Learner, Mesh]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     folder = Path(spec.model.path)
     shape = read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     return Learner(chunks, spec, mesh, updates=9), mesh
 
@@ -273,9 +274,8 @@ def _shared_memory() -> list[str]:
     return sorted({line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line})
 
 
-def _refit_and_sample(engine: ColocatedEngine, folder: Path) -> list[float]:
-    source = HuggingFaceWeights(folder)
-    engine.refit(((name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())), version=1)
+def _refit_and_sample(engine: ColocatedEngine) -> list[float]:
+    engine.refit(1)
     [completion] = engine.generate([Request([5, 6, 7], seed=3)], Sampling(max_tokens=8))
     return completion.log_probs
 
@@ -292,13 +292,16 @@ def _engine_life(spec: Recipe, folders: list[Path], port: int) -> dict[str, Any]
     cleanup, finish = core.cleanup_dist_env_and_memory, vllm_fixes.finish_tied_heads
     torch.manual_seed(11)
     before = _process_state()
-    engine = ColocatedEngine(spec, mesh)
+    weights = FolderWeights(folders[0])
+    engine = ColocatedEngine(EngineConfig.of(spec), mesh, weights)
     seen: dict[str, Any] = {"changed": _changed(before), "shared memory": _shared_memory()}
-    seen["first"], seen["second"], seen["first again"] = (_refit_and_sample(engine, folder) for folder in (*folders, folders[0]))
+    for name, weights.folder in zip(("first", "second", "first again"), (*folders, folders[0]), strict=True):
+        seen[name] = _refit_and_sample(engine)
     vllm_fixes.finish_tied_heads = lambda model: None
-    seen["second unfinished"] = _refit_and_sample(engine, folders[1])
+    weights.folder = folders[1]
+    seen["second unfinished"] = _refit_and_sample(engine)
     vllm_fixes.finish_tied_heads = finish
-    arguments = engine._arguments(spec, mesh)
+    arguments = engine._arguments(EngineConfig.of(spec), mesh)
     engine.close()
     seen["group after close"] = dist.is_initialized()
 
@@ -340,9 +343,8 @@ def _together_and_alone(spec: Recipe, port: int, patched: bool) -> Any:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     if not patched:
         vllm_fixes.put_generators_aside = lambda: None
-    engine = ColocatedEngine(spec, mesh)
-    source = HuggingFaceWeights(Path(spec.model.path))
-    engine.refit(((name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())), 1)
+    engine = ColocatedEngine(EngineConfig.of(spec), mesh, FolderWeights(Path(spec.model.path)))
+    engine.refit(1)
     requests = [Request([(7 * n + place * (n + 1)) % 99 for place in range(400)], request_seed(1, n)) for n in range(24)]
     sampling = Sampling(max_tokens=6, temperature=1.0)
     try:

@@ -24,7 +24,7 @@ from training import Rig
 from megafork.convert.convert import Converted, hf_to_megatron, megatron_to_hf
 from megafork.convert.sources import open_source
 from megafork.convert.verify import VerifyError, compare_logits, compare_tensors
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.shape import read_shape
@@ -132,7 +132,7 @@ def _load_and_compare(spec: Recipe, folder: Path) -> list[str]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     source = HuggingFaceWeights(Path(spec.model.path))
     shape = read_shape(source.folder)
-    loaded, wanted = build_policy(shape, spec, mesh), build_policy(shape, spec, mesh)
+    loaded, wanted = build_policy(shape, PolicyConfig.of(spec), mesh), build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(wanted, source, shape, mesh)
     for parameter in local_parameters(loaded).values():
         parameter.data.fill_(7.0)
@@ -213,7 +213,7 @@ def test_verify_compares_logits(architecture: str, tmp_path: Path) -> None:
     one, two = (save_model(tmp_path / str(seed), architecture, seed=seed, tie_word_embeddings=False) for seed in (1, 2))
     assert on_ranks(1, partial(_verified, tp=2, pp=2), hf_to_megatron, one, tmp_path / "megatron")[0] < 1e-4
     assert on_ranks(1, partial(_verified, dtype="bf16"), hf_to_megatron, one, tmp_path / "bf16")[0] < 1e-4, "of rounded weights"
-    assert on_ranks(1, _fault, two, tmp_path / "megatron")[0].startswith("--verify: the logits of Megatron and of transformers differ by")
+    assert on_ranks(1, _fault, two, tmp_path / "megatron")[0].startswith("--verify: the logits of Megatron and transformers differ by")
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.self_attn.k_proj.weight"])
@@ -224,7 +224,7 @@ def test_verify_sees_one_bit(name: str, tmp_path: Path) -> None:
     compare_tensors(open_source(source, keep=True), open_source(tmp_path / "megatron", keep=True), lambda done: None)
     tensors[name].view(torch.int16).view(-1)[5] ^= 1
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(VerifyError, match=f"^--verify: {name}: read back, not what was written"):
+    with pytest.raises(VerifyError, match=f"^--verify: {name}: differ from the source when read back"):
         compare_tensors(open_source(source, keep=True), open_source(tmp_path / "megatron", keep=True), lambda done: None)
 
 
@@ -271,7 +271,7 @@ def test_several_dtypes_are_converted_when_told_so(source: Path, tmp_path: Path)
     [
         ({"tp": 3}, r"^--tp is 3 but the model's attention has 128 rows: choose a tp that divides them"),
         ({"pp": 3}, r"^--pp is 3, but the model has 4 layers"),
-        ({"tp": 0}, r"^--tp is 0 and --pp is 1: both are 1 or more"),
+        ({"tp": 0}, r"^--tp is 0 and --pp is 1: both must be 1 or more"),
     ],
 )
 def test_a_layout_that_does_not_fit(changes: dict[str, int], message: str, source: Path, tmp_path: Path) -> None:
@@ -281,9 +281,9 @@ def test_a_layout_that_does_not_fit(changes: dict[str, int], message: str, sourc
 
 
 def test_sources_and_targets_that_are_not(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"^DST is .*in': it is there already"):
+    with pytest.raises(RecipeError, match=r"^DST is .*in': it already exists"):
         hf_to_megatron(source, source)
-    with pytest.raises(RecipeError, match=r"^DST is .*in': it is there already"):
+    with pytest.raises(RecipeError, match=r"^DST is .*in': it already exists"):
         megatron_to_hf(tmp_path / "megatron", source)
     for convert in (hf_to_megatron, megatron_to_hf):
         with pytest.raises(RecipeError, match=r"^SRC is .*nowhere': no such folder"):
@@ -323,7 +323,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], bool, str]] = {  # what is done, 
     "index lost, no sums": (lambda folder: (folder / ".metadata").unlink(), False, r"damaged: it has no \.metadata"),
     "index cut, no sums": (lambda folder: _cut(folder / ".metadata"), False, r"damaged: its index cannot be read"),
     "other format, no sums": (lambda folder: _edit_json(folder / "metadata.json", sharded_backend="zarr"), False, r"its format is 'zarr'"),
-    "config lost": (lambda folder: shutil.rmtree(folder / "hf"), False, r"does not say which model it is of; put .* into '.*/hf'"),
+    "config lost": (lambda folder: shutil.rmtree(folder / "hf"), False, r"does not name its model; put .* into '.*/hf'"),
 }
 
 

@@ -94,7 +94,7 @@ def test_verify_sees_another_scale(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight_scale_inv"][0, 0] *= 1.2
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(VerifyError, match=r"^--verify: model\.layers\.1\.mlp\.down_proj\.weight: not the source's"):
+    with pytest.raises(VerifyError, match=r"^--verify: model\.layers\.1\.mlp\.down_proj\.weight: differ from the source's"):
         compare_blocks(open_source(source, keep=True), folder, lambda done: None)
 
 

@@ -179,7 +179,7 @@ def test_of_several_templates_the_default_is_taken_or_their_names_are_said(tmp_p
     source = write(tmp_path / "rows.jsonl", [{"prompt": "1?", "answer": 1}])
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "with", chat_template=[*named, {"name": "default", "template": "D"}]))
     assert load(source, tokenizer, template="chat")[0].text == "D"
-    with pytest.raises(RecipeError, match=r"has several chat templates \(math, tool_use\) and none is called default"):
+    with pytest.raises(RecipeError, match=r"has several chat templates \(math, tool_use\) and none is named default"):
         load(source, load_tokenizer(write_tokenizer(tmp_path / "without", chat_template=named)), template="chat")
 
 
@@ -339,7 +339,7 @@ def test_duplicates_go_by_the_final_text_and_the_first_stays(tokenizer: Tokenize
     remarks: list[str] = []
     assert [(p.index, p.row["answer"]) for p in load(source, tokenizer, remarks=remarks)] == [(0, "1"), (1, "2")]
     assert remarks == [
-        "data.train: 2 of 4 rows repeat a prompt and are left out, 1 of them with another answer (the first: rows.jsonl line 2)"
+        "data.train: 2 of 4 rows repeat a prompt and are dropped, 1 of them with a different answer (first: rows.jsonl line 2)"
     ]
     assert [p.row["answer"] for p in load(source, tokenizer, deduplicate=False, remarks=remarks)] == ["1", "9", "2", "1"]
     assert len(remarks) == 1
@@ -349,7 +349,7 @@ def test_a_supervised_row_repeats_another_only_with_its_response(tokenizer: Toke
     source = write(tmp_path / "rows.jsonl", [{"prompt": "1?", "response": text} for text in ("a", "b", "a")])
     remarks: list[str] = []
     assert [p.row["response"] for p in load(source, tokenizer, ("response",), remarks=remarks)] == ["a", "b"]
-    assert remarks == ["data.train: 1 of 3 rows repeat a prompt with its response and are left out"]
+    assert remarks == ["data.train: 1 of 3 rows repeat a prompt with its response and are dropped"]
 
 
 def test_held_out_prompts_count_once_and_not_if_they_are_trained_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -362,8 +362,8 @@ def test_held_out_prompts_count_once_and_not_if_they_are_trained_on(tokenizer: T
     left = without_training_prompts(held, trained, held_out, remarks.append)
     assert [(p.index, p.text) for p in left] == [(0, "3?"), (1, "4?")]
     assert remarks == [
-        "data.eval: 1 of 5 rows repeat a prompt with its answer and do not count again",
-        "data.eval: 2 of 4 prompts are training prompts too and are left out (the first: held.jsonl line 1 is train.jsonl line 3)",
+        "data.eval: 1 of 5 rows repeat a prompt with its answer and are not counted again",
+        "data.eval: 2 of 4 prompts are training prompts too and are dropped (first: held.jsonl line 1 is train.jsonl line 3)",
     ]
     assert without_training_prompts(left, trained, held_out, remarks.append) == left and len(remarks) == 2
     with pytest.raises(RecipeError, match=r"^data.eval is 'copy.jsonl': all its 3 prompts are training prompts too"):
@@ -375,7 +375,7 @@ def test_long_prompts_are_left_out_when_asked_and_counted(tokenizer: Tokenizer, 
     settings: dict[str, Any] = {"add_bos": False, "max_prompt_length": 9, "overlong_prompts": "drop"}
     remarks: list[str] = []
     assert [(p.index, p.text) for p in load(source, tokenizer, remarks=remarks, **settings)] == [(0, "1?"), (1, "2?")]
-    assert remarks == ["data.train: 2 of 4 rows have prompts over data.max_prompt_length=9 and are left out (the longest: 11 tokens)"]
+    assert remarks == ["data.train: 2 of 4 rows have prompts over data.max_prompt_length=9 and are dropped (longest: 11 tokens)"]
     with pytest.raises(
         RecipeError, match=r"rows.jsonl line 2 has a prompt of 10 tokens, over data.max_prompt_length=9: raise the limit, set"
     ):
@@ -405,11 +405,11 @@ GOOD = '{"prompt": "1?", "answer": 1}\n'
         (GOOD + "\n\n[1, 2]\n", "rows.jsonl line 4 is a list: it must be one JSON object"),
         (GOOD + '{"answer": 2}', r'rows.jsonl line 2 has no prompt \(its fields: answer\): give it a "prompt"'),
         (GOOD + '{"prompt": null, "answer": 2}', "rows.jsonl line 2 has no prompt"),
-        (GOOD + '{"question": "a", "problem": "b", "answer": 2}', 'line 2 has a "question" and a "problem" that differ: say which'),
+        (GOOD + '{"question": "a", "problem": "b", "answer": 2}', 'line 2 has a "question" and a "problem" that differ: name the'),
         (GOOD + '{"prompt": " ", "answer": 2}', "rows.jsonl line 2 has an empty prompt"),
         (GOOD + '{"prompt": [], "answer": 2}', "rows.jsonl line 2 has an empty prompt"),
         (GOOD + '{"prompt": 7, "answer": 2}', "rows.jsonl line 2 has a prompt that is neither text nor a list"),
-        (GOOD + '{"prompt": [{"role": "user", "content": ["x"]}], "answer": 2}', "line 2 has a prompt with a part without a text"),
+        (GOOD + '{"prompt": [{"role": "user", "content": ["x"]}], "answer": 2}', "line 2 has a prompt with a part without text"),
         (GOOD + '{"prompt": "2?"}', r"rows.jsonl line 2 has no answer \(its fields: prompt\)"),
         (GOOD + '{"prompt": "2?", "answer": ""}', r"rows.jsonl line 2 has no answer \(answer is ''\)"),
         (GOOD + '{"prompt": "2?", "reward_model": {"style": "rule"}}', "rows.jsonl line 2 has no answer"),

@@ -76,7 +76,7 @@ def test_a_recipe_that_fits_can_run(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "name", "mend"),
+    ("sections", "name", "fix"),
     [
         ({"run": {"ranks": 3}, "parallel": {"tp": 2}}, "ranks", "run.ranks is 3: set it to a multiple of 2"),
         ({"run": {"ranks": 3}, "rollout": {"tp": 2}}, "ranks", "rollout.tp is 2: set it to a divisor of 3"),
@@ -87,11 +87,11 @@ def test_a_recipe_that_fits_can_run(model: Path) -> None:
         ({"run": {"ranks": 1000}}, "memory for the ranks", "they need 800.0 GB"),
     ],
 )
-def test_a_recipe_that_cannot_run_names_field_and_mend(model: Path, sections: dict[str, dict[str, Any]], name: str, mend: str) -> None:
+def test_a_recipe_that_cannot_run_names_field_and_fix(model: Path, sections: dict[str, dict[str, Any]], name: str, fix: str) -> None:
     findings = examine(recipe(model.parent, **sections))
     assert not can_run(findings)
     assert not by_name(findings)[name].ok
-    assert mend in by_name(findings)[name].cost
+    assert fix in by_name(findings)[name].cost
 
 
 def test_a_model_folder_without_weights_is_not_a_model(model: Path) -> None:

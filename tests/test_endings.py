@@ -81,15 +81,15 @@ def test_what_a_supervised_run_lacks_at_its_end_is_made_good(task: Path) -> None
     (run / "metrics.jsonl").write_text("".join([lines[0], *lines[2:4]]))
     done = megafork("sft", "recipe.yaml", "train.steps=6", cwd=task)
     assert done.returncode == 0, done.stderr
-    assert "metrics.jsonl has no line of steps 2, 5 to 6, which the checkpoint holds" in done.stdout
+    assert "metrics.jsonl has no line for steps 2, 5 to 6, which the checkpoint includes" in done.stdout
     origin, new = _weights(run)
     assert origin == {"run": "run", "step": 6} and not old.equal(new)
     finished = megafork("sft", "recipe.yaml", "train.steps=6", cwd=task)
     assert finished.returncode == 0
-    assert "has all its 6 steps" in finished.stderr and "has no line of steps 2, 5 to 6" in finished.stderr
+    assert "has all its 6 steps" in finished.stderr and "has no line for steps 2, 5 to 6" in finished.stderr
     (run / "metrics.jsonl").unlink()
     finished = megafork("sft", "recipe.yaml", "train.steps=6", cwd=task)
-    assert finished.returncode == 0 and "has no line of steps 1 to 6" in finished.stderr
+    assert finished.returncode == 0 and "has no line for steps 1 to 6" in finished.stderr
 
 
 def test_what_a_run_lacks_at_its_end_is_made_good_and_nothing_listens_to_others(task: Path) -> None:
@@ -183,5 +183,5 @@ def test_a_stopped_run_leaves_no_process(task: Path) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stderr.splitlines()[-1] == "stopped by SIGTERM; the same command continues"
+    assert process.returncode == 1 and stderr.splitlines()[-1] == "stopped by SIGTERM; the same command resumes the run"
     assert psutil.wait_procs(family, timeout=10)[1] == []

@@ -236,7 +236,7 @@ def test_a_problem_that_a_file_repeats_is_one_problem(task: Path, tmp_path: Path
     once, many = load_benchmarks(words, Data(train="unused"), limit=None, reward=Reward(), tokenizer=tokenizer, remark=remarks.append)
     assert [(p.text, p.row["answer"]) for p in many.problems[:6]] == [(p.text, p.row["answer"]) for p in once.problems]
     assert len(many.problems) == 7, "the same prompt with another answer is another problem"
-    assert remarks == ["--benchmarks x32: 186 of 193 rows repeat a prompt with its answer and do not count again"]
+    assert remarks == ["--benchmarks x32: 186 of 193 rows repeat a prompt with its answer and are not counted again"]
 
 
 def test_a_benchmark_is_a_folder_or_a_glob_too(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_what_the_options_ask_for() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "k": ({"ks": (8,)}, "--k is 8 but --samples is 4: draw at least k samples, or choose a k between 1 and that"),
+    "k": ({"ks": (8,)}, "--k is 8 but --samples is 4: draw at least k samples, or choose k from 1 to that"),
     "greedy": (
         {"decodings": (Decoding(temperature=0.0),)},
         "--samples is 4 with greedy decoding (T 0): all are the same, give --samples 1",
@@ -332,6 +332,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"max_tokens": 600}, "--max-tokens is 600 and the longest prompt has 4 tokens, but the model knows 512 positions"),
     "ranks": ({"tp": 2, "ranks": 3}, "--tp is 2, which does not divide --ranks 3"),
     "tp": ({"tp": 3, "ranks": None}, "--tp is 3 but the model has 4 attention heads: choose a tp that divides them"),
+    "seed": ({"seed": -1}, "--seed is -1: must be from 0 to 9223372036854775807"),
+    "cache": ({"kv_cache_mb": 1 << 25}, "--kv-cache-mb is 33554432: must be from 1 to 16777216"),
     "verifier": ({"verifier": "maths"}, "--verifier is 'maths': did you mean 'math'?"),
     "model": ({"model": "./nowhere"}, "MODEL is './nowhere': no such folder"),
 }

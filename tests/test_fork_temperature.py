@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import free_port, on_ranks
-from tiny import PROMPTS, recipe, save_model
+from tiny import PROMPTS, FolderWeights, recipe, save_model
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.recipe import Recipe, RecipeError
 from megafork.rl.fork_temperature import PAPER_GRID, ForkTemperature, scale_logits, sweep, token_entropy
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling, request_seed
 
 vllm_fixes.prepare()
@@ -177,12 +179,10 @@ def _decode(spec: Recipe, folder: Path, samplings: list[Sampling], port: int) ->
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from megafork.parallel.mesh import build_mesh
     from megafork.rollout.colocated import ColocatedEngine
-    from megafork.weights.huggingface import HuggingFaceWeights
 
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    engine = ColocatedEngine(spec, mesh, fork_decoding=True)
-    source = HuggingFaceWeights(folder)
-    engine.refit(((name, source.read(name, (0, source.shape(name)[0]))) for name in source.names()), 0)
+    engine = ColocatedEngine(replace(EngineConfig.of(spec), fork_decoding=True), mesh, FolderWeights(folder))
+    engine.refit(0)
     requests = [Request(prompt, request_seed(1, n, s)) for n, prompt in enumerate(PROMPTS) for s in range(3)]
     answers = [engine.generate(requests, sampling) for sampling in samplings]
     with_an_interruption = engine.stream(requests, samplings[0])

@@ -17,7 +17,7 @@ from responses import LAYOUTS, Layout, Name, Token, by_token, joined, make_respo
 from tiny import recipe, save_model
 from torch import Tensor
 
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Forks, Recipe
 from megafork.rl.batch import MicroBatch, Response
@@ -211,7 +211,7 @@ def test_random_choice_is_uniform_and_independent_across_seeds_steps_groups_samp
 def _masks_at_temperature(spec: Recipe, responses: list[Response], temperature: float) -> tuple[Tensor, Tensor, float]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     shape, folder = read_shape(Path(spec.model.path)), Path(spec.model.path)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     micro = pack(responses, temperature=temperature)
     Learner(chunks, spec, mesh, updates=1).score([micro])

@@ -18,9 +18,9 @@ from training import Rig
 
 from megafork.commands import preflight
 from megafork.convert.convert import megatron_to_hf
-from megafork.model.fp8 import Quantized
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.weights.huggingface import write_folder
 from megafork.weights.refit import Bridge
@@ -34,12 +34,11 @@ def refitted_and_fresh(spec: Recipe, port: int) -> list[list[Completion]]:
     from megafork.rollout.colocated import ColocatedEngine
 
     rig = Rig(spec)
-    engine = ColocatedEngine(spec, rig.mesh)
-    bridge = Bridge(rig.learner.chunks, rig.shape, rig.mesh, spec.rollout.tp)
+    engine = ColocatedEngine(EngineConfig.of(spec), rig.mesh, Bridge(rig.learner.chunks, rig.shape, rig.mesh, spec.rollout.tp))
     for update in (1, 2):
         rig.step(update)
         rig.learner.settle()
-        engine.refit(Quantized(bridge, rig.shape), update)
+        engine.refit(update)
     weights = rig.weights()
     folder = Path(spec.model.path).parent / "exported"
     if rig.mesh.is_rank_zero:
@@ -52,7 +51,7 @@ def refitted_and_fresh(spec: Recipe, port: int) -> list[list[Completion]]:
             own = {"load_format": "auto", "model": str(folder.with_name("fp8")), "hf_overrides": None}
             return {**super()._arguments(*arguments), **own}
 
-    fresh = FromFolder(spec, rig.mesh)
+    fresh = FromFolder(EngineConfig.of(spec), rig.mesh, ())
     fresh._llm.llm_engine.set_weight_version("2")
     requests = [Request(prompt, 1) for prompt in PROMPTS]
     return [one.generate(requests, Sampling(max_tokens=8, temperature=0.0)) for one in (engine, fresh)]

@@ -19,11 +19,12 @@ from megafork.parallel.context import zigzag_index
 from megafork.plan.hardware import gpu_named
 from megafork.plan.models import KNOWN
 from megafork.plan.planner import make_plan
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Precision, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rl.packing import pack
 
 ROOT = Path(__file__).parent.parent
+ON = Precision(dtype="bf16", train_fp8=True)
 FP8 = ("precision.train_fp8=true", "precision.dtype=bf16")
 SHAPE = KNOWN["qwen3-32b"]
 
@@ -50,13 +51,13 @@ def test_wrong_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^precision\.train_fp8 is true with precision\.dtype=fp32: .*set dtype=bf16$"):
         load_recipe(file, [FP8[0], "precision.dtype=fp32"])
     for tp in (1, 2, 4, 8):
-        precision.check_training(SHAPE, of_tp(tp))
+        precision.check_training(SHAPE, ON, tp)
     with pytest.raises(RecipeError, match=r"^precision\.train_fp8 is true: at parallel\.tp=16 a rank's qkv size is 640|mlp size is 1600"):
-        precision.check_training(SHAPE, of_tp(16))
+        precision.check_training(SHAPE, ON, 16)
     alone = replace(SHAPE, heads=6, kv_heads=1, head_dim=32)  # its heads make whole blocks with keys and values alone
     for part, shape in {"hidden": replace(SHAPE, hidden=5184), "mlp": replace(SHAPE, ffn=25664), "attention": alone}.items():
         with pytest.raises(RecipeError, match=rf"a rank's {part} size is \d+, no multiple of the 128 of a block"):
-            precision.check_training(shape, of_tp(1))
+            precision.check_training(shape, ON, 1)
 
 
 LAYOUTS = [({}, 128), ({"tp": 4}, 128), ({"tp": 4, "sp": True}, 512), ({"tp": 2, "sp": True, "cp": 2}, 512), ({"cp": 4}, 512)]

@@ -42,7 +42,8 @@ def test_a_part_that_failed_or_never_ended_is_told_and_tried_again(tmp_path: Pat
     assert run(good)["figures"] == {"figure": 3}
     assert run(good, 'printf \'{\\n "deep": {\\n  "figure": 4\\n }\\n}\\n\'')["figures"] == {"deep": {"figure": 4}}
     failed = run(good, fails, good)
-    assert (failed["ok"], failed["said"]) == (False, ["first", '{"figure": 3}', "1"]) and failed["why"].startswith("exit code 1: python -c")
+    assert (failed["ok"], failed["output"]) == (False, ["first", '{"figure": 3}', "1"])
+    assert failed["why"].startswith("exit code 1: python -c")
     marker.touch()
     assert run(fails, good)["ok"]
     late = run("python -c 'import time; time.sleep(60)'", limit_s=0.5)

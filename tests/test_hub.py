@@ -32,7 +32,7 @@ def test_a_cached_model_is_found_without_a_network(tmp_path: Path) -> None:
 
 def test_a_model_that_the_hub_does_not_give(tmp_path: Path) -> None:
     answer = resolve("acme/none", tmp_path)
-    assert "RecipeError: model.path is 'acme/none': no such folder, and the hub does not give it" in answer.stderr
+    assert "RecipeError: model.path is 'acme/none': no such folder, and the hub did not provide it" in answer.stderr
     assert answer.stderr.strip().splitlines()[-1].endswith("`hf download acme/none`")
 
 

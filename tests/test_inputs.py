@@ -38,8 +38,8 @@ def test_held_out_prompts_that_are_trained_on_are_left_out_and_said(task: Path, 
     assert [prompt.row["prompt"] for prompt in found.held_out] == [json.loads(line)["prompt"] for line in held_out]
     assert [prompt.index for prompt in found.held_out] == list(range(len(held_out)))
     assert found.remarks == [
-        "data.eval: 1 of 23 rows repeat a prompt with its answer and do not count again",
-        "data.eval: 2 of 22 prompts are training prompts too and are left out (the first: mixed.jsonl line 1 is train.jsonl line 4)",
+        "data.eval: 1 of 23 rows repeat a prompt with its answer and are not counted again",
+        "data.eval: 2 of 22 prompts are training prompts too and are dropped (first: mixed.jsonl line 1 is train.jsonl line 4)",
     ]
     shutil.copy(task / "train.jsonl", tmp_path / "copy.jsonl")
     with pytest.raises(RecipeError, match=r"^data.eval is '.*copy.jsonl': all its 80 prompts are training prompts too"):

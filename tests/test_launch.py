@@ -95,7 +95,7 @@ FAILURES = {
     "error": (1, ["Traceback (most recent call last):", "ArithmeticError: deliberate", "rank 1 failed"]),
     "error in a training": (1, ["Traceback (most recent call last):", "ArithmeticError: deliberate", "rank 1 failed"]),
     "input": (2, ["megafork: forks.select is deliberate: choose another"]),
-    "exit": (1, ["rank 1 ended with exit code 3 and no word of its own"]),
+    "exit": (1, ["rank 1 ended with exit code 3 and recorded no reason"]),
 }
 
 
@@ -137,7 +137,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(number: signal.Signals, early
         assert code == -signal.SIGKILL
     else:
         assert code == 1
-        assert output.splitlines()[-1] == f"stopped by {number.name}; the same command continues"
+        assert output.splitlines()[-1] == f"stopped by {number.name}; the same command resumes the run"
     assert "Traceback" not in output
 
 
@@ -214,5 +214,5 @@ def test_a_failure_that_no_other_rank_notices(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the ranks find this file there
     before = set(psutil.Process().children())
     assert ranks.do(partial(_fail_behind_a_back, tmp_path, rank), 3, tmp_path) == ranks.FAILED
-    assert f"rank {rank} ended with exit code 3 and no word of its own" in capfd.readouterr().err
+    assert f"rank {rank} ended with exit code 3 and recorded no reason" in capfd.readouterr().err
     assert set(psutil.Process().children()) <= before

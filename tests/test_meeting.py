@@ -118,7 +118,7 @@ RANK = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"RANK": "0"}, "RANK is '0', so that somebody has started this rank, but WORLD_SIZE is not set: unset RANK to have megafork"),
+        ({"RANK": "0"}, "RANK is '0', so another program started this rank, but WORLD_SIZE is not set: unset RANK to have megafork"),
         ({**RANK, "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
         ({**RANK, "MASTER_PORT": ""}, "MASTER_PORT is not set"),
         ({**RANK, "RANK": "first"}, "RANK is 'first', not a number"),
@@ -128,9 +128,9 @@ RANK = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         ({**RANK, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000': ports are"),
         ({**RANK, "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
         ({**RANK, "RANK": "2"}, "RANK is '2' and WORLD_SIZE '2': ranks are counted from 0"),
-        ({**RANK, "MASTER_ADDR": "192.0.2.77"}, f"MASTER_ADDR is '192.0.2.77', which other machines reach, and {NAME} is not set"),
+        ({**RANK, "MASTER_ADDR": "192.0.2.77"}, f"MASTER_ADDR is '192.0.2.77', which other machines can reach, and {NAME} is not set"),
         ({**RANK, "MASTER_ADDR": "192.0.2.77", NAME: "short"}, f"{NAME} has 5 characters"),
-        ({**RANK, "MASTER_ADDR": "192.0.2.77", NAME: "with spaces in its midst"}, "without spaces"),
+        ({**RANK, "MASTER_ADDR": "192.0.2.77", NAME: "with spaces in its midst"}, "no spaces"),
     ],
 )
 def test_what_the_environment_says_of_a_rank_is_checked(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from ranks import on_ranks
 from tiny import MODELS, recipe, save_model
 
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
@@ -63,7 +63,7 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
     shape = read_shape(Path(spec.model.path))
     source = HuggingFaceWeights(Path(spec.model.path))
     source.check(shape)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, source, shape, mesh)
     multiple = 4
     padded = [torch.nn.functional.pad(ids, (0, -len(ids) % multiple)) for ids in tokens]

@@ -23,7 +23,7 @@ from training import Rig
 from megafork.compat import pickles
 from megafork.convert.convert import hf_to_megatron, megatron_to_hf
 from megafork.convert.torch_dist import DistReader
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import read_shape
@@ -142,7 +142,7 @@ def test_an_index_of_files_elsewhere_is_refused(name: str, converted: Path) -> N
         next(iter(index.storage_data.values())).relative_path = name
 
     _change_index(converted, change)
-    with pytest.raises(ValueError, match="lies elsewhere"):
+    with pytest.raises(ValueError, match="is elsewhere"):
         DistReader(converted)
 
 
@@ -156,9 +156,7 @@ def test_an_index_that_is_none_is_refused_in_a_line(index: Any, converted: Path,
 @pytest.mark.parametrize("value", ["call", "list"])
 def test_a_chunk_that_is_no_tensor_is_not_run(value: str, converted: Path, mark: Path, tmp_path: Path) -> None:
     _replace_chunk(converted, "decoder.final_layernorm.weight", Exploit(mark) if value == "call" else [1, 2])
-    with pytest.raises(
-        RecipeError, match=r"__0_0\.distcp' holds (posix\.system|no tensor) in the place of decoder\.final_layernorm\.weight"
-    ):
+    with pytest.raises(RecipeError, match=r"__0_0\.distcp' holds (posix\.system|no tensor) in place of decoder\.final_layernorm\.weight"):
         megatron_to_hf(converted, tmp_path / "out")
     assert not mark.exists() and not (tmp_path / "out").exists()
 
@@ -289,7 +287,7 @@ def test_torch_and_megatron_still_run_what_they_read(tmp_path: Path, mark: Path)
 
 def _alone(folder: Path, like: Path) -> str:
     mesh = build_mesh(Parallel(), seed=1, device=torch.device("cpu"))
-    chunks = build_policy(read_shape(like), recipe(like), mesh)
+    chunks = build_policy(read_shape(like), PolicyConfig.of(recipe(like)), mesh)
     try:
         checkpoint.load_weights(folder, chunks, mesh)
     except RecipeError as error:

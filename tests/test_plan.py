@@ -27,7 +27,7 @@ from tiny import recipe, save_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megafork.convert.convert import megatron_to_hf
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.activations import stage_activations
 from megafork.plan.fixes import fixes
@@ -79,7 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def really_held(spec: Recipe, shape: Shape) -> tuple[int, int, int, int]:
     """Parameters, and bytes of weights, gradients and optimizer state, counted on a rank's storage."""
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     learner = Learner(chunks, spec, mesh, updates=1)
     buffers = [buffer for chunk in learner.model for buffer in chunk.buffers]
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for chunk in chunks for p in chunk.parameters()}
@@ -172,7 +172,7 @@ def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
     for number in range(RESPONSES):
         prompt, answer = (torch.randint(0, 500, (n,), generator=generator, dtype=torch.int32) for n in (32, TOKENS // RESPONSES - 31))
         responses.append(Response(0, number, 0, prompt, answer, torch.zeros(len(answer)), False, advantage=1.0))
-    micro = packer(spec, mesh, temperature=spec.rollout.temperature)(responses)
+    micro = packer(mesh, whole=spec.micro_batch_padding, temperature=spec.rollout.temperature)(responses)
     count = len(micro.positions)
     micro.old_log_prob, micro.entropy = torch.zeros(count), torch.zeros(count)
     micro.mask = torch.arange(count) % 5 == 0
@@ -182,7 +182,7 @@ def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
 
 def learner_and_micros(spec: Recipe, count: int) -> tuple[Learner, list[MicroBatch]]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    chunks = build_policy(SHAPE, spec, mesh)
+    chunks = build_policy(SHAPE, PolicyConfig.of(spec), mesh)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.normal_(0.0, 0.02)
@@ -349,7 +349,7 @@ def test_a_refit_is_counted_beside_a_full_gather_and_the_least_possible() -> Non
 
 
 @pytest.mark.parametrize("layout", COMPARED, ids=str)
-def test_the_bucket_that_travels_has_room(layout: Parallel) -> None:
+def test_the_refit_bucket_has_room(layout: Parallel) -> None:
     shape, spec = KNOWN["qwen3-32b"], changed(published(), {f"parallel.{key}": value for key, value in layout.model_dump().items()})
     plan, largest = Reshard(shape, layout, 64, 4), 0
     for bucket, _ in plan.alike:

@@ -44,7 +44,7 @@ WRONG = {
     "rollout.fork_temperature=[0.7,0,1]": "rollout.fork_temperature is 0: must be a list of 3 (a number, at least 0.01 and",
     "optimizer.betas=[0.9]": "optimizer.betas is [0.9]: must be a list of 2, each a number, at least 0 and below 1",
     "optimizer.betas=[0.9,1]": "optimizer.betas is 1: must be a list of 2, each a number, at least 0 and below 1",
-    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at it, choose a smaller one",
+    "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller one",
     "parallel.sp=1": "parallel.sp is 1: must be true or false",
     "parallel.sp=true": "parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1",
     "forks.select=topp": "forks.select is 'topp': must be one of top, bottom, random, all",
@@ -52,7 +52,7 @@ WRONG = {
     "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
     "model.path=null": "model.path is null: must be text",
-    "data.eval=./d.jsonl": "data.eval is './d.jsonl', the same as data.train: hold other prompts out, or leave data.eval empty",
+    "data.eval=./d.jsonl": "data.eval is './d.jsonl', the same as data.train: hold out other prompts, or leave data.eval unset",
     "run.name=../x": "run.name is '../x': it names a folder, use up to 128 letters, digits, `_`, `-` and `.`",
     "rollout.servers=http://a:8000": "rollout.servers is 'http://a:8000': must be a list, each text",
     "rollout.servers=[a:8000]": "rollout.servers has 'a:8000': give addresses such as http://node1:8000",
@@ -142,13 +142,13 @@ FILES = {
     ),
     LEAST + "parallel: {first_stage_layers: 3}\n": "parallel.first_stage_layers is 3 but parallel.pp is 1: leave it out",
     LEAST + "rollout: {temperature: 0.5, fork_temperature: [0.5, 1, 0.6]}\n": (
-        "rollout.temperature is 0.5 beside rollout.fork_temperature, which takes its place: drop one"
+        "rollout.temperature is 0.5 but rollout.fork_temperature replaces it: drop one of them"
     ),
     LEAST + "train: {steps: !!int abc}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !!int: leave it out, in",
     LEAST + "train: {steps: !steps 5}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !steps: leave it out, in",
     LEAST + "run: {name: !!python/object/apply:os.system [ls]}\n": "recipe 'recipe.yaml' is not valid YAML: it has a tag, !!python",
     LEAST + "train: {steps: 2024-99-99}\n": "train.steps is '2024-99-99': must be a whole number, at least 1",
-    LEAST + f"train: {{steps: {'9' * 5000}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has a number of too many digits",
+    LEAST + f"train: {{steps: {'9' * 5000}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has a number with too many digits",
     LEAST + f"train: {{steps: {'[' * 3000 + ']' * 3000}}}\n": "recipe 'recipe.yaml' is not valid YAML: its values are nested too deeply",
     LEAST + f"train: {{steps: {'[' * 30 + ']' * 30}}}\n": "recipe 'recipe.yaml' is not valid YAML: it has values nested over 16 deep",
     LEAST + "train: &train {steps: [*train]}\n": "recipe 'recipe.yaml' is not valid YAML: it has values nested over 16 deep",
@@ -235,9 +235,9 @@ def test_extends_in_a_circle_or_to_nowhere(tmp_path: Path) -> None:
         load_recipe(tmp_path / "chain0.yaml")
     for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("self", "self"), ("lost", "nowhere")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
-    with pytest.raises(RecipeError, match=r"^extends: a.yaml extends itself by way of c.yaml: break the circle$"):
+    with pytest.raises(RecipeError, match=r"^extends: a.yaml extends itself through c.yaml: break the cycle$"):
         load_recipe(tmp_path / "a.yaml")
-    with pytest.raises(RecipeError, match=r"^extends: self.yaml extends itself by way of self.yaml: break the circle$"):
+    with pytest.raises(RecipeError, match=r"^extends: self.yaml extends itself through self.yaml: break the cycle$"):
         load_recipe(tmp_path / "self.yaml")
     with pytest.raises(RecipeError, match=r"nowhere.yaml', which lost.yaml extends, does not exist"):
         load_recipe(tmp_path / "lost.yaml")

@@ -12,7 +12,7 @@ from ranks import on_ranks
 from task import countdown
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.precision import lacking
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.hardware import gpu_named
@@ -130,7 +130,7 @@ def parameters_on_meta(spec: Recipe, world: int) -> list[int]:
         dist.init_process_group("fake", store=FakeStore(), rank=stage * world // spec.parallel.pp, world_size=world)
         mesh = build_mesh(spec.parallel, seed=1, device=torch.device("meta"))
         with torch.device("meta"):
-            chunks = build_policy(shape_for(spec)[0], spec, mesh)
+            chunks = build_policy(shape_for(spec)[0], PolicyConfig.of(spec), mesh)
         counts.append(sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()))
     return counts
 

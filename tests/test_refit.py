@@ -13,6 +13,7 @@ from tiny import PROMPTS, recipe, save_model
 from training import Rig
 
 from megafork.recipe import Recipe
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.shape import FAMILIES
 from megafork.weights.huggingface import write_folder
@@ -33,12 +34,12 @@ def _refit_after_updates(specs: list[Recipe], checked: tuple[int, ...], port: in
     answers = []
     for number, spec in enumerate(specs):
         rig = Rig(spec)
-        engine = ColocatedEngine(spec, rig.mesh)
         bridge = Bridge(rig.learner.chunks, rig.shape, rig.mesh, spec.rollout.tp)
+        engine = ColocatedEngine(EngineConfig.of(spec), rig.mesh, bridge)
         for update in range(1, UPDATES + 1):
             rig.step(update)
             rig.learner.settle()
-            engine.refit(bridge, update)
+            engine.refit(update)
             said = engine.generate(requests, GREEDY)
             if update in (checked if number == 0 else checked[-1:]):
                 answers.append((said, _fresh(spec, rig, update).generate(requests, GREEDY)))
@@ -61,7 +62,7 @@ def _fresh(spec: Recipe, rig: Rig, update: int) -> Any:
         def _arguments(self, *arguments: Any) -> dict[str, Any]:
             return {**super()._arguments(*arguments), "load_format": "auto", "model": str(folder)}
 
-    engine = FromFolder(spec, rig.mesh)
+    engine = FromFolder(EngineConfig.of(spec), rig.mesh, ())
     engine._llm.llm_engine.set_weight_version(str(update))
     return engine
 

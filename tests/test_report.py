@@ -180,12 +180,12 @@ def test_warnings_name_an_unfinished_run_and_failed_verdicts(tmp_path: Path) -> 
 def test_damaged_files_are_answered_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'.*metrics\.jsonl' does not exist"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(RecipeError, match="holds no whole line"):
+    with pytest.raises(RecipeError, match="has no complete line"):
         report(tmp_path / "none", [])
     report(tmp_path / "cut")
     rollouts = tmp_path / "cut" / "rollouts" / "step_000003.parquet"
     rollouts.write_bytes(rollouts.read_bytes()[:-20])
-    with pytest.raises(RecipeError, match=r"'.*step_000003\.parquet' is not a whole parquet file"):
+    with pytest.raises(RecipeError, match=r"'.*step_000003\.parquet' is not a complete parquet file"):
         write_report(tmp_path / "cut")
 
 

@@ -21,6 +21,7 @@ from megafork.convert.named import find_model
 from megafork.convert.verify import _megatron_logits, _transformers_logits
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe, RecipeError
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling, request_seed
 from megafork.rollout.sample import response_limit
 from megafork.shape import read_shape
@@ -92,7 +93,7 @@ def _differences(folders: list[Path], checkpoint: Path) -> list[float]:
     """Largest difference of the checkpoint's logits by Megatron from those of each folder by transformers."""
     shape = read_shape(checkpoint / "hf")
     tokens = torch.arange(3, 83)
-    found = _megatron_logits(folders[0], checkpoint, shape, tokens, torch.float32)
+    found = _megatron_logits(checkpoint, shape, tokens, torch.float32)
     return [float((_transformers_logits(folder, tokens, torch.float32) - found).abs().max()) for folder in folders]
 
 
@@ -114,8 +115,8 @@ def _sampled(spec: Recipe, port: int) -> list[Completion]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     from megafork.rollout.colocated import ColocatedEngine
 
-    engine = ColocatedEngine(spec, mesh)
-    engine.refit(find_model(spec.model.path).tensors(), 0)
+    engine = ColocatedEngine(EngineConfig.of(spec), mesh, find_model(spec.model.path).tensors())
+    engine.refit(0)
     answers = engine.generate([Request(LONG[:n], request_seed(1, n, 0)) for n in (1, 20, 70)], Sampling(max_tokens=16, temperature=1.0))
     engine.close()
     return answers

@@ -11,7 +11,7 @@ from ranks import on_ranks
 from tiny import TINY, recipe
 from torch import Tensor
 
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.rl.batch import Response
@@ -73,11 +73,12 @@ def score_and_select(spec: Recipe) -> tuple[Masks, Selection | None]:
     """The tokens of this rank; the last stage's alone."""
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     shape, folder = read_shape(Path(spec.model.path)), Path(spec.model.path)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     words = text(SEQUENCES, seed=1_000).int()
     rows = [Response(n, 0, n, row[:1], row[1:], torch.zeros(LENGTH - 1), False) for n, row in enumerate(words)]
-    pack, placed = packer(spec, mesh, temperature=1.0), placement([row.length for row in rows], spec, mesh)[mesh.dp_rank]
+    pack = packer(mesh, whole=1, temperature=1.0)
+    placed = placement([row.length for row in rows], spec.micro_batch_tokens, mesh)[mesh.dp_rank]
     micros = [pack([rows[n] for n in members]) for members in placed]
     Learner(chunks, spec, mesh, updates=1).score(micros)
     if not mesh.is_last_stage:

@@ -82,11 +82,11 @@ def test_public_forms_are_read_by_themselves(name: str, ending: str, tmp_path: P
     [
         (
             {"question": "a?", "problem": "b?", "answer": 1},
-            'has a "question" and a "problem" that differ: say which is the prompt in data.columns',
+            'has a "question" and a "problem" that differ: name the prompt\'s column in data.columns',
         ),
         ({"prompt": "a?", "question": "b?", "answer": 1}, 'has a "prompt" and a "question" that differ'),
         ({"messages": [USER], "instruction": "b?", "answer": 1}, 'has a "messages" and a "instruction" that differ'),
-        ({"prompt": "a?", "answer": "1", "expected_answer": "2"}, "has a answer '1' and a expected_answer '2': say which is the answer"),
+        ({"prompt": "a?", "answer": "1", "expected_answer": "2"}, "has a answer '1' and a expected_answer '2': name the answer's column"),
         ({"prompt": "a?", "answer": "1", "reward_model": {"ground_truth": "2"}}, r"a answer '1' and a reward_model.ground_truth '2'"),
         ({"prompt": "a?", "final_answer": ["1", "2"], "answer": "1"}, r"has a answer '1' and a final_answer '1, 2'"),
     ],
@@ -231,9 +231,9 @@ def test_arrows_nulls_do_not_reach_the_template(tmp_path: Path) -> None:
     [
         ([{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "?"}]}], "a part of type 'image'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}, "text": None}]}], "a part of type 'image_url'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "a part without a text"),
-        ([{"role": "user", "content": {"text": "?"}}], "whose content is neither text nor parts of text"),
-        ([{"role": "user", "content": None}], "whose content is neither text nor parts of text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "a part without text"),
+        ([{"role": "user", "content": {"text": "?"}}], "whose content is neither text nor text parts"),
+        ([{"role": "user", "content": None}], "whose content is neither text nor text parts"),
         ([{"content": "?"}], "a message without a role"),
         (["?"], "neither text nor a list"),
         ({"role": "user", "content": "?"}, "neither text nor a list"),
@@ -253,7 +253,7 @@ def test_prompts_that_are_no_messages(prompt: Any, reason: str | None) -> None:
 
 
 def test_a_picture_beside_its_mark_is_refused() -> None:
-    with pytest.raises(RowError, match="has a <image> in its prompt and its column image"):
+    with pytest.raises(RowError, match="has a <image> in its prompt and a column for it"):
         judged({"prompt": [{"role": "user", "content": "<image>What is it?"}], "images": [b"png"], "answer": "4"})
     assert judged({"prompt": "What does <image> mean in HTML?", "answer": "4"}) == ("What does <image> mean in HTML?", "4")
 
@@ -326,8 +326,8 @@ def test_of_several_turns_the_last_of_the_assistant_is_trained() -> None:
         ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}]}, "has tool_calls: only its content"),
         ({"messages": [USER, {**FOUR, "reasoning_content": "hm"}]}, "has reasoning_content: only its content is trained"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "is empty"),
-        ({"instruction": "?", "output": "4", "history": [["a", "b"]]}, "has history beside its instruction"),
-        ({"messages": [USER, FOUR], "tools": [{"name": "add"}]}, "has tools beside its messages"),
+        ({"instruction": "?", "output": "4", "history": [["a", "b"]]}, "has history next to its instruction"),
+        ({"messages": [USER, FOUR], "tools": [{"name": "add"}]}, "has tools next to its messages"),
     ],
 )
 def test_supervised_rows_that_are_refused(row: dict[str, Any], reason: str) -> None:

@@ -111,7 +111,7 @@ def test_other_damage_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"metrics\.jsonl' line 2 is not valid JSON"):
         read_metrics(path)
     path.write_text('{"step": 1}\n{"accuracy": 2}\n')
-    with pytest.raises(RecipeError, match="line 2 is not an object with a whole-numbered 'step'"):
+    with pytest.raises(RecipeError, match="line 2 is not an object with an integer 'step'"):
         read_metrics(path)
     with pytest.raises(RecipeError, match="does not exist"):
         read_metrics(tmp_path / "other.jsonl")

@@ -171,14 +171,23 @@ def test_an_attack_on_the_channel_costs_its_own_item_alone(folder: Path, tool: s
 
 
 def test_what_a_sandbox_bounds(folder: Path, boxed: str) -> None:
-    before = {process.pid for process in psutil.process_iter()}
+    before = _verifier_processes()
     with Verifiers(reward()) as scorer:
         for name, attack in ON_THE_MACHINE.items():
             begin = time.monotonic()
             verdicts = scorer.score([(attack, {}), RIGHT, WRONG, (REACHES["what the last item left"], {})])
             assert [verdict.accuracy for verdict in verdicts] == [0, 1, 0, 0], (name, verdicts)
             assert time.monotonic() - begin < 20, name
-    assert len({process.pid for process in psutil.process_iter()} - before) < 20
+    assert len(_verifier_processes() - before) < 20
+
+
+def _verifier_processes() -> set[int]:
+    """Anybody's; what an attack has forked is called the same."""
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any("verdicts.worker" in word for word in process.info["cmdline"] or ())
+    }
 
 
 def test_nothing_outside_is_reached(boxed: str, targets: dict[str, object]) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import RecipeError
 from megafork.rollout.client import Limits, RequestRefused
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.guard import Guard
 from megafork.rollout.server import NoServer, ServerEngine
@@ -61,10 +62,12 @@ def roll_outs(urls: list[str], limits: Limits, versions: list[int], **rollout: A
     spec = recipe(Path("no model is read"), rollout={"servers": urls, **rollout})
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     try:
-        engine = ServerEngine(spec, mesh, limits)
+        weights = Weights(0.0)
+        engine = ServerEngine(EngineConfig.of(spec), mesh, weights, urls, limits)
         answers = []
         for version in versions:
-            engine.refit(Weights(float(version)), version)
+            weights.value = float(version)
+            engine.refit(version)
             answers.append(complete(engine, REQUESTS, Sampling(max_tokens=8)))
         engine.close()
         return answers
@@ -237,14 +240,12 @@ def test_a_server_that_others_reach_needs_a_secret(tmp_path: Path) -> None:
 
 
 def test_weights_that_can_be_read_only_once_are_refused() -> None:
-    assert on_ranks(1, refit_to_a_stream) == ["the weights can be iterated only once: a server that comes back later needs them again"]
+    assert on_ranks(1, engine_with_a_stream) == ["the weights can be iterated only once: a server that comes back later needs them again"]
 
 
-def refit_to_a_stream() -> str:
-    with StandIn() as server:
-        spec = recipe(Path("no model is read"), rollout={"servers": [server.url]})
-        engine = ServerEngine(spec, build_mesh(spec.parallel, seed=1, device=torch.device("cpu")), LIMITS)
-        with pytest.raises(TypeError) as refused:
-            engine.refit(iter(Weights(1.0)), 1)
-        engine.close()
+def engine_with_a_stream() -> str:
+    spec = recipe(Path("no model is read"))
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    with pytest.raises(TypeError) as refused:
+        ServerEngine(EngineConfig.of(spec), mesh, iter(Weights(1.0)), ["http://127.0.0.1:9"], LIMITS)
     return str(refused.value)

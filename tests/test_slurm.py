@@ -193,7 +193,7 @@ def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     assert f"stopped on request after step {saved[0]}; queued again" in job.output
     job.start_again()
     assert {file.name for file in (task / "bin").glob("*.called")} == {"squeue.called", "scontrol.called"}
-    assert "the job's time is over at 20" in job.output
+    assert "the job's time ends at 20" in job.output
     assert_ends_as(job, task / "runs/whole", restarts=1)
 
 
@@ -229,7 +229,7 @@ def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Pa
     job = Job(cluster, task)
     job.rank(1).kill()
     assert job.end() == "FAILED"
-    assert "slurm: before the end of a step, a rank failed" in job.output
+    assert "slurm: before the first step ended, a rank failed" in job.output
     assert "not queued again" in job.output and job.field("Restarts") == "0"
 
 

@@ -88,7 +88,7 @@ def test_a_folder_of_several_splits_or_forms_is_not_guessed_at(tmp_path: Path) -
         folder = tmp_path / one.split(".")[0]
         write(folder / one, ROWS)
         write(folder / other, ROWS)
-        with pytest.raises(RecipeError, match=r"a folder with files of several splits \(test, train\): say which are meant by a glob"):
+        with pytest.raises(RecipeError, match=r"a folder with files of several splits \(test, train\): choose some by a glob"):
             answers(str(folder))
     write(tmp_path / "forms" / "a.jsonl", ROWS)
     write(tmp_path / "forms" / "a.parquet", ROWS)
@@ -101,7 +101,7 @@ def test_a_folder_of_several_splits_or_forms_is_not_guessed_at(tmp_path: Path) -
     (tmp_path / "broken" / "train-0.parquet").symlink_to("not downloaded")
     with pytest.raises(RecipeError, match=r"a folder whose 'train-0.parquet' is not a file"):
         answers(str(tmp_path / "broken"))
-    with pytest.raises(RecipeError, match=r"no .jsonl, .json or .parquet file has such a name"):
+    with pytest.raises(RecipeError, match=r"no .jsonl, .json or .parquet file matches"):
         answers(str(tmp_path / "none" / "*.jsonl"))
 
 
@@ -130,11 +130,11 @@ def test_byte_order_mark_carriage_returns_and_empty_lines(tmp_path: Path) -> Non
         ("hub:", "unknown form of data"),
         ("torn.parquet", "not a readable parquet file after row 0"),
         ("reasoning_gym:chain_sun", "reasoning_gym has no task 'chain_sun': did you mean 'chain_sum'?"),
-        ("reasoning_gym:chain_sum:many", "SIZE must be a whole number above 0"),
-        ("reasoning_gym:chain_sum:0", "SIZE must be a whole number above 0"),
+        ("reasoning_gym:chain_sum:many", "SIZE must be an integer above 0"),
+        ("reasoning_gym:chain_sum:0", "SIZE must be an integer above 0"),
         ("reasoning_gym:chain_sum:5:-1", "SEED one of at least 0"),
-        ("reasoning_gym:chain_sum:5:1:2", "SIZE must be a whole number above 0"),
-        ("reasoning_gym:chain_sum:٣", "SIZE must be a whole number above 0"),
+        ("reasoning_gym:chain_sum:5:1:2", "SIZE must be an integer above 0"),
+        ("reasoning_gym:chain_sum:٣", "SIZE must be an integer above 0"),
         ("reasoning_gym:chain_sum:1000000000000", "SIZE is at most 1,048,576"),
         ("reasoning_gym:chain_sum:5:4294967296", "SEED is at most 4,294,967,295"),
         ("reasoning_gym:pool_matrix:5:5000", "cannot be made with its default settings and this seed"),
@@ -166,8 +166,8 @@ def odd_paths(folder: Path) -> dict[str, str]:
         "/dev/null": "unknown form of data",
         str(folder / "l1.jsonl"): "Too many levels of symbolic links",
         str(folder / ("z" * 300 + ".jsonl")): "File name too long",
-        str(folder / "a\0.jsonl"): "no path",
-        str(folder / "*\0.jsonl"): "no path",
+        str(folder / "a\0.jsonl"): "not a path",
+        str(folder / "*\0.jsonl"): "not a path",
         str(folder / "file" / "rows.jsonl"): "no such file",
         "~nobody-by-that-name/rows.jsonl": "no such file",
         "": "unknown form of data",

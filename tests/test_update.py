@@ -117,8 +117,8 @@ def _neighbour_labels() -> None:
     """Labels by shifting each CP rank's own tokens: wrong at the edges of its chunks, where the next token is another rank's."""
     from megafork.rl.packing import packer
 
-    def planted(spec: Any, mesh: Any, *, temperature: float) -> Any:
-        pack = packer(spec, mesh, temperature=temperature)
+    def planted(mesh: Any, **how: Any) -> Any:
+        pack = packer(mesh, **how)
 
         def shifted(responses: list[Any]) -> Any:
             micro = pack(responses)

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,17 @@ from command import run_on_forks, start_megafork
 from ranks import free_port, on_ranks
 from stand_in_server import complete
 from task import make_task, write_recipe
-from tiny import recipe, save_model
+from tiny import Chosen, recipe, save_model
 from torch import Tensor
 
 from megafork.compat import vllm as vllm_fixes
-from megafork.model.build import build_policy
-from megafork.parallel.mesh import build_mesh
+from megafork.model.build import PolicyConfig, build_policy
+from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.background import Background
 from megafork.rollout.client import Limits
-from megafork.rollout.engine import Request, Sampling, request_seed
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Request, Sampling, Weights, request_seed
 from megafork.rollout.guard import credentials
 from megafork.rollout.server import NoServer, ServerEngine
 from megafork.rollout.transfer import GlooLink, buckets, describe
@@ -79,9 +80,10 @@ class Exported:
         self.mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
         self.shape = read_shape(folders[0])
         self.sources = [HuggingFaceWeights(folder) for folder in folders]
-        self.chunks = build_policy(self.shape, spec, self.mesh)
+        self.chunks = build_policy(self.shape, PolicyConfig.of(spec), self.mesh)
 
     def become(self, model: int) -> Exported:
+        """The same, with the weights of that model."""
         load_policy(self.chunks, self.sources[model], self.shape, self.mesh)
         return self
 
@@ -263,16 +265,21 @@ def server_of(keeper: subprocess.Popen[bytes]) -> psutil.Process:
     return psutil.Process(keeper.pid).children()[0]
 
 
+def engine_of(spec: Recipe, mesh: Mesh, weights: Weights) -> ServerEngine:
+    return ServerEngine(EngineConfig.of(spec), mesh, weights, spec.rollout.servers, LIMITS)
+
+
 def everything(engine: ServerEngine) -> list[Answers]:
     return [[(c.tokens, c.log_probs) for c in complete(engine, REQUESTS, sampling)] for sampling in SAMPLING]
 
 
 def after_updates(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
     policy = Exported(spec, folders)
-    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    engine = engine_of(spec, policy.mesh, policy)
     answers = []
     for version, model in enumerate(UPDATES):
-        engine.refit(policy.become(model), version)
+        policy.become(model)
+        engine.refit(version)
         answers.append(everything(engine))
     engine.close()
     return answers
@@ -281,21 +288,27 @@ def after_updates(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
 def after_mistakes(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
     """After each mistake, the answers of the right weights."""
     policy = Exported(spec, folders)
-    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    weights = Chosen(policy)
+    engine = engine_of(spec, policy.mesh, weights)
+
+    def refit(source: Weights, version: int) -> None:
+        weights.source = source
+        engine.refit(version)
+
     right = tensors(folders[1])
     misnamed = [(name.replace("1.self_attn.k_proj", "1.self_attn.kk_proj"), tensor) for name, tensor in right]
     misshapen = [(name, tensor[:-1] if "1.mlp.up_proj" in name else tensor) for name, tensor in right]
     half_sent = [(name, tensor) for name, tensor in right if "1.self_attn.k_proj" not in name]
-    mistakes: dict[str, Iterable[tuple[str, Tensor]]] = {"kk_proj": misnamed, "": misshapen, "layers.1.self_attn.qkv_proj": half_sent}
+    mistakes: dict[str, Weights] = {"kk_proj": misnamed, "": misshapen, "layers.1.self_attn.qkv_proj": half_sent}
     answers = []
     for words, wrong in mistakes.items():
         with pytest.raises(NoServer, match=words):
-            engine.refit(wrong, 1)
-        engine.refit(policy.become(1), 2)
+            refit(wrong, 1)
+        refit(policy.become(1), 2)
         answers.append(everything(engine))
     # q, k and v apart: the parts of a fused tensor arrive in updates of their own, and are kept until the last is there
-    engine.refit(tensors(folders[2]), 3)
-    engine.refit(sorted(right, key=lambda member: member[0].split(".")[3:]), 4)
+    refit(tensors(folders[2]), 3)
+    refit(sorted(right, key=lambda member: member[0].split(".")[3:]), 4)
     answers.append(everything(engine))
     engine.close()
     return answers
@@ -304,14 +317,16 @@ def after_mistakes(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
 def through_an_update(spec: Recipe, folders: list[Path]) -> None:
     """Responses that are being written when new weights come: every token is the one that its weights choose after those before it."""
     policy = Exported(spec, folders)
-    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    engine = engine_of(spec, policy.mesh, policy)
     greedy = Sampling(max_tokens=200, temperature=0.0)
     requests = [Request([n, 7, n], n) for n in range(24)]
     for wait_s in (0.3, 0.1, 0.6, 1.2):  # until an update comes neither too early nor too late
-        engine.refit(policy.become(0), 1)
+        policy.become(0)
+        engine.refit(1)
         drawing = Background().begin(partial(engine.generate, requests, greedy))
         time.sleep(wait_s)
-        engine.refit(policy.become(1), 2)
+        policy.become(1)
+        engine.refit(2)
         through = engine.attend(drawing)
         both = shared([(r, c, c.versions.index(2)) for r, c in zip(requests, through, strict=False) if set(c.versions) == {1, 2}])
         if len(both) > 4:
@@ -319,7 +334,8 @@ def through_an_update(spec: Recipe, folders: list[Path]) -> None:
     assert len(both) > 4
     assert all(c.versions == sorted(c.versions) for c in through)
     for model, version in ((0, 3), (1, 4)):
-        engine.refit(policy.become(model), version)
+        policy.become(model)
+        engine.refit(version)
         asked = [Request([*r.prompt, *(c.tokens[:at] if model else [])], 0) for r, c, at in both]
         wanted = [(c.tokens[at:], c.log_probs[at:]) if model else (c.tokens[:at], c.log_probs[:at]) for _, c, at in both]
         for (tokens, log_probs), answer in zip(wanted, complete(engine, asked, greedy), strict=False):
@@ -369,10 +385,11 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
 
 def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> None:
     policy = Exported(spec, folders)
-    engine = ServerEngine(spec, policy.mesh, LIMITS)
+    engine = engine_of(spec, policy.mesh, policy)
     requests = [Request(PROMPTS[n % 3], request_seed(2, n)) for n in range(48)]
     sampling = Sampling(max_tokens=64, temperature=1.0)
-    engine.refit(policy.become(2), 1)
+    policy.become(2)
+    engine.refit(1)
     started = time.monotonic()
     unbroken = complete(engine, requests, sampling)
     took = time.monotonic() - started
@@ -383,7 +400,8 @@ def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> N
     if engine.rank == 0:
         assert engine.serving == 1, "the kill came too late"
     same(broken, unbroken)
-    engine.refit(policy.become(1), 2)
+    policy.become(1)
+    engine.refit(2)
     second = complete(engine, requests, sampling)
     if engine.rank == 0:
         wait_until_well(spec.rollout.servers[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megafork.recipe import Recipe
+from megafork.rollout.engine import Weights
+from megafork.weights.huggingface import HuggingFaceWeights
 
 TINY = {
     "vocab_size": 99,
@@ -55,6 +58,27 @@ def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtyp
                 parameter.normal_(0.0, 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+class FolderWeights:
+    """The tensors of a Hugging Face folder, which may be another at the next pass."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        source = HuggingFaceWeights(self.folder)
+        return ((name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names()))
+
+
+class Chosen:
+    """The weights that `source` has at each pass; one source may take the place of another."""
+
+    def __init__(self, source: Weights) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.source)
 
 
 def recipe(model: Path, /, **sections: dict[str, Any]) -> Recipe:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import recipe
 
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe, Rollout
 from megafork.rl.batch import MicroBatch, Response
@@ -52,16 +52,16 @@ class Rig:
         self.mesh: Mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
         folder = Path(spec.model.path)
         self.shape = read_shape(folder)
-        chunks = build_policy(self.shape, spec, self.mesh)
+        chunks = build_policy(self.shape, PolicyConfig.of(spec), self.mesh)
         policy_weights.load_policy(chunks, HuggingFaceWeights(folder), self.shape, self.mesh)
         self.learner = Learner(chunks, spec, self.mesh, updates=100)
         self.every = responses()
 
     def minibatches(self) -> Iterator[list[MicroBatch]]:
-        pack = packer(self.spec, self.mesh, temperature=self.spec.rollout.temperature)
+        pack = packer(self.mesh, whole=self.spec.micro_batch_padding, temperature=self.spec.rollout.temperature)
         for groups in GROUPS:
             members = [r for r in self.every if r.group in groups]
-            placed = placement([r.length for r in members], self.spec, self.mesh)[self.mesh.dp_rank]
+            placed = placement([r.length for r in members], self.spec.micro_batch_tokens, self.mesh)[self.mesh.dp_rank]
             yield [pack([members[n] for n in micro]) for micro in placed]
 
     def step(self, number: int) -> tuple[dict[str, float], dict[tuple[int, ...], bool]]:

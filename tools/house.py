@@ -1,6 +1,6 @@
-"""docs/house.svg: the rooms of the package on their floors, and the walk of a step. Run it after a change of `FLOORS`; a test compares.
+"""docs/house.svg: the rooms of the package on their floors, and the walk of a step. Run it after changing `FLOORS`; a test compares.
 
-`tests/test_floors.py` holds every import to `FLOORS`: a room imports only from floors below its own.
+`tests/test_floors.py` checks every import against `FLOORS`: a room imports only from floors below its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs/house.svg"
-FLOORS: list[dict[str, str]] = [  # from the top; each room with what it is for
+FLOORS: list[dict[str, str]] = [  # from the top; each room with its purpose
     {"cli": "options; no logic"},
     {"commands": "each command, from input to result", "doctor": "what this machine has"},
     {
@@ -25,25 +25,25 @@ FLOORS: list[dict[str, str]] = [  # from the top; each room with what it is for
     {"weights": "mapping, refit, checkpoints", "rollout": "vLLM in the rank, or servers"},
     {"model": "GPTModel with our head", "rl": "forks, loss, packing"},
     {"parallel": "mesh, vocabulary-parallel head, threshold", "data": "prompts, tokenizer, verdicts"},
-    {"recipe": "one file says all of a run", "shape": "a model's sizes and layouts", "compat": "fixes of other people's code"},
+    {"recipe": "one file specifies a run", "shape": "a model's sizes and layouts", "compat": "fixes to third-party code"},
 ]
 GROUND = ("recipe_file", "recipe_yaml", "run_folder", "options", "files", "lock", "process", "secret", "joined")
-"""Small rooms beside those of the lowest floor; on that floor rooms may use each other."""
+"""Small modules on the lowest floor; on that floor rooms may import each other."""
 WALK = ("prompts", "roll-out", "reward", "score", "forks", "update", "refit")
-"""A training step."""
+"""The phases of a training step."""
 
 _INK, _SOFT, _LINE, _FORK, _FLOW = "#1d1b16", "#5f5b50", "#d8d4c8", "#c9521c", "#0b6aa8"
 _LEFT, _WIDTH, _GAP, _HEIGHT, _STEP = 56, 808, 12, 64, 82
 
 
 def floor_of() -> dict[str, int]:
-    """Floor of every room, the lowest is 1."""
+    """The floor of every room; the lowest is 1."""
     rooms = {room: len(FLOORS) - depth for depth, floor in enumerate(FLOORS) for room in floor}
     return rooms | dict.fromkeys(("__init__", *GROUND), 1)
 
 
 def render(package: Path) -> str:
-    """The picture; `package` tells folders from files."""
+    """The picture as SVG; `package` is the folder that shows which rooms are folders."""
     height = 20 + _STEP * len(FLOORS) + 116
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" font-family="ui-sans-serif,system-ui,sans-serif" role="img" '

@@ -1,4 +1,4 @@
-"""docs/recipes.md: every key of a recipe, from where it is declared. Run it after a change of `megafork/recipe/`; a test compares."""
+"""docs/recipes.md: every key of a recipe, from its declaration. Run it after a change in `megafork/recipe/`; a test compares."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from megafork.recipe.kinds import MOST, limit
 PAGE = Path(__file__).resolve().parent.parent / "docs/recipes.md"
 _INTRODUCTION = """# Recipes
 
-A recipe is one YAML file that says all of a run. It is made of sections; every key of every section is below, with its type, its default,
-and what it means. Unknown keys, wrong types and sections that contradict each other are refused by one line before anything starts.
+A recipe is one YAML file that specifies a whole run. It consists of sections; every key of every section is listed below, with its type,
+default and meaning. Unknown keys, wrong types and contradictory sections are rejected with a one-line error before anything starts.
 
 ```bash
 megafork train my.yaml                                  # a recipe
 megafork train my.yaml train.steps=200 parallel.tp=4    # with overrides: section.key=value, YAML values, the last one wins
 ```
 
-`extends: base.yaml` at the top of a recipe takes over another one, whose path is relative to this one; keys given here win. Paths inside a
-recipe are relative to the folder in which the command runs. `runs/<name>/recipe.yaml` is the recipe with every default filled in.
+`extends: base.yaml` at the top of a recipe inherits from another one, whose path is relative to this one; keys given here win. Paths inside
+a recipe are relative to the folder in which the command runs. `null` unsets a key that is unset by default.
+`runs/<name>/recipe.yaml` is the recipe with every default filled in.
 
 This page is written by `python tools/recipe_page.py`.
 """
@@ -42,7 +43,7 @@ def _section(name: str, field: FieldInfo) -> str:
     assert isinstance(model, type) and issubclass(model, BaseModel)
     lines = [f"## {name}", ""]
     for key, item in model.model_fields.items():
-        default = "**required**" if item.is_required() else f"default `{_value(item.default)}`"
+        default = "**required**" if item.is_required() else "unset" if item.default is None else f"default `{_value(item.default)}`"
         description = " ".join((item.description or "").split())
         lines.append(f"- **`{key}`** ({_type(item.annotation, item.metadata)}; {default}): {description}")
     return "\n".join([*lines, ""])
@@ -55,7 +56,7 @@ def _type(kind: Any, metadata: list[Any]) -> str:
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in arguments)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("empty" if part is type(None) else _type(part, metadata) for part in arguments)
+        return " or ".join(_type(part, metadata) for part in arguments if part is not type(None))
     if origin in (tuple, list):
         parts = [_type(part, metadata) for part in arguments if part is not ...]
         return "list of " + (parts[0] if len(set(parts)) == 1 else "; ".join(parts))
@@ -79,8 +80,6 @@ def _bounds(metadata: list[Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    if value is None:
-        return "empty"
     if isinstance(value, bool):
         return str(value).lower()
     return f"[{', '.join(map(_value, value))}]" if isinstance(value, tuple | list) else str(value)

@@ -1,1 +1,1 @@
-"""Recipes that differ in one thing each, run over the same seeds, and what the difference makes."""
+"""Ablations: recipes that differ in one thing each, run with the same seeds, and the effect of each difference."""

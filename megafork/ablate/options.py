@@ -1,4 +1,4 @@
-"""What an ablation is asked to do: each recipe with each seed is a trial, an ordinary run in a folder of its own."""
+"""Options of an ablation. Each recipe with each seed is a trial, an ordinary run in its own folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megafork.run_folder import is_evaluated, is_exported, read_recipe
 
 _OF_THE_TRIAL = ("run.name", "run.folder", "run.seed")
 _OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")
-"""In these a run may differ from what it is continued with. A checkpoint knows its model."""
+"""Keys that may change when a run is resumed. A checkpoint knows its model."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the ablation: OUT/<name>-seed_<seed>/."""
+    """One run of the ablation, in OUT/<name>-seed_<seed>/."""
 
     name: str
-    """The recipe's file, without `.yaml`."""
+    """The recipe's file name without `.yaml`."""
     seed: int
     recipe: Recipe = field(compare=False)
 
@@ -34,7 +34,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing of it is left to do."""
+        """Whether nothing is left to do: trained, exported and evaluated."""
         from megafork.weights import checkpoint  # imports megatron
 
         found = checkpoint.complete(self.recipe.run_folder / "checkpoints")
@@ -44,32 +44,32 @@ class Trial:
 
 @dataclass(frozen=True)
 class AblationOptions:
-    """In the words of `megafork ablate`."""
+    """Options of `megafork ablate`."""
 
     recipes: tuple[str, ...]
-    """Files. The first is what the others are compared with."""
+    """Files; the first is the baseline of the others."""
     overrides: tuple[str, ...]
-    """`section.key=value` of every recipe."""
+    """`section.key=value`, applied to every recipe."""
     seeds: tuple[int, ...]
     out: str
 
     @classmethod
     def parse(cls, arguments: Sequence[str], seeds: str, out: str) -> AblationOptions:
-        """`arguments`: recipes and overrides in any order; `seeds`: such as "1,2,3". Raises RecipeError."""
+        """Parse `arguments` (recipes and overrides in any order) and `seeds` (such as "1,2,3"). Raises RecipeError."""
         overrides = [argument for argument in arguments if "=" in argument]
-        recipes = list(dict.fromkeys(argument for argument in arguments if "=" not in argument))  # `top_20.yaml *.yaml` names one twice
+        recipes = list(dict.fromkeys(argument for argument in arguments if "=" not in argument))  # `top_20.yaml *.yaml` names it twice
         if not recipes:
-            raise RecipeError("RECIPE is missing: give recipes such as recipes/ablation/all.yaml, the one to compare with first")
+            raise RecipeError("RECIPE is missing: give recipes such as recipes/ablation/all.yaml, the baseline first")
         for override in overrides:
             if override.startswith(_OF_THE_TRIAL):
-                raise RecipeError(f"override {override!r} is what makes the trials: give --seeds and --out instead")
+                raise RecipeError(f"override {override!r} is set for each trial: give --seeds and --out instead")
         words = [word.strip() for word in seeds.split(",")]
         if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-            raise RecipeError(f"--seeds is {seeds!r}: give different whole numbers such as 1,2,3")
+            raise RecipeError(f"--seeds is {seeds!r}: give distinct integers such as 1,2,3")
         return cls(tuple(recipes), tuple(overrides), tuple(map(int, words)), out)
 
     def trials(self) -> list[Trial]:
-        """All of them, a seed at a time, so that a comparison is there early. Raises RecipeError for recipes that can't be compared."""
+        """All trials, one seed after another, so that a comparison is available early. Raises RecipeError for incomparable recipes."""
         names = [Path(file).stem for file in self.recipes]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -79,9 +79,9 @@ class AblationOptions:
         first = every[0].recipe
         for trial in every:
             if trial.recipe.data.eval is None:
-                raise RecipeError(f"data.eval of {trial.name!r} is empty: an ablation compares the accuracy on held-out prompts, name some")
+                raise RecipeError(f"data.eval of {trial.name!r} is unset: an ablation compares the accuracy on held-out prompts, name some")
             if (trial.recipe.data.eval, trial.recipe.eval) != (first.data.eval, first.eval):
-                raise RecipeError(f"data.eval or the section eval of {trial.name!r} is not as in {names[0]!r}: measure all in the same way")
+                raise RecipeError(f"data.eval or the section eval of {trial.name!r} differs from {names[0]!r}: evaluate all alike")
         return every
 
     def _recipe(self, file: str, name: str, seed: int) -> Recipe:
@@ -90,7 +90,7 @@ class AblationOptions:
 
 
 def check_begun(trial: Trial) -> None:
-    """Raises RecipeError where the trial's folder holds a run of other options. More steps continue it."""
+    """Raise RecipeError if the trial's folder holds a run with other settings. A larger number of steps continues the run."""
     folder = trial.recipe.run_folder
     before, now = _flat(read_recipe(folder)), _flat(trial.recipe.model_dump(mode="json"))
     differing = [key for key in before if key in now and before[key] != now[key] and not key.startswith(_OF_NO_EFFECT)]

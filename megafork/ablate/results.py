@@ -1,4 +1,4 @@
-"""The numbers of an ablation, read from the folders of its runs."""
+"""Results of an ablation, read from the folders of its runs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megafork.run_folder import read_steps
 
 Results = dict[str, Any]
 ACCURACIES = ("end", "best", "area")
-"""Of the held-out accuracy's curve: its last value, its highest, and its mean over the steps by the trapezoid rule."""
+"""Measures of the curve of held-out accuracy: last value, highest value, and mean over the steps by the trapezoid rule."""
 OTHERS = ("length", "entropy")
-"""Mean tokens of a held-out response and mean entropy (nats) of the step's tokens, both at the last step."""
+"""Mean tokens per held-out response and mean entropy (nats) of the step's tokens, both at the last step."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Measured:
 
     trial: Trial
     values: dict[str, float]
-    """Of ACCURACIES and OTHERS, and "seconds" in steps. Without entropy where no step had tokens to learn from."""
+    """ACCURACIES, OTHERS, and "seconds" spent in steps; no entropy if no step had tokens to learn from."""
     prompts: np.ndarray
     """Accuracy of each held-out prompt after the last step, float64."""
     problems: str | None
-    """Which these are; None in what an older version wrote."""
+    """Fingerprint of the held-out problems; None in files of an older version."""
 
 
 def measure(trial: Trial) -> Measured:
@@ -57,13 +57,13 @@ def measure(trial: Trial) -> Measured:
 
 
 def summarise(options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> Results:
-    """Writes `ablation.json` in the ablation's folder, and returns what it holds.
+    """Write `ablation.json` in the ablation's folder, and return its contents.
 
     {"files" (the recipes'), "overrides", "seeds", "file" (this one), "recipes": [{"recipe", "runs": [{"seed", "folder", the values of
     `Measured`}], each value's {"mean", "sd"} over seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`},
     "end" also: {"prompts": `Paired`}}], "failed": [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its
-    accuracies averaged over the seeds. A recipe without a finished run is in "failed" alone; one that shares no seed with the first is not
-    compared. Raises RecipeError when the runs have not answered the same prompts.
+    accuracies averaged over the seeds. A recipe without a finished run appears only in "failed"; one that shares no seed with the first is
+    not compared. Raises RecipeError if the runs were not evaluated on the same prompts.
     """
     runs: dict[str, dict[int, Measured]] = {}
     for trial in trials:
@@ -95,7 +95,7 @@ def _check_alike(measured: Sequence[Measured]) -> None:
             raise RecipeError(f"data.eval has changed between runs: {' and '.join(both)}; delete one, or choose another --out")
         if one.problems != measured[0].problems:
             runs = " and ".join(repr(str(run.trial.recipe.run_folder)) for run in (measured[0], one))
-            raise RecipeError(f"data.eval has changed between runs: {runs} answered other prompts; delete one, or choose another --out")
+            raise RecipeError(f"data.eval has changed between runs: {runs} answered different prompts; delete one, or choose another --out")
 
 
 def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:
 
 
 def _compare(ours: Mapping[int, Measured], theirs: Mapping[int, Measured]) -> dict[str, Any]:
-    """Ours minus theirs, over the seeds that both have."""
+    """Ours minus theirs, over the common seeds."""
     seeds = [seed for seed in ours if seed in theirs]
     result = {
         name: {"seeds": asdict(paired([ours[seed].values[name] - theirs[seed].values[name] for seed in seeds]))} for name in ACCURACIES

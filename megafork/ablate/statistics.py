@@ -1,4 +1,4 @@
-"""What a few numbers say of the quantity behind them: plain numbers, no runs."""
+"""Statistics of small samples: plain numbers, no runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation: None of no values, and of fewer than two."""
+    """Mean, None without values, and sample standard deviation, None for fewer than two values."""
 
     mean: float | None
     sd: float | None
@@ -18,9 +18,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """A mean of n paired differences with its 95% interval, and the two-sided p of Student's paired t-test that it is 0.
+    """The mean of n paired differences with its 95% interval, and the two-sided p of Student's paired t-test that it is 0.
 
-    None: of fewer than two, or where all are the same and nothing can be said of how far they scatter.
+    Interval and p are None for fewer than two differences, or if all are equal and their variance cannot be estimated.
     """
 
     mean: float
@@ -35,7 +35,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """Student's t on n - 1 degrees of freedom: exact for normal differences however few, and near it for many of any kind."""
+    """Student's t with n - 1 degrees of freedom: exact for normal differences, approximate for many differences of any distribution."""
     from scipy import stats  # half a second to import
 
     mean, n = float(np.mean(differences)), len(differences)

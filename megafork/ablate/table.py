@@ -13,8 +13,8 @@ _HEADINGS = ("end", "best", "area", "length", "entropy")
 
 
 def tables(results: dict[str, Any]) -> Group:
-    """Each recipe's means and standard deviations over seeds, then the differences from the first one with their 95% intervals, and the
-    runs that failed. Accuracies in per cent and points, length in tokens, entropy in nats, time in minutes a run."""
+    """Each recipe's means and standard deviations over seeds, then the differences from the first one with their 95% intervals, and failed
+    runs. Accuracies in per cent and points, length in tokens, entropy in nats, time in minutes per run."""
     parts: list[Table | str] = [_means(results)]
     if results["comparisons"]:
         parts += ["", _differences(results)]

@@ -1,1 +1,1 @@
-"""`megafork analyze`: the entropy pattern of a model's chains of thought, and how it changes from checkpoint to checkpoint."""
+"""`megafork analyze`: the entropy pattern of a model's chains of thought, and how it changes between checkpoints."""

@@ -1,4 +1,4 @@
-"""What an analysis works on: models, tokenizer and prompts, checked against each other; and where its files lie. No ranks needed."""
+"""Inputs of an analysis (models, tokenizer and prompts, checked against each other) and the paths of its files. No ranks needed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from megafork.convert.sources import config_folder
 from megafork.data.prompts import load_prompts
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
-from megafork.recipe import Recipe, RecipeError, calling
+from megafork.recipe import Parallel, RecipeError, calling
 from megafork.recipe_file import data_of_options
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
@@ -26,18 +27,20 @@ from megafork.weights.checkpoint import complete
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """An analysis' inputs, checked against each other."""
+    """An analysis's inputs, checked against each other."""
 
     options: AnalysisOptions
     models: dict[str, NamedModel]
-    """By label, oldest first; the last one wrote the responses."""
+    """By label, oldest first; the last one generates the responses."""
     digests: dict[str, str]
     tokenizer: Tokenizer
     vocab: int
     job: SampleJob
-    """The responses."""
+    """The sampling of the responses."""
+    layout: Parallel
+    """Megatron's, for scoring."""
     remarks: list[str]
-    """What of the prompts does not count, a line each."""
+    """Lines about prompts that are not counted."""
 
     @property
     def folder(self) -> Path:
@@ -56,14 +59,14 @@ class AnalysisInputs:
 
     @property
     def identity(self) -> str:
-        """What decides the responses, as 16 hex digits; their file carries it."""
+        """16 hex digits of everything that determines the responses; stored in their file."""
         store = self.job.store(self.job.samplings[0]).folder
-        said = [store.name, next(reversed(self.digests.values())), self.job.samples, list(self.job.prompts)]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        parts = [store.name, next(reversed(self.digests.values())), self.job.samples, list(self.job.prompts)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def identity_of(self, label: str) -> str:
-        """What decides a model's entropies; their file carries it."""
-        return f"{self.identity} {self.digests[label]} {self.job.recipe.precision.dtype}"
+        """Everything that determines a model's entropies; stored in their file."""
+        return f"{self.identity} {self.digests[label]} {self.job.engine.dtype}"
 
 
 @calling(AS_OPTIONS)
@@ -76,7 +79,7 @@ def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
     for other in list(models)[:-1]:
         if models[other].check() != shape:
             raise RecipeError(
-                f"--against {other} ({models[other].name!r}) is of another shape than {label}: compare checkpoints of one model"
+                f"--against {other} ({models[other].name!r}) has a different shape than {label}: compare checkpoints of one model"
             )
         _same_vocabulary(other, models[other].tokenizer(), tokenizer)
     remarks: list[str] = []
@@ -91,30 +94,23 @@ def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
     prompts = load_prompts(options.prompts, data, tokenizer, needs=(), field="--prompts", remark=remarks.append)[: options.limit]
     longest = max(len(prompt.tokens) for prompt in prompts)
     max_tokens = response_limit(options.max_tokens, shape, longest)
-    recipe = Recipe.model_validate(
-        {
-            "run": {"seed": options.seed},
-            "model": {"path": str(author.folder)},
-            "parallel": {"tp": options.tp, "pp": options.pp, "cp": options.cp},
-            "data": {"train": options.prompts, "max_prompt_length": longest},
-            "rollout": {
-                "max_response_length": max_tokens,
-                "temperature": options.temperature,
-                "tp": options.tp,
-                "kv_cache_mb": options.kv_cache_mb,
-                "gpu_memory_fraction": 0.9,
-            },
-            "reward": {"overlong": "none"},
-            "precision": {"dtype": options.dtype or author.dtype},
-        }
+    layout = Parallel(tp=options.tp, pp=options.pp, cp=options.cp)
+    check_layout(shape, layout)
+    check_rollout_tp(shape, options.tp)
+    engine = EngineConfig(
+        model=str(author.folder),
+        dtype=options.dtype or author.dtype,
+        longest_sequence=longest + max_tokens,
+        seed=options.seed,
+        tp=options.tp,
+        gpu_memory_fraction=0.9,
+        kv_cache_mb=options.kv_cache_mb,
     )
-    check_layout(shape, recipe.parallel)
-    check_rollout_tp(shape, recipe.rollout.tp)
     digests = {name: model.digest() for name, model in models.items()}
     sampling = Sampling(max_tokens, options.temperature, stop=tokenizer.eos_ids)
     by_key = {prompt_key(prompt.tokens): prompt.tokens for prompt in prompts}
-    job = SampleJob(recipe, by_key, options.samples, (sampling,), Path(options.out) / "completions" / digests[label])
-    return AnalysisInputs(options, models, digests, tokenizer, shape.vocab, job, remarks)
+    job = SampleJob(engine, by_key, options.samples, (sampling,), Path(options.out) / "completions" / digests[label])
+    return AnalysisInputs(options, models, digests, tokenizer, shape.vocab, job, layout, remarks)
 
 
 def _models(options: AnalysisOptions) -> dict[str, NamedModel]:
@@ -124,25 +120,27 @@ def _models(options: AnalysisOptions) -> dict[str, NamedModel]:
     models: dict[str, NamedModel] = {}
     for name, model in [*found, (label, author)]:
         if name in models:
-            raise RecipeError(f"--against: two models are called {name!r}: name one of them, as in LABEL=MODEL")
+            raise RecipeError(f"--against: two models are named {name!r}: label one of them by LABEL=MODEL")
         if not re.fullmatch(r"[\w.-]+", name):
-            raise RecipeError(f"--against: {name!r} names a file, use letters, digits, `_`, `-` and `.`: name it, as in LABEL=MODEL")
+            raise RecipeError(
+                f"--against: {name!r} is used as a file name: label the model by LABEL=MODEL, of letters, digits, `_`, `-`, `.`"
+            )
         models[name] = model
     return models
 
 
 def _labelled(word: str) -> tuple[str, NamedModel]:
-    label, equals, said = word.partition("=")
-    return (label, find_model(said)) if equals else (Path(word).resolve().name, find_model(word))
+    label, equals, model = word.partition("=")
+    return (label, find_model(model)) if equals else (Path(word).resolve().name, find_model(word))
 
 
 def _of_run(folder: Path) -> list[tuple[str, NamedModel]]:
-    """What a run started from, and its checkpoints but for a last one that was exported as well; nothing of what is no run."""
+    """The model that a run started from, and its checkpoints except the last, which is the run's model; empty if it is not a run."""
     checkpoints = [path for _, path in complete(folder / "checkpoints")]
     if not checkpoints:
         return []
     base = find_model(str(config_folder(checkpoints[0])))
-    between = checkpoints[:-1]  # the last one is what the run's model is
+    between = checkpoints[:-1]  # the last one is the run's model
     return [("base", base), *((path.name, find_model(str(path))) for path in between)]
 
 
@@ -151,6 +149,6 @@ def _same_vocabulary(label: str, other: Tokenizer, tokenizer: Tokenizer) -> None
     if mine != theirs:
         odd = next(iter(sorted(mine.items() ^ theirs.items())))
         raise RecipeError(
-            f"--against {label} is of another vocabulary ({len(theirs)} tokens, not {len(mine)}; {odd[0]!r} differs): compare checkpoints "
-            "of one model"
+            f"--against {label} has a different vocabulary ({len(theirs)} tokens, not {len(mine)}; {odd[0]!r} differs): "
+            "compare checkpoints of one model"
         )

@@ -1,4 +1,4 @@
-"""What `megafork analyze` is asked."""
+"""Options of `megafork analyze`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megafork.recipe import RecipeError
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisOptions(SampleOptions):
-    """An analysis. Raises RecipeError, naming the option, for what cannot be."""
+    """Options of an analysis. Raises RecipeError, naming the option, for invalid values."""
 
     model: str = argument("Whose responses are analysed; as for eval.", metavar="MODEL_OR_RUN")
     prompts: str = option(help="A .jsonl or .parquet file, or another form of a recipe's data.train.")
@@ -18,15 +18,16 @@ class AnalysisOptions(SampleOptions):
     against: tuple[str, ...] = option(
         (), "[LABEL=]MODEL compared on the same responses, the base first; may be repeated.", unset="a run's base and checkpoints"
     )
-    samples: int = option(1, "Responses to each prompt.")
-    temperature: float = option(1.0, "Temperature of the sampling and of the entropies.")
-    rho: float = option(0.2, "Share of the positions that count as forks in the overlap.")
-    min_count: int = option(100, "Tokens seen less often are not ranked.")
+    samples: int = option(1, "Responses per prompt.")
+    temperature: float = option(1.0, "Temperature of sampling and entropies.")
+    rho: float = option(0.2, "Share of positions that count as forks in the overlap.")
+    min_count: int = option(100, "Tokens that occur less often are not ranked.")
     tp: int = option(1, "Tensor-parallel size of vLLM and Megatron.")
     pp: int = option(1, "Pipeline-parallel size of Megatron.")
     cp: int = option(1, "Context-parallel size of Megatron.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("samples", "limit", "max_tokens", "min_count", "tp", "pp", "cp", "ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -35,12 +36,10 @@ class AnalysisOptions(SampleOptions):
             raise RecipeError(f"--rho is {self.rho}: must be above 0 and at most 1")
         if not 0.01 <= self.temperature <= 100:
             raise RecipeError(f"--temperature is {self.temperature}: must be between 0.01 and 100; greedy tokens have no entropy")
-        if self.dtype not in (None, "fp32", "bf16"):
-            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")
         if self.ranks is not None and self.ranks % self.model_size:
-            raise RecipeError(f"--ranks is {self.ranks}, no multiple of --tp x --pp x --cp = {self.model_size}: choose one")
+            raise RecipeError(f"--ranks is {self.ranks}, not a multiple of --tp x --pp x --cp = {self.model_size}: choose one")
 
     @property
     def model_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one copy of the model."""
         return self.tp * self.pp * self.cp

@@ -16,11 +16,11 @@ from megafork.report.responses import MOST_TOKENS, legend_html, tokens_html
 
 _STYLES = ("blue", "orange", "green", "violet", "sand", "sky", "ink", "grey")
 _SHOWN = 30
-"""Tokens in each list."""
+"""Tokens per list."""
 
 
 def write_page(inputs: AnalysisInputs, results: Results) -> None:
-    """Write `report.html`; it is replaced in one piece."""
+    """Write `report.html`, replacing it atomically."""
     own = results["entropies"][results["labels"][-1]]
     text = page.page(
         f"Entropy of {results['model']} · megafork",
@@ -31,7 +31,7 @@ def write_page(inputs: AnalysisInputs, results: Results) -> None:
             ("From checkpoint to checkpoint", _models(results)),
             ("Responses", _responses(inputs, own["threshold"])),
         ],
-        footer=f"Written by megafork {escape(__version__)} from analysis.json and the parquet files beside it.",
+        footer=f"Written by megafork {escape(__version__)} from analysis.json and the parquet files next to it.",
     )
     page.write(inputs.folder / "report.html", text)
 
@@ -40,9 +40,9 @@ def _header(results: Results, own: dict[str, Any]) -> str:
     p80 = own["percentiles"][80]
     headline = page.numbers_row(
         [
-            ("80th percentile, nats", numbers.plain(p80), "the paper's: 0.672"),
-            ("under 0.01 nats", numbers.percent(own["share_below_0.01"]), "the paper's: 50.6%"),
-            ("of all entropy, in the top 20%", numbers.percent(own["top_share"][20]), ""),
+            ("80th percentile, nats", numbers.plain(p80), "in the paper: 0.672"),
+            ("under 0.01 nats", numbers.percent(own["share_below_0.01"]), "in the paper: 50.6%"),
+            ("share of all entropy in the top 20%", numbers.percent(own["top_share"][20]), ""),
             ("mean, nats", numbers.plain(own["mean"]), ""),
         ]
     )
@@ -57,7 +57,7 @@ def _header(results: Results, own: dict[str, Any]) -> str:
 
 
 def _histogram(results: Results, own: dict[str, Any]) -> str:
-    note = f"{results['tokens']:,} tokens, on a log scale; selected are the top {numbers.short_percent(results['rho'])}."
+    note = f"{results['tokens']:,} tokens, on a log scale; the top {numbers.short_percent(results['rho'])} are selected."
     svg = figures.histogram("Histogram of token entropies", Histogram(**own["histogram"]), tau=own["threshold"])
     return page.figure("Entropy of the tokens", note, svg, [("blue", "all tokens"), ("orange", "selected")])
 
@@ -67,13 +67,11 @@ def _shares(own: dict[str, Any]) -> str:
     svg = figures.line_chart(
         "Share of all entropy", list(range(101)), series, form=numbers.percent, axis=numbers.short_percent, unit="top %"
     )
-    return page.figure("Who holds the entropy", "Share of the sum of all entropies that the top x% of the tokens hold.", svg)
+    return page.figure("How concentrated entropy is", "Share of the sum of all entropies in the top x% of the tokens.", svg)
 
 
 def _vocabulary(words: dict[str, Any], least: int) -> str:
-    note = (
-        f"{words['seen']:,} different tokens were written, {words['frequent']:,} of them at least {least:,} times. tokens.parquet has all."
-    )
+    note = f"{words['seen']:,} different tokens occur, {words['frequent']:,} of them at least {least:,} times. tokens.parquet lists all."
     if not words["frequent"]:
         return f"<p>{escape(note)}</p>"
     lists = []
@@ -102,7 +100,7 @@ def _models(results: Results) -> str:
     moved = figures.line_chart("Change of entropy", bins, changes, unit=f"% of {base}")
     charts = [
         page.figure("Percentiles of the entropy", order, curves),
-        page.figure("Where entropy changed", f"Mean change in nats, by bins of 5% of {base}'s entropy, lowest first.", moved),
+        page.figure("Where entropy changed", f"Mean change in nats, in bins of 5% of {base}'s entropies, lowest first.", moved),
         _matrix(
             labels, results["overlap"]["pooled"], "Overlap, pooled", f"Of the top {numbers.short_percent(results['rho'])} of all tokens."
         ),

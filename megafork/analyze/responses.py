@@ -1,4 +1,4 @@
-"""Responses and entropies as parquet files: written row group by row group, read as a stream, in memory that does not grow with them."""
+"""Responses and entropies as parquet files, written and read one row group at a time, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megafork.files import whole
 from megafork.recipe import RecipeError
 
 AT_ONCE = 256
-"""Responses of a row group: what is in memory at once."""
+"""Responses per row group, which are in memory at once."""
 _IDENTITY = b"identity"
 _RESPONSES = pa.schema(
     [
@@ -31,7 +31,7 @@ _ENTROPIES = pa.schema([("entropies", pa.list_(pa.float32())), ("log_probs", pa.
 
 
 def is_current(file: Path, identity: str) -> bool:
-    """Whether the file is there, whole, and of that identity."""
+    """Whether the file exists, is complete and has that identity."""
     try:
         found = pq.read_schema(file).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):
@@ -40,7 +40,7 @@ def is_current(file: Path, identity: str) -> bool:
 
 
 def write_responses(inputs: AnalysisInputs) -> None:
-    """From the job's completions, those that the analysis is about, in the order in which they ended."""
+    """Write the analysis's responses, picked from the job's completions, in the order in which they ended."""
     job = inputs.job
     rows = (
         {
@@ -58,19 +58,19 @@ def write_responses(inputs: AnalysisInputs) -> None:
 
 
 def write_entropies(inputs: AnalysisInputs, label: str, groups: Iterable[list[dict[str, Any]]]) -> None:
-    """A model's entropies and log-probs, a row a response; the groups are those of the responses."""
+    """Write a model's entropies and log-probs, one row per response; the groups are those of the responses."""
     _write(inputs.entropies(label), _ENTROPIES, inputs.identity_of(label), groups)
 
 
 def read_responses(inputs: AnalysisInputs, columns: Sequence[str] = ()) -> Iterator[list[dict[str, Any]]]:
-    """Row groups of the responses."""
+    """Read the responses one row group at a time."""
     with pq.ParquetFile(inputs.responses) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=list(columns) or None).to_pylist()
 
 
 def read_lists(file: Path, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A list column by row groups: all values flat, and where each response ends. Raises RecipeError for a damaged file."""
+    """Read a list column by row groups: all values flat, and the end of each response. Raises RecipeError for a damaged file."""
     try:
         with pq.ParquetFile(file) as opened:
             for group in range(opened.num_row_groups):
@@ -79,7 +79,7 @@ def read_lists(file: Path, column: str) -> Iterator[tuple[np.ndarray, np.ndarray
                 yield lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"{str(file)!r} is damaged ({reason}): delete it, the same command writes it again") from None
+        raise RecipeError(f"{str(file)!r} is damaged ({reason}): delete it and repeat the command to write it again") from None
 
 
 def _grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -94,7 +94,7 @@ def _grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _write(file: Path, schema: pa.Schema, identity: str, groups: Iterable[list[dict[str, Any]]]) -> None:
-    """The file appears when it is whole."""
+    """Write a parquet file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     described = schema.with_metadata({_IDENTITY: identity})
     with whole(file) as unfinished, pq.ParquetWriter(unfinished, described, compression="zstd") as writer:

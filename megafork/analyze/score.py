@@ -1,4 +1,4 @@
-"""Entropies of the same responses under each model: Megatron under its layout, one model in memory at a time. On ranks."""
+"""Entropies of the same responses under each model, by Megatron in the given layout, one model in memory at a time. Runs on ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from megafork.analyze.inputs import AnalysisInputs
 from megafork.analyze.responses import is_current, read_responses, write_entropies, write_responses
 from megafork.convert.named import AS_OPTIONS, NamedModel
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import Policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh, build_mesh
-from megafork.recipe import calling
+from megafork.recipe import Precision, calling
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer, placement
 from megafork.shape import read_shape
@@ -28,19 +28,19 @@ Rows = list[dict[str, Any]]
 
 
 def unscored(inputs: AnalysisInputs) -> list[str]:
-    """Labels of the models whose entropies are not there yet."""
+    """Labels of the models whose entropies are still missing."""
     return [label for label in inputs.models if not is_current(inputs.entropies(label), inputs.identity_of(label))]
 
 
 def score_responses(inputs: AnalysisInputs, device: torch.device) -> None:
-    """Write the responses' file and each model's entropies, where they are not there yet. Every rank of the world calls."""
-    recipe = inputs.job.recipe
-    mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)
+    """Write the missing files of responses and entropies. Every rank of the world must call."""
+    mesh = build_mesh(inputs.layout, seed=inputs.options.seed, device=device)
     if mesh.is_rank_zero and not is_current(inputs.responses, inputs.identity):
         write_responses(inputs)
     left: list[Any] = [unscored(inputs) if mesh.is_rank_zero else None]
-    dist.broadcast_object_list(left, src=0)  # also: the responses are there
-    chunks = build_policy(read_shape(inputs.author.folder), recipe, mesh)
+    dist.broadcast_object_list(left, src=0)  # also makes every rank wait for the responses
+    precision = Precision.model_validate({"dtype": inputs.job.engine.dtype})
+    chunks = build_policy(read_shape(inputs.author.folder), PolicyConfig(precision), mesh)
     for label in left[0]:
         _load(inputs.models[label], chunks, mesh)
         groups = (_score_group(rows, chunks, inputs, mesh) for rows in read_responses(inputs, ("prompt_tokens", "tokens")))
@@ -63,10 +63,10 @@ def _load(model: NamedModel, chunks: list[Policy], mesh: Mesh) -> None:
 
 
 def _score_group(rows: Rows, chunks: list[Policy], inputs: AnalysisInputs, mesh: Mesh) -> Rows:
-    """{"entropies", "log_probs"} (fp32) of each row. Every rank calls, and knows all of them afterwards."""
+    """{"entropies", "log_probs"} (fp32) of each row, on every rank. Every rank must call."""
     lengths = [len(row["prompt_tokens"]) + len(row["tokens"]) - 1 for row in rows]
-    recipe = inputs.job.recipe
-    placed, packed = placement(lengths, recipe, mesh)[mesh.dp_rank], packer(recipe, mesh, temperature=recipe.rollout.temperature)
+    placed = placement(lengths, inputs.layout.padded(inputs.job.engine.longest_sequence), mesh)[mesh.dp_rank]
+    packed = packer(mesh, whole=1, temperature=inputs.options.temperature)
     micros = [packed([_response(n, rows[n]) for n in members]) for members in placed]
 
     def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:

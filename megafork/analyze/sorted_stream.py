@@ -1,4 +1,4 @@
-"""Exact order statistics of values that are too many to hold: the stream is read twice, and memory does not grow with it."""
+"""Exact order statistics of more values than fit in memory: the stream is read twice, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fractions import Fraction
 import numpy as np
 
 Read = Callable[[], Iterable[np.ndarray]]
-"""Gives the stream's parts (fp32, any shape), the same ones at each call."""
+"""Returns the stream's parts (fp32, any shape), the same ones on every call."""
 _HALF = 16
 _BINS = 1 << _HALF
 
 
 class SortedStream:
-    """What sorting non-negative fp32 values would tell. Their bits, read as whole numbers, are in the same order.
+    """Order statistics of non-negative fp32 values, whose bits, read as integers, have the same ordering.
 
-    The first pass counts and sums the values by the upper half of their bits, 1 MiB in all. A second one, for whatever ranks are asked
-    for together, counts by the lower half within the bins that hold these ranks, 256 KiB a bin.
+    The first pass counts and sums the values by the upper half of their bits, 1 MiB in total. A second pass, for all ranks of a request
+    together, counts by the lower half within the bins of these ranks, 256 KiB per bin.
     """
 
     def __init__(self, read: Read) -> None:
@@ -43,14 +43,14 @@ class SortedStream:
         return np.array(found, dtype=np.uint32).view(np.float32)
 
     def sums_of_largest(self, counts: Sequence[int]) -> list[float]:
-        """For each count the sum, in float64, of that many largest values. Reads the stream once."""
+        """For each count, the float64 sum of that many largest values. Reads the stream once."""
         ranks = [self.total - count for count in counts]
         inside = [rank for rank in ranks if rank < self.total]
         within = self._within(np.searchsorted(self._ends, inside, side="right"))
         return [self._sum_from(rank, within) if rank < self.total else 0.0 for rank in ranks]
 
     def percentiles(self, shares: Sequence[float]) -> list[float]:
-        """With linear interpolation between neighbours, as `numpy.percentile`. `shares` in [0, 100]; NaN without any value."""
+        """Percentiles with linear interpolation, as by `numpy.percentile`. `shares` in [0, 100]; NaN without values."""
         if not self.total:
             return [math.nan] * len(shares)
         places = [share / 100 * (self.total - 1) for share in shares]
@@ -59,11 +59,11 @@ class SortedStream:
         return [float(a + (b - a) * (place - rank)) for a, b, place, rank in zip(low, high, places, below, strict=True)]
 
     def threshold(self, rho: float) -> float:
-        """The value that parts the largest ceil(rho * total) from the others, by `>=`."""
+        """The value t such that `>= t` selects the largest ceil(rho * total) values (more with ties)."""
         return float(self.at([self.total - kept(rho, self.total)])[0])
 
     def _within(self, bins: np.ndarray) -> dict[int, np.ndarray]:
-        """Counts by the lower half of the bits in each of the bins."""
+        """Counts by the lower half of the bits within each of the bins."""
         wanted = np.unique(bins)
         row_of = np.full(_BINS, -1)
         row_of[wanted] = np.arange(len(wanted))
@@ -77,7 +77,7 @@ class SortedStream:
         return {int(upper): counts[row] for upper, row in zip(wanted, range(len(wanted)), strict=True)}
 
     def _find(self, within: np.ndarray, upper: int, rank: int) -> tuple[int, int, int]:
-        """(bits of the value at a rank, the lower half of them, values of its bin up to and with those that equal it)."""
+        """(bits of the value at a rank, their lower half, number of values in its bin up to and including those equal to it)."""
         ends = within.cumsum()
         lower = int(np.searchsorted(ends, rank - (self._ends[upper] - self._counts[upper]), side="right"))
         return (upper << _HALF) | lower, lower, int(ends[lower])
@@ -94,7 +94,7 @@ class SortedStream:
 
 
 def kept(rho: float, total: int) -> int:
-    """ceil(rho * total), rho taken as the decimal it is written as; the trainer's count (`parallel.quantile`)."""
+    """ceil(rho * total) with rho as the decimal number as written: the trainer's count (`parallel.quantile`)."""
     return math.ceil(Fraction(repr(float(rho))) * total)
 
 

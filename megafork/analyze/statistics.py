@@ -1,4 +1,4 @@
-"""The numbers of an analysis, from its parquet files: read as streams, so that memory does not grow with the tokens."""
+"""Statistics of an analysis, from its parquet files, read as streams in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from megafork.report.entropy import histogram_edges
 
 Results = dict[str, Any]
 CURVE = (0, 5, 25, 50, 75, 80, 85, 90, 95, 100)
-"""Percentiles that are followed from checkpoint to checkpoint."""
+"""Percentiles compared between checkpoints."""
 _CERTAIN = 0.01
 _RANKED = 100
 _BINS = 20
 
 
 def analyse(inputs: AnalysisInputs) -> Results:
-    """Everything that `analysis.json` holds; writes it and `tokens.parquet`. Needs what `score` has written.
+    """Write `analysis.json` and `tokens.parquet` from the files that `score` has written; returns the contents of the former.
 
     {options..., "digests", "labels", "responses", "tokens", "entropies": {label: `_distribution`}, "vocabulary": `_vocabulary`,
     "overlap": {"pooled", "per_response": [M][M] in the order of the labels}, "change": {"base", "edges", "counts", "means": {label:
@@ -67,7 +67,7 @@ def analyse(inputs: AnalysisInputs) -> Results:
 
 
 class _Values:
-    """Reads a file's entropies anew at each call."""
+    """Reads a file's entropies afresh on each call."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -77,7 +77,7 @@ class _Values:
 
 
 def _aligned(inputs: AnalysisInputs, labels: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """By row groups: entropies of the same tokens under each model, fp32 [M, n], and where each response ends."""
+    """For each row group, the entropies of its tokens under each model, fp32 [M, n], and the end of each response."""
     for parts in zip(*(read_lists(inputs.entropies(label), "entropies") for label in labels), strict=True):
         yield np.stack([values for values, _ in parts]), parts[0][1]
 
@@ -104,8 +104,8 @@ def _distribution(stream: SortedStream, threshold: float, inputs: AnalysisInputs
 
 
 def _vocabulary(inputs: AnalysisInputs, label: str) -> dict[str, Any]:
-    """Mean entropy where each token was written: {"seen", "frequent", "highest", "lowest"}, the last two at most 100 of
-    {"id", "token", "count", "mean"} among those seen `min_count` times. All that were seen go to `tokens.parquet`."""
+    """Mean entropy at the positions of each token: {"seen", "frequent", "highest", "lowest"}, the last two with at most 100 of
+    {"id", "token", "count", "mean"} among the tokens seen `min_count` times. All tokens seen go to `tokens.parquet`."""
     counts, sums = np.zeros(inputs.vocab, np.int64), np.zeros(inputs.vocab)
     tokens = (values for values, _ in read_lists(inputs.responses, "tokens"))
     for ids, entropies in zip(tokens, _Values(inputs.entropies(label))(), strict=True):

@@ -12,7 +12,7 @@ from megafork.report import numbers
 
 
 def summary(results: Results) -> Group:
-    """A row a model: mean and percentiles in nats, the share under 0.01, what the top 20% hold, and the overlap with the last model."""
+    """One row per model: mean and percentiles in nats, share under 0.01, share of the top 20%, and overlap with the last model."""
     table = Table(box=None, pad_edge=False)
     table.add_column("model")
     for name in ("mean", "p50", "p80", "p95", "< 0.01", "in top 20%", "overlap"):

@@ -1,9 +1,9 @@
 """megatron-core without CUDA.
 
-megatron-core (0.16.1 to 0.19) runs every part that megafork uses over gloo on the CPU, except that it names CUDA when it allocates,
-seeds and synchronises. `install()` answers just those calls. Where CUDA is present it does nothing.
+Every part of megatron-core (0.16.1 to 0.19) that megafork uses runs on the CPU over gloo, except that allocation, seeding and
+synchronisation hard-code CUDA. `install()` redirects just those calls. With CUDA it does nothing.
 
-Only calls that would raise on a machine without CUDA are touched. This file can go when megatron-core takes its device from one place.
+Only calls that would raise without CUDA are touched. This file can go when megatron-core takes its device from one place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _installed = False
 
 
 def install() -> None:
-    """Import megatron-core so that it works on this machine. Call before anything imports `megatron`. Idempotent."""
+    """Import megatron-core in a way that works on this machine. Call before anything imports `megatron`. Idempotent."""
     global _installed
     if _installed:
         return
@@ -62,7 +62,7 @@ def install() -> None:
 
 
 def _redirect_creation() -> None:
-    """`torch.empty(..., device="cuda", pin_memory=True)` allocates on the CPU."""
+    """Make calls such as `torch.empty(..., device="cuda", pin_memory=True)` allocate on the CPU."""
     _device_constructors()  # torch caches these functions by identity for `with torch.device(...)`: fill the cache with the originals
     for name in _CREATORS:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -82,7 +82,7 @@ def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 class _Stream:
-    """Stands for a CUDA stream or event: on the CPU everything is in order already."""
+    """Stand-in for a CUDA stream or event: CPU operations already run in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -110,7 +110,7 @@ def _redirect_cuda_calls() -> None:
 
 
 def _no_operation(name: str) -> Callable[..., None]:
-    """A function object of its own for each name: dynamo refuses one that several names share."""
+    """A separate function object for each name: dynamo refuses one that several names share."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -136,7 +136,7 @@ def _redirect_tensor_type() -> None:
 
 @contextlib.contextmanager
 def _eager_import() -> Iterator[None]:
-    """Without `torch.compile` decorators megatron imports in 2.4 s instead of 6 s; on the CPU they gain nothing."""
+    """Skip `torch.compile` decorators: megatron then imports in 2.4 s instead of 6 s, and on the CPU they gain nothing."""
     original = torch.compile
 
     def eager(model: Any = None, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ def _eager_import() -> Iterator[None]:
 
 
 class CpuRngTracker:
-    """megatron's tracker of named random states (dropout, recompute), over the CPU's generator."""
+    """megatron's tracker of named random states (dropout, recompute), on the CPU's generator."""
 
     def __init__(self) -> None:
         self.states_: dict[str, torch.Tensor] = {}

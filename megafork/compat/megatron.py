@@ -1,4 +1,4 @@
-"""Upstream bugs of megatron-core 0.16.1 to 0.19 in the distributed optimizer, most of them when Adam is torch's own (no Transformer
+"""Fixes for bugs in the distributed optimizer of megatron-core 0.16.1 to 0.19, most of which occur with torch's own Adam (no Transformer
 Engine, no apex)."""
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class FixedDistributedOptimizer(DistributedOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": self.optimizer.state[main_param]["step"], **tensors})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Upstream gives all parameters one `step` tensor, which Adam then counts up once a parameter: each gets its own."""
+        """Give each parameter its own `step` tensor: upstream shares one, which Adam then increments once per parameter."""
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].detach().clone()
 
 
 def fix_optimizer_state(optimizer: Any) -> None:
-    """Mend the optimizer that `get_megatron_optimizer` returned.
+    """Fix the optimizer that `get_megatron_optimizer` returned.
 
-    Adam's state is made at once, because a checkpoint before the first step fails upstream, whoever's Adam it is. Where Transformer
-    Engine or apex brings its own, that is all.
+    Adam's state is created now, because upstream cannot save a checkpoint before the first step, with any Adam. If Transformer Engine or
+    apex provides Adam, nothing else needs fixing.
     """
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         assert type(inner) is DistributedOptimizer
@@ -57,7 +57,7 @@ def fix_optimizer_state(optimizer: Any) -> None:
 
 
 class _FileQueue:
-    """A queue for one item, in a file without a name: written by a forked process, read by the one that forked it, open to nobody else."""
+    """A queue for one item in an unnamed file, written by a forked process and read by its parent; no other process can open it."""
 
     def __init__(self) -> None:
         self.file = os.fdopen(os.memfd_create("results"), "w+b")
@@ -74,6 +74,9 @@ class _FileQueue:
 
 
 def use_file_for_results() -> None:
-    """Tell what a checkpoint's writer wrote through a file, new for each save and rank. Upstream starts a manager process a rank for it,
-    which imports `__main__` again (0.4 GB) and outlives a rank that ends by `os._exit`; a pipe would hold 64 KB. Call before saving."""
+    """Make a checkpoint's writer process return its results through a file, new for each save and rank. Call before saving.
+
+    Upstream starts a manager process per rank for that, which imports `__main__` again (0.4 GB) and outlives a rank that ends by
+    `os._exit`; a pipe holds only 64 KB.
+    """
     filesystem_async._results_queue = _FileQueue()

@@ -1,7 +1,7 @@
 """Distributed checkpoints hold pickles, and torch (2.13) and megatron-core (0.16.1 to 0.19) run whatever code is in them.
 
 The index `.metadata` is read by `pickle.load`, plain values in the shards by `torch.load(weights_only=False)`, and `common.pt` by torch's
-default, which TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD turns off (some images set it). Here each is read with a list of what it may name.
+restricted default, which TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD turns off (some images set it). Here each has a list of the types it may name.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
 
 
 class ForbiddenType(pickle.UnpicklingError):
-    """A file names a type or a function that nothing of its kind needs."""
+    """A file names a type or a function that no file of its kind needs."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
 
     def __str__(self) -> str:
-        return f"GLOBAL {self.name} is not allowed"  # torch's words, by which `naming_forbidden_types` knows it within other errors
+        return f"GLOBAL {self.name} is not allowed"  # torch's wording, which `naming_forbidden_types` looks for within other errors
 
 
 def _enum_member(owner: Any, name: str) -> Enum:
-    """How Python 3.11.0 to 3.11.3 pickle a member of an enum: as `getattr`."""
+    """Stand-in for `getattr`, as which Python 3.11.0 to 3.11.3 pickle an enum member."""
     if not (isinstance(owner, type) and issubclass(owner, Enum)):
         raise ForbiddenType("builtins.getattr")
     return owner[name]
@@ -73,9 +73,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("builtins", "getattr"): _enum_member,
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),  # where it was written, which nobody asks for
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),  # where the file was written, which nothing uses
     ("pathlib", "Path"): lambda *parts: "/".join(parts),
-    # of older versions
+    # from older versions
     (_OLD_METADATA, "TensorProperties"): metadata.TensorProperties,
     (_OLD_METADATA, "MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
     (_MEGATRON, "MCoreMetadata"): metadata.Metadata,
@@ -93,20 +93,20 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(file: IO[bytes]) -> Any:
-    """What `.metadata` holds, usually a `Metadata`, whose chunks lie in files of its own folder.
+    """The object pickled in `.metadata`, usually a `Metadata`, whose chunks are in files of the same folder.
 
-    Raises ForbiddenType for types that an index does not need, ValueError for files elsewhere, and whatever `pickle` raises for what is
-    none.
+    Raises ForbiddenType for types that an index does not need, ValueError for files elsewhere, and whatever `pickle` raises for a file that
+    is not a pickle.
     """
     index = _IndexUnpickler(file).load()
     for where in (getattr(index, "storage_data", None) or {}).values():
         if where.relative_path != Path(where.relative_path).name:
-            raise ValueError(f"a part of it lies elsewhere, at {where.relative_path!r}")
+            raise ValueError(f"a part of it is elsewhere, at {where.relative_path!r}")
     return index
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """`common.pt` of a checkpoint: plain values, tensors, and what Megatron-core itself declares safe (`megatron.core.safe_globals`).
+    """Read `common.pt` of a checkpoint: plain values, tensors, and types that Megatron-core declares safe (`megatron.core.safe_globals`).
 
     Raises ForbiddenType, OSError, and RuntimeError or UnpicklingError for a damaged file.
     """
@@ -116,7 +116,7 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming_forbidden_types() -> Iterator[None]:
-    """Turn torch's page about a type that it did not load, also from inside of a distributed load, into ForbiddenType."""
+    """Turn torch's long error about a type that it refused to load, also from within a distributed load, into ForbiddenType."""
     try:
         yield
     except (pickle.UnpicklingError, CheckpointException) as error:
@@ -128,14 +128,14 @@ def naming_forbidden_types() -> Iterator[None]:
 
 
 class CommonValues(TorchCommonLoadStrategy):
-    """For `dist_checkpointing.load`: `read_common`."""
+    """Strategy for `dist_checkpointing.load` that reads `common.pt` by `read_common`."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         return read_common(Path(checkpoint_dir))
 
 
 class NoCommonValues(TorchCommonLoadStrategy):
-    """For `dist_checkpointing.load`: who wants tensors alone need not read what else a checkpoint's author wrote down."""
+    """Strategy for `dist_checkpointing.load` that skips `common.pt`, for callers that want only tensors."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         return {}
@@ -154,4 +154,4 @@ def install() -> None:
     """Restrict every distributed load of this process. Idempotent."""
     filesystem.pickle = types.SimpleNamespace(load=read_index, dump=pickle.dump)  # type: ignore[assignment]
     default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
-    MultiStorageClientFeature.disable()  # where that package is, Megatron-core reads by other ways, with pickles of their own
+    MultiStorageClientFeature.disable()  # with that package Megatron-core reads along other paths, which unpickle too

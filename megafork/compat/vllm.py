@@ -1,4 +1,4 @@
-"""vLLM inside a training rank: its environment, and what it must not do to the process that hosts it (vLLM 0.26 to 0.32)."""
+"""vLLM inside a training rank: its environment, and protection of the host process from its side effects (vLLM 0.26 to 0.32)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rank: weights are handed over as tensors
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # it knows nothing of the positions that YaRN adds; megafork has compared them with the recipe
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # it ignores the positions that YaRN adds; megafork has checked them against the recipe
 }
 _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores
@@ -26,7 +26,7 @@ _CPU_ENVIRONMENT = {
 
 
 def prepare() -> None:
-    """Set vLLM's environment; call before vLLM is first imported. What the user has set stays."""
+    """Set vLLM's environment, except variables that the user has set. Call before vLLM is first imported."""
     on_cpu = {} if torch.cuda.is_available() else _CPU_ENVIRONMENT
     for name, value in {**_ENVIRONMENT, **on_cpu}.items():
         os.environ.setdefault(name, value)
@@ -34,7 +34,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Around the construction of an engine: restores the environment, the thread setter and the random state that vLLM changes.
+    """Wrap the construction of an engine: restores the environment, the thread setter and the random state that vLLM changes.
 
     vLLM seeds the process-wide generators, sets LD_PRELOAD and LOCAL_WORLD_SIZE, and replaces `torch.set_num_threads`.
     """
@@ -52,15 +52,17 @@ def contained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def private_shared_memory() -> Iterator[None]:
-    """Around the construction of an engine, on every rank of the world: on the CPU the ranks of an engine talk through shared memory whose
-    name is the same for all jobs on a host. Give it a name of this job's own, and unlink it once everybody has it, so that a killed run
-    leaves nothing that the next would trip over."""
+    """Wrap the construction of an engine, on every rank of the world, to give its shared memory a name unique to this job.
+
+    On the CPU the ranks of an engine communicate through shared memory whose name is the same for all jobs on a host. It is also unlinked
+    once every rank has opened it, so that a killed run leaves nothing behind that breaks the next.
+    """
     name: list[Any] = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=0)
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     original = ExecutorWithExternalLauncher._distributed_args
-    # The name is what follows the last colon of the init method; torch has joined the world already and does not look at it.
+    # vLLM takes the name from after the last colon of the init method, which torch, having joined the world already, ignores.
     ExecutorWithExternalLauncher._distributed_args = lambda self: (f"env://:{name[0]}", *original(self)[1:])
     try:
         yield
@@ -71,17 +73,19 @@ def private_shared_memory() -> Iterator[None]:
 
 
 def keep_process_groups() -> None:
-    """Shutting an engine down destroys the default process group, which is the trainer's: leave it alone."""
+    """Keep vLLM from destroying the default process group, which is the trainer's, when an engine shuts down."""
     import vllm.v1.engine.core as core
 
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 
 def put_generators_aside() -> None:
-    """On the CPU an engine dies of a seeded request whose prompt it reads in two steps (0.32, "CPU Generator does not use offset"): vLLM
-    samples for it in the first step too, and then turns its generator back, which only CUDA's can do. Keep the generator out of that
-    step instead. Call in every process that runs an engine, before it is made."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # of which the CPU's runner is one
+    """Withhold a request's generator while its prompt is still being read. Call in every process with an engine, before it is made.
+
+    On the CPU an engine crashes on a seeded request whose prompt takes two steps (0.32, "CPU Generator does not use offset"): vLLM also
+    samples in the first step and then rewinds the generator, which only CUDA's supports.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's runner is a subclass
 
     original = GPUModelRunner.sample_tokens
     if torch.cuda.is_available() or getattr(original, "puts_generators_aside", False):
@@ -91,7 +95,7 @@ def put_generators_aside() -> None:
         generators = self.input_batch.generators
         unread = [int(row) for row in self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]]
         aside = {row: generators.pop(row) for row in unread if row in generators}
-        with torch.random.fork_rng(devices=[], enabled=bool(aside)):  # which rows without a generator draw from
+        with torch.random.fork_rng(devices=[], enabled=bool(aside)):  # rows without a generator draw from the global one
             try:
                 return original(self, *args, **kwargs)
             finally:
@@ -102,8 +106,10 @@ def put_generators_aside() -> None:
 
 
 def finish_tied_heads(model: torch.nn.Module) -> None:
-    """On the CPU a tied head keeps the packed copy of the embedding it was made from, and goes stale without a word after a reload
-    (log-probs off by 2): pack it again. Call after every reload."""
+    """Repack tied heads after a weight reload; call after every reload.
+
+    On the CPU a tied head keeps a packed copy of the embedding, which a reload silently leaves stale (log-probs off by 2).
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
     for module in model.modules():

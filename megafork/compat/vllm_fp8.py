@@ -1,7 +1,7 @@
-"""vLLM on a CPU without AMX (vLLM 0.32): it has no kernel for FP8 weights in blocks, and refuses such a model.
+"""A kernel for block-wise FP8 weights on CPUs without AMX, for which vLLM 0.32 has none and refuses the model.
 
-`install()` adds a slow one that computes what the GPU kernels do, so that FP8 folders and FP8 refits can be tested without a GPU. It can
-go when vLLM's own kernels take any CPU.
+It is slow and computes what the GPU kernels compute, so that FP8 folders and FP8 refits can be tested without a GPU. It can go when
+vLLM's own kernels support any CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Offer the kernel after vLLM's own: it is taken on a CPU that none of those fits. Call before a model is made. Idempotent."""
+    """Add the kernel after vLLM's own, so that it is used only if none of those fits the CPU. Call before creating a model. Idempotent."""
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 

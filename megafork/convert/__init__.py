@@ -1,4 +1,4 @@
-"""`megafork convert`: Hugging Face folders and Megatron checkpoints, each into the other, and quantised exports."""
+"""`megafork convert`: conversion between Hugging Face folders and Megatron checkpoints, and quantised exports."""
 
 from megafork.compat import cpu
 

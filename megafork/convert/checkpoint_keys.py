@@ -1,7 +1,8 @@
-"""Where a model's parameters lie in a distributed checkpoint: keys, sizes and chunks, as megatron-core's sharded state dict names them.
+"""A model's parameters in a distributed checkpoint: keys, sizes and chunks, as in megatron-core's sharded state dict.
 
-The layers' parameters are stacked: one tensor a kind, layers in front. Norms have the names of Transformer Engine's fused layers. The gated
-MLP is all of gate above all of up, so that nothing but the vocabulary's padding depends on a layout; and that is free on loading.
+The layers' parameters are stacked: one tensor per kind, with layers as the first dimension. Norms have the names of Transformer Engine's
+fused layers. The gated MLP is all of gate followed by all of up, so that only the vocabulary's padding depends on the layout, and any
+padding can be loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megafork.weights.mapping import LAYERS, Parameter, parameters, shard_shape
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter's tensor in the checkpoint: its key, the size of all of it, and which layer of it the parameter is."""
+    """A parameter's tensor in the checkpoint: its key, its full size, and the parameter's layer within it."""
 
     parameter: Parameter
     key: str
@@ -42,7 +43,7 @@ def stored_parameters(shape: Shape, tp: int = 1) -> Iterator[Stored]:
 
 
 def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(offset, chunk) of TP rank `rank`'s shard. A replicated parameter is rank 0's."""
+    """(offset, chunk) of TP rank `rank`'s shard. A replicated parameter belongs to rank 0."""
     rows = shard.size(0)
     match stored.parameter.rule.kind:
         case "vocab" | "qkv":
@@ -60,7 +61,7 @@ def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[
 
 
 def extra_states(layer: int, shape: Shape) -> Iterator[str]:
-    """Keys of the states that a layer's linears keep besides weights: empty without FP8, but megatron-core asks for them."""
+    """Keys of the extra states of a layer's linears: empty without FP8, but megatron-core requires them."""
     for rule in shape.family.layer:
         if rule.fp8:
             yield f"{LAYERS}.{rule.module}._extra_state/shard_{layer}_{shape.layers}"

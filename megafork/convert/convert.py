@@ -1,8 +1,8 @@
-"""A model from Hugging Face's format to Megatron's and back, by one process without a GPU, one tensor in memory at a time.
+"""Converts a model from Hugging Face's format to Megatron's and back, in one process without a GPU, one tensor in memory at a time.
 
-Megatron's distributed format depends on no layout: whatever `tp` and `pp` a checkpoint was written for, every layout loads it. They say
-into which chunks and files the weights are cut: a rank of that layout finds its bytes, and no others, in one file, and a rank of another
-reads whole chunks and keeps its part. So choose the layout that will train, and leave both at 1 when in doubt.
+Megatron's distributed format is independent of the layout: whatever `tp` and `pp` a checkpoint was written for, every layout can load it.
+They determine how the weights are split into chunks and files: a rank of that layout finds exactly its bytes in one file, and a rank of
+another layout reads whole chunks and keeps its part. So choose the layout that will train, or leave both at 1 when in doubt.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Dtype = Literal["keep", "fp32", "bf16"]
 _AS_ARGUMENTS = {"model.path": "SRC", "parallel.tp": "--tp", "parallel.pp": "--pp"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BAND = 64 << 20
-"""Bytes of a Hugging Face tensor that are read at once."""
+"""Bytes of a Hugging Face tensor read at a time."""
 
 Tick = Callable[[int, int], None]
-"""Told of every step: bytes done since the last one, and bytes in all."""
+"""Progress callback: bytes done since the last call, and total bytes."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote. `logit_difference`: the largest that `verify` found; None where it compared tensors alone, or nothing."""
+    """The result of a conversion. `logit_difference`: the largest found by `verify`; None if it compared only tensors, or nothing."""
 
     target: Path
     tensors: int
@@ -57,8 +57,8 @@ def hf_to_megatron(
 ) -> Converted:
     """Write the Hugging Face folder `source` as the Megatron checkpoint `target`, which keeps config and tokenizer in `target/hf`.
 
-    `verify` reads all of it back and compares logits in fp32, which takes the whole model's memory. Raises RecipeError for input that is
-    wrong, VerifyError for output that is; in both cases, and when it is interrupted, there is no `target`.
+    `verify` reads everything back and compares logits in fp32, which needs memory for the whole model. Raises RecipeError for invalid
+    input and VerifyError for wrong output; in both cases, and when interrupted, no `target` is left.
     """
     source, target = _at_home(source), _at_home(target)
     _check_target(target)
@@ -93,11 +93,11 @@ def megatron_to_hf(
     verify: bool = False,
     progress: Tick | None = None,
 ) -> Converted:
-    """Write the Megatron checkpoint `source` (converted, or of a run) as the Hugging Face folder `target`.
+    """Write the Megatron checkpoint `source` (converted, or from a run) as the Hugging Face folder `target`.
 
-    A Hugging Face folder as `source` is rewritten. `fp8` writes the projections in blocks of 128 x 128 with scales; `quantize` hands the
-    model to nvidia-modelopt, by the name of its config, and takes the whole model's memory. `verify` and errors as `hf_to_megatron`;
-    of a model in fp8 it compares tensors alone.
+    `source` may also be a Hugging Face folder, which is rewritten. `fp8` writes the projections in blocks of 128 x 128 with scales;
+    `quantize`, the name of a config, quantises by nvidia-modelopt, which needs memory for the whole model. `verify` and errors as for
+    `hf_to_megatron`, except that for FP8 only tensors are compared.
     """
     source, target = _at_home(source), _at_home(target)
     _check_target(target)
@@ -137,7 +137,7 @@ def megatron_to_hf(
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Tick]:
-    """A bar on standard error, where that is a terminal, moved by the `Tick` that it gives."""
+    """Show a progress bar on standard error, if that is a terminal; yields the `Tick` that advances it."""
     console = Console(stderr=True)
     columns = (TextColumn(label), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -168,7 +168,7 @@ def _write_megatron(
 
 
 def _shard(source: HuggingFaceWeights, stored: Stored, shape: Shape, tp: int, rank: int, dtype: torch.dtype) -> Tensor:
-    """A TP rank's shard, read band by band: of a mapped file no more than a band counts as this process's memory."""
+    """A TP rank's shard, read band by band, so that no more than a band of the mapped file counts as this process's memory."""
     shard = torch.zeros(shard_shape(stored.parameter, shape, tp), dtype=dtype)
     for piece in pieces(stored.parameter, shape, tp, rank):
         row = 4 * (source.shape(piece.name)[-1] if shard.dim() > 1 else 1)
@@ -187,13 +187,13 @@ def _at_home(path: Path) -> Path:
 
 def _check_target(target: Path) -> None:
     if target.exists():
-        raise RecipeError(f"DST is {str(target)!r}: it is there already; delete it, or choose another name")
+        raise RecipeError(f"DST is {str(target)!r}: it already exists; delete it, or choose another name")
 
 
 def _layout(shape: Shape, tp: int, pp: int) -> Parallel:
-    """What the tensors can be cut for. That a TP rank gets whole heads is not asked here: it concerns those who load."""
+    """The layout to split tensors for. A TP rank need not get whole heads here: that matters only when loading."""
     if min(tp, pp) < 1:
-        raise RecipeError(f"--tp is {tp} and --pp is {pp}: both are 1 or more")
+        raise RecipeError(f"--tp is {tp} and --pp is {pp}: both must be 1 or more")
     attention = shape.heads * shape.head_dim
     keys_and_values = 2 * shape.kv_heads * shape.head_dim
     for what, size in (("attention", attention), ("query, key and value", attention + keys_and_values), ("MLP", shape.ffn)):
@@ -208,7 +208,7 @@ def _converted(specs: list[Spec], dtype: Dtype) -> list[Spec]:
 
 
 def _dtype_change(specs: list[Spec], dtype: Dtype) -> dict[str, str]:
-    """What config.json says of the dtype, where it changes."""
+    """The dtype entry for config.json, if it changes."""
     return {} if dtype == "keep" else {"dtype": str(_DTYPES[dtype]).removeprefix("torch.")}
 
 

@@ -1,4 +1,4 @@
-"""FP8 folders (`model/fp8.py` says what blocks are): which can be written, and what their tensors are."""
+"""FP8 folders (`model/fp8.py` defines the blocks): which models can be written as one, and its tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megafork.weights.shards import Spec
 
 
 def check_folder(shape: Shape, specs: list[Spec]) -> None:
-    """Refuse what vLLM could not load."""
+    """Raise RecipeError for a model that vLLM could not load."""
     check_blocks(shape, 1, "--fp8")
     if any(spec.dtype == torch.float32 for spec in specs):
-        raise RecipeError("--fp8: the rest of the weights would be fp32, which vLLM refuses beside FP8: add --dtype bf16")
+        raise RecipeError("--fp8: the rest of the weights would be fp32, which vLLM refuses together with FP8: add --dtype bf16")
 
 
 def quantized_specs(shape: Shape, specs: Iterable[Spec]) -> list[Spec]:
-    """What `Quantized` gives for tensors of these specs."""
+    """Specs of the tensors that `Quantized` yields for tensors of these specs."""
     made = []
     for spec in specs:
         if is_quantized(spec.name, shape):

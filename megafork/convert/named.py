@@ -1,4 +1,4 @@
-"""A model by what people call it: a Hugging Face folder, `owner/model` on the hub, a run, or one of a run's checkpoints."""
+"""Models as named on the command line: a Hugging Face folder, `owner/model` on the hub, a run, or one of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ AS_OPTIONS = {
     "data.add_bos": "--add-bos",
     "data.columns": "--columns",
 }
-"""What commands that take a model call the keys of a recipe, for `calling`."""
+"""Names of recipe keys in commands that take a model, for `calling`."""
 _READS_AT_ONCE = 4
 _ALSO = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """Where a model's parts lie."""
+    """A named model's files."""
 
     name: str
-    """What it was called."""
+    """The name as given."""
     folder: Path
-    """config.json and the tokenizer, and the weights unless they are in a checkpoint."""
+    """Folder of config.json, the tokenizer and, unless in a checkpoint, the weights."""
     checkpoint: Path | None = None
-    """A run's checkpoint, in Megatron's format, that holds the weights."""
+    """The checkpoint with the weights, in Megatron's format, or None."""
 
     def check(self) -> Shape:
-        """Its shape. Raises RecipeError where the weights are not of it, or damaged."""
+        """The model's shape. Raises RecipeError if the weights do not fit it or are damaged."""
         shape = read_shape(self.folder)
         if self.checkpoint is None:
             HuggingFaceWeights(self.folder).check(shape)
@@ -61,23 +61,23 @@ class NamedModel:
         return shape
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises RecipeError for one that does not fit the model, or names no end."""
+        """The model's tokenizer. Raises RecipeError if it does not fit the model, or names no end token."""
         tokenizer = load_tokenizer(str(self.folder))
         tokenizer.check(read_shape(self.folder).vocab, f"MODEL is {self.name!r}")
         return tokenizer
 
     @property
     def dtype(self) -> Literal["fp32", "bf16"]:
-        """To compute in: fp32 where config.json says so, else bf16."""
+        """The dtype to compute in: fp32 if set in config.json, else bf16."""
         return "fp32" if read_dtype(self.folder) == "float32" else "bf16"
 
     def digest(self) -> str:
         """16 hex digits of SHA-256 over every byte of the weights, config.json and the tokenizer.
 
-        Nothing is skipped: a few steps of bf16 training leave most weights as they were, so that a sample of the bytes would miss them.
+        Nothing is skipped: a few steps of bf16 training leave most weights unchanged, so a sample of the bytes could miss the changes.
         """
         weights = [*self.folder.glob("*.safetensors")]
-        if self.checkpoint is not None:  # of somebody else's there may be no sums, which stand for what they were checked against
+        if self.checkpoint is not None:  # sums, if it has any, stand for the files that were checked against them
             summed = (self.checkpoint / SUMS).exists()
             weights = [self.checkpoint / SUMS] if summed else [file for file in self.checkpoint.iterdir() if file.is_file()]
         files = sorted([*weights, *(self.folder / name for name in _ALSO if (self.folder / name).exists())])
@@ -86,7 +86,7 @@ class NamedModel:
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their Hugging Face names, one tensor at a time; they are the receiver's to keep. Raises RecipeError for NaN."""
+        """The weights by Hugging Face name, one tensor at a time, which the caller may keep. Raises RecipeError for NaN."""
         with calling(AS_OPTIONS):
             if self.checkpoint is not None:
                 yield from ((name, tensor.clone()) for name, tensor in open_source(self.checkpoint, keep=True).read())
@@ -96,22 +96,22 @@ class NamedModel:
                 yield name, source.read(name, (0, shape[0]))
 
 
-def find_model(said: str) -> NamedModel:
-    """The model called `said`; of a run its exported model, or its newest checkpoint where there is none. Raises RecipeError."""
-    folder = Path(local_model(said))
-    refuse_adapter(folder, f"MODEL is {said!r}")
+def find_model(name: str) -> NamedModel:
+    """The model with this name; for a run, its exported model or else its newest checkpoint. Raises RecipeError."""
+    folder = Path(local_model(name))
+    refuse_adapter(folder, f"MODEL is {name!r}")
     if not os.path.isdir(folder):
-        raise RecipeError(f"MODEL is {said!r}: no such folder; give a Hugging Face folder, `owner/model`, a run or one of its checkpoints")
+        raise RecipeError(f"MODEL is {name!r}: no such folder; give a Hugging Face folder, `owner/model`, a run or one of its checkpoints")
     if (folder / "config.json").exists():
-        return NamedModel(said, folder)
+        return NamedModel(name, folder)
     if (folder / "metadata.json").exists():  # Megatron's
-        return NamedModel(said, config_folder(folder), folder)
+        return NamedModel(name, config_folder(folder), folder)
     if (folder / "hf/config.json").exists():
-        return NamedModel(said, folder / "hf")
+        return NamedModel(name, folder / "hf")
     checkpoints = complete(folder / "checkpoints")
     if checkpoints:
-        return NamedModel(said, config_folder(checkpoints[-1][1]), checkpoints[-1][1])
+        return NamedModel(name, config_folder(checkpoints[-1][1]), checkpoints[-1][1])
     raise RecipeError(
-        f"MODEL is {said!r}: it has neither a config.json nor checkpoints; give a Hugging Face folder, `owner/model`, a run or one of its "
+        f"MODEL is {name!r}: it has neither a config.json nor checkpoints; give a Hugging Face folder, `owner/model`, a run or one of its "
         "checkpoints"
     )

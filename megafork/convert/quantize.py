@@ -1,7 +1,7 @@
-"""Quantisation by nvidia-modelopt: a Hugging Face folder to one that vLLM loads. The whole model is held in memory.
+"""Quantisation of a Hugging Face folder by nvidia-modelopt, to one that vLLM loads. Needs memory for the whole model.
 
-Only configs that look at weights alone are offered: one that fixes the range of activations wants text like that of the model's use, which
-a conversion does not have.
+Only configs calibrated on weights alone are offered: fixing the range of activations needs text typical of the model's use, which a
+conversion does not have.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ CONFIGS = {
     "fp8_blocks": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
     "nvfp4_weights": "W4A16_NVFP4_CFG",
 }
-"""What --quantize names, and modelopt's name for it: e4m3 with a scale a row (activations a token), e4m3 with a scale for 128 x 128 weights
-(activations bf16), and 4-bit floats with a scale for 16 weights (activations bf16)."""
+"""Names for --quantize, and modelopt's: e4m3 with a scale per row (activations: per token), e4m3 with a scale per 128 x 128 weights
+(activations bf16), and 4-bit floats with a scale per 16 weights (activations bf16)."""
 
 
 def check_quantize(name: str, *, fp8: bool, verify: bool) -> None:
-    """Refuse what cannot be done before anything is read. Raises RecipeError."""
+    """Raise RecipeError for an impossible request, before anything is read."""
     if name not in CONFIGS:
         raise RecipeError(f"--quantize is {name!r}: choose one of {', '.join(CONFIGS)}")
     if fp8:
-        raise RecipeError(f"--quantize is {name!r} and --fp8 is set: each quantises by itself; leave one out")
+        raise RecipeError(f"--quantize is {name!r} and --fp8 is set: each quantises the model; leave one out")
     if verify:
-        raise RecipeError(f"--quantize is {name!r} and --verify is set: what modelopt rounds is not compared; leave one out")
+        raise RecipeError(f"--quantize is {name!r} and --verify is set: modelopt's quantised weights cannot be compared; leave one out")
     if importlib.util.find_spec("modelopt") is None:
         raise RecipeError(f"--quantize is {name!r}, but nvidia-modelopt is not installed: pip install 'megafork[quantize]'")
 
 
 def quantize_folder(source: Path, target: Path, name: str) -> None:
-    """Write the model of `source`, quantised, into the existing folder `target`, beside its tokenizer's files."""
+    """Write the model of `source`, quantised, into the existing folder `target`, next to its tokenizer's files."""
     import transformers
 
     quantization: Any = importlib.import_module("modelopt.torch.quantization")

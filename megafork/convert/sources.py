@@ -1,4 +1,4 @@
-"""What can be converted: a model in any of its forms, checked, and given in Hugging Face names one tensor at a time."""
+"""Sources of a conversion: a model in any form, checked, and yielded by Hugging Face name one tensor at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megafork.weights.mapping import full_shape, huggingface_shapes, pieces
 from megafork.weights.shards import Spec
 
 HF = "hf"
-"""Folder of a converted Megatron checkpoint that holds the model's config and tokenizer, and no weights."""
+"""Folder in a converted Megatron checkpoint with the model's config and tokenizer, but no weights."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Source:
     """Folder with config.json and the tokenizer."""
     shape: Shape
     specs: list[Spec]
-    """Every tensor, in Hugging Face names, shapes, and the dtypes that it has."""
+    """Every tensor's Hugging Face name, shape, and stored dtype."""
     read: Callable[[], Iterator[tuple[str, Tensor]]]
-    """Gives the tensors in the order of `specs`, each time anew. A tensor may be a view: it is the receiver's until the next one."""
+    """Yields the tensors in the order of `specs`, afresh on each call. A tensor may be a view, valid until the next one is read."""
 
 
 def open_source(folder: Path, *, keep: bool) -> Source:
-    """A Hugging Face folder, or a Megatron checkpoint (converted, or of a run). `keep`: dtypes must be what config.json says."""
+    """Open a Hugging Face folder or a Megatron checkpoint (converted, or from a run). `keep`: dtypes must match config.json."""
     if not folder.is_dir():
         raise RecipeError(Key("model.path"), f" is {str(folder)!r}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
     if (folder / "metadata.json").exists() or (folder / ".metadata").exists():
@@ -56,11 +56,11 @@ def open_source(folder: Path, *, keep: bool) -> Source:
 
 
 def open_huggingface(folder: Path, *, keep: bool) -> tuple[Source, HuggingFaceWeights]:
-    """A Hugging Face folder, and its weights by slices. Raises RecipeError that lists every tensor that does not fit the config."""
-    shape, said = read_shape(folder), read_dtype(folder)
+    """Open a Hugging Face folder, also for reading slices. Raises RecipeError listing every tensor that does not fit the config."""
+    shape, named_dtype = read_shape(folder), read_dtype(folder)
     weights = HuggingFaceWeights(folder)
     try:
-        weights.check(shape, dtype=getattr(torch, said) if keep and said else None, listed=None)
+        weights.check(shape, dtype=getattr(torch, named_dtype) if keep and named_dtype else None, listed=None)
     except RecipeError as error:
         fix = ("; --dtype converts dtypes",) if " has dtype " in str(error) else ()
         raise RecipeError(*error.args, *fix) from None
@@ -88,10 +88,10 @@ def _open_megatron(folder: Path) -> Source:
 
 
 def config_folder(folder: Path) -> Path:
-    """Where a Megatron checkpoint has its model's config and tokenizer: in itself, or, of a run, where the run took its model from."""
+    """Folder of a Megatron checkpoint's config and tokenizer: inside it or, for a run's checkpoint, the model that the run started from."""
     if (folder / HF).is_dir():
         return folder / HF
-    if (folder / SUMS).exists():  # of a run: its recipe says where the model came from
+    if (folder / SUMS).exists():  # from a run, whose recipe names the model
         path = Path(read_state(folder)["recipe"]["model"]["path"])
         if (path / "config.json").is_file():
             return path
@@ -102,7 +102,7 @@ def config_folder(folder: Path) -> Path:
         )
     raise RecipeError(
         Key("model.path"),
-        f" is {str(folder)!r}: it does not say which model it is of; put the model's config.json and tokenizer into {str(folder / HF)!r}",
+        f" is {str(folder)!r}: it does not name its model; put the model's config.json and tokenizer into {str(folder / HF)!r}",
     )
 
 
@@ -120,22 +120,22 @@ def _reader(folder: Path) -> DistReader:
 
 
 def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape) -> None:
-    """The checkpoint's tensors fit the config; what an optimizer keeps besides is left alone."""
+    """Raise RecipeError unless the checkpoint's tensors fit the config; an optimizer's tensors are ignored."""
     wanted = {s.key: s for s in stored}
     keys = reader.keys()
     wrong = [f"missing {key}" for key in wanted if key not in keys]
     wrong += [f"unknown {key}" for key in sorted(keys - set(wanted)) if not key.startswith("optimizer.")]
     for key in sorted(keys & set(wanted)):
-        said, held, kind = wanted[key].size, reader.size(key), wanted[key].parameter.rule.kind
-        padded = kind == "vocab" and len(held) == len(said) and held[0] >= shape.vocab and held[1:] == said[1:]
-        if held != said and not padded:
-            wrong.append(f"{key} is {list(held)}, config.json says {list(said)}")
+        expected, found, kind = wanted[key].size, reader.size(key), wanted[key].parameter.rule.kind
+        padded = kind == "vocab" and len(found) == len(expected) and found[0] >= shape.vocab and found[1:] == expected[1:]
+        if found != expected and not padded:
+            wrong.append(f"{key} is {list(found)}, config.json says {list(expected)}")
     if wrong:
         raise RecipeError(Key("model.path"), f" is {str(folder)!r}: its tensors do not fit its config.json: {'; '.join(wrong)}")
 
 
 def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
-    """A parameter's Hugging Face tensors: views of it where they are one piece."""
+    """A parameter's Hugging Face tensors, as views if they are contiguous in it."""
     whole = reader.read(stored.key, stored.layer)
     if not is_finite(whole):
         raise not_finite(reader.folder, stored.parameter.name)

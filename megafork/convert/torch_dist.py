@@ -1,9 +1,9 @@
 """Megatron's distributed checkpoint format (`torch_dist`), written and read by one process, one chunk in memory at a time.
 
-A checkpoint is a set of tensors by key, each cut into chunks. A chunk is what `torch.save` writes, appended to some `*.distcp` file;
-`.metadata` says which chunk lies where. A reader of any layout takes what it needs from whatever chunks there are. This is the format of
-`torch.distributed.checkpoint`, whose own writer collects a whole file's tensors in memory; the tests load what is written here with
-megatron-core, and read here what megatron-core writes.
+A checkpoint is a set of tensors by key, each split into chunks. A chunk is the output of `torch.save`, appended to some `*.distcp` file;
+`.metadata` locates the chunks. A reader of any layout takes the parts it needs from the existing chunks. This is the format of
+`torch.distributed.checkpoint`, whose own writer collects a whole file's tensors in memory; the tests load the files written here with
+megatron-core, and vice versa.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # where a chunk lies: part of the format, pickled in .metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # a chunk's location: part of the format, pickled in .metadata
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -48,13 +48,13 @@ class DistWriter:
 
     @contextmanager
     def file(self, name: str) -> Iterator[None]:
-        """What is added within goes into this file."""
+        """Chunks added within the block go into this file."""
         with (self.folder / name).open("wb") as self._file:
             self._name = name
             yield
 
     def add(self, key: str, size: Sequence[int], offset: Sequence[int], chunk: Tensor) -> None:
-        """Write the chunk of tensor `key` (of `size` in all) that begins at `offset`."""
+        """Write the chunk of tensor `key` (of total `size`) that begins at `offset`."""
         if chunk.untyped_storage().nbytes() != chunk.nbytes:
             chunk = chunk.clone()  # torch.save writes whole storages
         known = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(size), []))
@@ -82,11 +82,10 @@ class DistWriter:
 
 
 class DistReader:
-    """The tensors of a checkpoint, by whomever it was written.
+    """The tensors of a checkpoint, whoever wrote it.
 
-    Its files may come from anybody: the index is read with a list of the types that it may name, and the chunks as plain tensors. Other
-    values are not read at all. Raises ValueError, with the reason, for a folder that is not a `torch_dist` checkpoint, that holds anything
-    else than such an index, or whose files lack a part.
+    The files are untrusted: the index is read with a list of allowed types, and the chunks as plain tensors. Other values are not read at
+    all. Raises ValueError, with the reason, for a folder that is not a `torch_dist` checkpoint, an invalid index, or incomplete files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,11 +122,11 @@ class DistReader:
         if backend != "torch_dist":
             raise ValueError(f"its format is {backend!r}, not 'torch_dist'")
         if not isinstance(index, Metadata):
-            raise ValueError("its .metadata is no index")
+            raise ValueError("its .metadata is not an index")
         return index
 
     def _check_parts(self) -> None:
-        """Every chunk has its place within a file, and the chunks fill their tensor."""
+        """Raise ValueError unless every chunk is within its file and the chunks fill their tensors."""
         ends: dict[str, int] = {}
         for where in self._where.values():
             ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
@@ -139,7 +138,7 @@ class DistReader:
                 raise ValueError(f"{name} has {file.stat().st_size} of {end} bytes")
         for key, tensor in self._tensors.items():
             if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
-                raise ValueError(f"{key} is not whole")
+                raise ValueError(f"{key} is not complete")
 
     def keys(self) -> set[str]:
         return set(self._tensors)
@@ -151,7 +150,7 @@ class DistReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
-        """A whole tensor; with `layer`, that one of a tensor that holds all layers. Holds it and one chunk of it, at most."""
+        """Read a whole tensor or, with `layer`, that layer of a stacked one. Holds at most the result and one chunk in memory."""
         stored = self._tensors[key]
         box = [(0, size) for size in stored.size]
         if layer is not None:
@@ -182,12 +181,12 @@ class DistReader:
                 with naming_forbidden_types():
                     loaded = torch.load(chunk, map_location="cpu", weights_only=True)
             except ForbiddenType as error:
-                raise RecipeError(f"{str(path)!r} holds {error.name} in the place of {index.fqn}, and was not loaded") from None
+                raise RecipeError(f"{str(path)!r} holds {error.name} in place of {index.fqn}, and was not loaded") from None
         if not isinstance(loaded, Tensor):
-            raise RecipeError(f"{str(path)!r} holds no tensor in the place of {index.fqn}: copy or convert it again")
+            raise RecipeError(f"{str(path)!r} holds no tensor in place of {index.fqn}: copy or convert it again")
         return loaded
 
 
 def _slices(box: Sequence[tuple[int, int]], within: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
-    """A box, counted from the beginning of another."""
+    """A box relative to the start of another."""
     return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in zip(box, within, strict=True))

@@ -1,4 +1,4 @@
-"""Proof of a conversion: every tensor read back, and the logits of transformers beside those of Megatron."""
+"""Verifies a conversion: reads every tensor back, and compares the logits of transformers and Megatron."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from torch import Tensor
 from megafork.convert.sources import Source
 from megafork.model import fp8
 from megafork.model.attention import PackedSequences
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest, Policy
 from megafork.parallel.meeting import loopback
 from megafork.parallel.mesh import build_mesh
-from megafork.recipe import Parallel, Recipe
+from megafork.recipe import Parallel, Precision
 from megafork.shape import Shape
 from megafork.weights.checkpoint import load_weights
 
 TOLERANCE = 1e-4
-"""Of the logits, relative to the largest. Sums in another order differ by 1e-6; a tensor in the wrong place by 1."""
+"""Tolerance for logits, relative to the largest. A different order of summation causes 1e-6, a misplaced tensor 1."""
 _TOKENS = 32
 
 
 class VerifyError(RuntimeError):
-    """What was written is not what was read: a fault of this program or of the disk, not of the input."""
+    """The output differs from the input: a fault of this program or of the disk, not of the input."""
 
 
 def compare_tensors(source: Source, written: Source, tick: Callable[[int], None]) -> None:
-    """Every tensor of `written` is bit by bit that of `source` in its dtype. Raises VerifyError that names those that are not."""
+    """Compare every tensor of `written` bit by bit with that of `source` in its dtype. Raises VerifyError naming those that differ."""
     wrong = []
     for (name, wanted), (also, found) in zip(source.read(), written.read(), strict=True):
         assert name == also
@@ -44,11 +44,11 @@ def compare_tensors(source: Source, written: Source, tick: Callable[[int], None]
             wrong.append(name)
         tick(found.nbytes)
     if wrong:
-        raise VerifyError(f"--verify: {', '.join(wrong)}: read back, not what was written; nothing was kept")
+        raise VerifyError(f"--verify: {', '.join(wrong)}: differ from the source when read back; nothing was kept")
 
 
 def compare_blocks(source: Source, folder: Path, tick: Callable[[int], None]) -> None:
-    """Every tensor of the FP8 folder is that of `source`, to e4m3's half unit in the last place (a sixteenth) where it is quantised."""
+    """Compare every tensor of the FP8 folder with that of `source`: exactly or, if quantised, to half a unit in e4m3's last place."""
     wrong = []
     files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
     for name, wanted in source.read():
@@ -63,28 +63,28 @@ def compare_blocks(source: Source, folder: Path, tick: Callable[[int], None]) ->
             wrong.append(name)
         tick(found.nbytes)
     if wrong:
-        raise VerifyError(f"--verify: {', '.join(wrong)}: not the source's weights in FP8; nothing was kept")
+        raise VerifyError(f"--verify: {', '.join(wrong)}: differ from the source's weights in FP8; nothing was kept")
 
 
 def compare_logits(huggingface: Path, megatron: Path, shape: Shape, dtype: torch.dtype) -> float:
     """Largest difference between the logits of transformers and of Megatron, both in fp32 from weights rounded to `dtype`.
 
-    Joins a process group of its own for the time, unless the caller is alone in one. Raises VerifyError beyond the tolerance.
+    Creates a temporary process group unless the caller is alone in one. Raises VerifyError beyond the tolerance.
     """
     tokens = torch.arange(_TOKENS) * 7919 % shape.vocab
     wanted = _transformers_logits(huggingface, tokens, dtype)
-    found = _megatron_logits(huggingface, megatron, shape, tokens, dtype)
+    found = _megatron_logits(megatron, shape, tokens, dtype)
     difference = float((wanted - found).abs().max())
     if not difference <= TOLERANCE * float(wanted.abs().max()):
         raise VerifyError(
-            f"--verify: the logits of Megatron and of transformers differ by {difference:.2g}, of at most {float(wanted.abs().max()):.2g}; "
+            f"--verify: the logits of Megatron and transformers differ by {difference:.2g} (largest: {float(wanted.abs().max()):.2g}); "
             "nothing was kept"
         )
     return difference
 
 
 def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """[tokens, vocabulary] fp32."""
+    """Logits of transformers, [tokens, vocabulary] fp32."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -94,23 +94,20 @@ def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Te
         return model(tokens[None]).logits[0]
 
 
-def _megatron_logits(like: Path, checkpoint: Path, shape: Shape, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """[tokens, vocabulary] fp32, of the policy that trains, loaded by megatron-core."""
-    recipe = Recipe.model_validate(
-        {"model": {"path": str(like)}, "data": {"train": "none"}, "reward": {"overlong": "none"}, "precision": {"dtype": "fp32"}}
-    )
+def _megatron_logits(checkpoint: Path, shape: Shape, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of the policy used in training, loaded by megatron-core, [tokens, vocabulary] fp32."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with _alone(), warnings.catch_warnings(category=FutureWarning):
-        warnings.simplefilter("ignore", FutureWarning)  # megatron-core 0.16 loads by names that torch 2.13 means to drop
+        warnings.simplefilter("ignore", FutureWarning)  # megatron-core 0.16 loads by functions deprecated in torch 2.13
         mesh = build_mesh(Parallel(), seed=1, device=device)
-        [policy] = build_policy(shape, recipe, mesh)
+        [policy] = build_policy(shape, PolicyConfig(Precision(dtype="fp32")), mesh)
         load_weights(checkpoint, [policy], mesh)
         _round(policy, dtype)
         return _logits(policy, tokens.to(device), shape.vocab).cpu()
 
 
 def _logits(policy: Policy, tokens: Tensor, vocab: int) -> Tensor:
-    """The policy's head makes none: take what goes into it."""
+    """Logits from the head's input, as the policy's own head never returns them."""
     hidden: list[Tensor] = []
     hook = policy.decoder.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     request = HeadRequest(torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens[:1], torch.ones(1, device=tokens.device))
@@ -132,12 +129,12 @@ def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Within a process group of this process only."""
+    """Provide a process group of this process only."""
     if dist.is_initialized():
         assert dist.get_world_size() == 1, "a conversion is verified by one process"
         yield
         return
-    os.environ.update(loopback(reaches_out=False))  # gloo listens even where nobody will come
+    os.environ.update(loopback(reaches_out=False))  # gloo listens even if no other process will connect
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -147,7 +144,7 @@ def _alone() -> Iterator[None]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Equal where every bit is: NaN too."""
+    """The tensor's bits as integers, which compare bit by bit, even NaN."""
     return tensor.contiguous().view(torch.uint8)
 
 

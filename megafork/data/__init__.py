@@ -1,1 +1,1 @@
-"""Prompts, the tokenizer, and verifiers that score responses."""
+"""Prompts, the tokenizer, and the verifiers that score responses."""

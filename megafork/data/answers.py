@@ -1,4 +1,4 @@
-"""Answers as data sets write them, read into the text that the built-in verifiers compare with, or refused where none could be right."""
+"""Converts answers from the forms used by data sets to the text that the built-in verifiers compare with, or refuses unjudgeable ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megafork.data.verifiers import last_boxed
 from megafork.recipe import Key
 
 _LAST_LINE = re.compile(r"(?:^|\n)####[ \t]+([^\n#]*[^\s#])\s*\Z")
-"""GSM8K's; a maze may end with hashes too."""
+"""GSM8K's final-answer line; strict, as a maze may also end with hashes."""
 
 
 def is_absent(value: Any) -> bool:
-    """Nothing there, in the words of JSON, Arrow and pandas; `nan` as text is pandas' too."""
+    """Whether a value means "missing" in JSON, Arrow or pandas, which also writes `nan` as text."""
     if isinstance(value, float | Decimal):
         return math.isnan(value)
     return value is None or value in ([], {}) or (isinstance(value, str) and (not value.strip() or value == "nan"))
 
 
 def answer_text(value: Any, column: str) -> str:
-    """The one text that a right response gives. 7.0 is 7; of GSM8K's rationale what follows `####`; a list of one is its item.
+    """The text of the correct answer. 7.0 becomes 7, GSM8K's rationale the part after `####`, and a list of one its item.
 
-    Raises RowError, naming the column, for what no verifier can judge.
+    Raises RowError, naming the column, for a value that no verifier can judge.
     """
     if isinstance(value, str) and column.endswith("ground_truth"):
         value = _from_json(value)
@@ -36,12 +36,12 @@ def answer_text(value: Any, column: str) -> str:
         return _final(checked_text(value, column))
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         shown = str(value).lower() if isinstance(value, bool) else f"a {type(value).__name__}"
-        raise RowError(f"has a {column} that is {shown} ({value!r:.60}): no response could equal it, write the text that a right one gives")
+        raise RowError(f"has a {column} that is {shown} ({value!r:.60}): no response could equal it, write the text of a correct answer")
     return _number(value, column)
 
 
 def solution_text(value: str, column: str) -> str | None:
-    r"""What a worked solution comes to: its last \boxed{}, what follows `####`, or a single line itself. None: it does not say."""
+    r"""Final answer of a worked solution: its last \boxed{}, the text after `####`, or a single line as it is. None if there is none."""
     boxed = last_boxed(value)
     if boxed is not None and boxed.strip():
         return checked_text(boxed.strip(), column)
@@ -57,8 +57,8 @@ def _final(text: str) -> str:
 
 def _number(value: float | Decimal, column: str) -> str:
     if not math.isfinite(value):
-        raise RowError(f"has a {column} that is {value}: no response could equal it, write the text that a right one gives")
-    text = str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")  # 1e-07 written out
+        raise RowError(f"has a {column} that is {value}: no response could equal it, write the text of a correct answer")
+    text = str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")  # writes out 1e-07
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
@@ -69,7 +69,7 @@ def _one_of(values: list[Any], column: str) -> Any:
     texts = [answer_text(part, column).strip().strip("$") for part in parts]
     if len(texts) == 1:
         return texts[0]
-    if column == "final_answer":  # OlympiadBench's: a response must give all
+    if column == "final_answer":  # OlympiadBench: a response must give all of them
         return ", ".join(texts)
     raise RowError(
         f"has a {column} of {len(texts)} parts ({values!r:.60}): a verifier compares with one text, join them into one or "
@@ -79,7 +79,7 @@ def _one_of(values: list[Any], column: str) -> Any:
 
 
 def _from_json(text: str) -> Any:
-    """verl's ground_truth may be JSON text of a list of texts, or of an object; anything else is an answer as it is."""
+    """Decode verl's ground_truth if it is JSON text of a list of strings or of an object; anything else is an answer as it is."""
     if not text.lstrip().startswith(("[", "{")):
         return text
     try:

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub."""
+"""Models named by their repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
 def is_hub_name(name: str) -> bool:
-    """`owner/model` or `model`, unless `owner` is a folder here: then a path was meant."""
+    """Whether `name` is `owner/model` or `model`, unless `owner` is a local folder: then a path was meant."""
     owner, _, model = name.rpartition("/")
     return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and os.path.exists(owner))
 
 
 def local_model(name: str) -> str:
-    """The folder of a model: `name` itself, with `~` for the home directory; or for `owner/model` the hub's cache, filled first where it
-    lacks the model.
+    """The folder of a model: `name` itself, with `~` expanded, or for `owner/model` its folder in the hub's cache, downloaded if missing.
 
     Raises RecipeError when the hub does not have it or can't be reached.
     """
@@ -33,6 +32,6 @@ def local_model(name: str) -> str:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
             Key("model.path"),
-            f" is {name!r}: no such folder, and the hub does not give it ({reason}): give a Hugging Face model folder, or fetch "
-            f"it where there is a network with `hf download {name}`",
+            f" is {name!r}: no such folder, and the hub did not provide it ({reason}): give a Hugging Face model folder, or download "
+            f"it with network access by `hf download {name}`",
         ) from None

@@ -1,4 +1,4 @@
-"""JSON that rows are made of: parsed, and refused where its values could not travel on to tokenizers, verifiers and files."""
+"""Parses the JSON of rows, refusing values that could not be passed on to tokenizers, verifiers and files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 DEEPEST = 64
-"""Levels of lists and objects inside each other. Python's own parsers give up at some hundreds, at another depth in every process."""
+"""Most nested levels of lists and objects. Python's own parsers fail after some hundreds, at a depth that varies between processes."""
 
 
 def parse(text: str) -> Any:
-    """The value that `text` says. Raises ValueError with the reason: not JSON, nested too deeply, or half of a surrogate pair in it."""
+    """Parse `text`. Raises ValueError with the reason: not JSON, nested too deeply, or containing half of a surrogate pair."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -23,7 +23,7 @@ def parse(text: str) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be written at all: JSON's escapes can name halves of characters, which no encoding has."""
+    """Whether text can be encoded: JSON's escapes can name halves of surrogate pairs, which no encoding can."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Prompts of a run: rows read, put into the template, de-duplicated, tokenised; and the order in which a run takes them."""
+"""Prompts of a run: rows read, rendered, de-duplicated and tokenised; and the order in which a run takes them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megafork.recipe import RecipeError
 from megafork.recipe.data import Source
 
 Remark = Callable[[str], None]
-"""Takes a line for people: what was left out of a dataset, and how much of it."""
+"""Receives a line for the user about rows that were dropped from a dataset."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: `text` is what the model reads (template applied), `tokens` its ids, `row` the data's row as `rows.read_row` reads it."""
+    """One prompt: `text` is the model's input (template applied), `tokens` its ids, `row` the dataset's row as read by `rows.read_row`."""
 
     index: int
     """Position in the list that `load_prompts` returned."""
@@ -32,7 +32,7 @@ class Prompt:
     tokens: tuple[int, ...]
     row: dict[str, Any]
     place: str = ""
-    """Where the row stands, as in `train.jsonl line 7`."""
+    """Where the row came from, such as `train.jsonl line 7`."""
 
 
 def load_prompts(
@@ -47,10 +47,10 @@ def load_prompts(
 ) -> list[Prompt]:
     """Read `source` (forms: `recipe.Data.train`; rows: docs/data.md); the same list on every rank and in every run.
 
-    `needs` names the fields that no row may lack; `check_row` raises ValueError, whose text continues `FILE line N ...`, for a row that the
-    verifier cannot judge by; `field` is the recipe key or the option that holds `source`. Of training data repeated prompts are dropped if
-    `data.deduplicate` says so; of anything else a prompt with its answer counts once, however often it is there. Raises RecipeError for the
-    first wrong row, and for an empty dataset.
+    `needs` names the fields that every row must have; `check_row` raises ValueError, whose text continues `FILE line N ...`, for a row that
+    the verifier cannot use; `field` is the recipe key or the option that holds `source`. Repeated training prompts are dropped under
+    `data.deduplicate`; of other data, repeats of a prompt with the same answer are always dropped. Raises RecipeError for the first invalid
+    row, and for an empty dataset.
     """
     training = field == "data.train"
     render, first = renderer(data, tokenizer), first_tokens(data, tokenizer)
@@ -66,12 +66,12 @@ def load_prompts(
             tokens = tuple(tokenizer.encode(text, first=first))
             if not tokens:
                 raise RowError("has a prompt that gives no tokens: does the tokenizer belong to this data?")
-            if overlong.leaves_out(tokens):
+            if overlong.drops(tokens):
                 continue
         except RowError as error:
             raise RecipeError(f"{field}: {place} ", *error.args) from None
         prompts.append(Prompt(len(prompts), text, tokens, row, place))
-    for line in (*(repeats.said(field, training) if data.deduplicate or not training else ()), *overlong.said(repeats.rows)):
+    for line in (*(repeats.remarks(field, training) if data.deduplicate or not training else ()), *overlong.remarks(repeats.rows)):
         remark(line)
     if not prompts:
         left = "no rows that are short enough" if overlong.lengths else "no rows"
@@ -80,17 +80,17 @@ def load_prompts(
 
 
 def without_training_prompts(held_out: Sequence[Prompt], train: Sequence[Prompt], source: Source, remark: Remark) -> list[Prompt]:
-    """The held-out prompts that the model does not also train on, numbered anew. Raises RecipeError when none is left."""
+    """The held-out prompts that the model does not also train on, renumbered. Raises RecipeError if none is left."""
     trained = {prompt.tokens: prompt.place for prompt in train}
     shared = [prompt for prompt in held_out if prompt.tokens in trained]
     if shared and len(shared) == len(held_out):
         raise RecipeError(
             f"data.eval is {source!r}: all its {len(held_out)} prompts are training prompts too ({shared[0].place} is "
-            f"{trained[shared[0].tokens]}): hold others out, or leave data.eval empty"
+            f"{trained[shared[0].tokens]}): hold out others, or leave data.eval unset"
         )
     if shared:
         remark(
-            f"data.eval: {len(shared)} of {len(held_out)} prompts are training prompts too and are left out (the first: {shared[0].place} "
+            f"data.eval: {len(shared)} of {len(held_out)} prompts are training prompts too and are dropped (first: {shared[0].place} "
             f"is {trained[shared[0].tokens]})"
         )
     left = [prompt for prompt in held_out if prompt.tokens not in trained]
@@ -98,7 +98,7 @@ def without_training_prompts(held_out: Sequence[Prompt], train: Sequence[Prompt]
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits that change when any prompt, token, the order, or anything of a row changes: a verifier may read all of it."""
+    """16 hex digits that change with any prompt, token or row field, and with the order: a verifier may read all of a row."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.text, prompt.tokens, prompt.row], default=str, sort_keys=True).encode() + b"\n")
@@ -106,13 +106,13 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def problems(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits of the problems and their answers, whatever template they are in."""
-    said = [[prompt.row["prompt"], prompt.row.get("answer")] for prompt in prompts]
-    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
+    """16 hex digits that identify the problems and their answers, whatever the template."""
+    pairs = [[prompt.row["prompt"], prompt.row.get("answer")] for prompt in prompts]
+    return hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
 
 
 class PromptOrder:
-    """An endless shuffle: every prompt once an epoch, each epoch in another order that depends on the seed and the epoch only."""
+    """An endless shuffle: every prompt once per epoch, in an order that depends only on the seed and the epoch."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         self._prompts = prompts
@@ -120,7 +120,7 @@ class PromptOrder:
         self._start(epoch=0)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts. Over the edge of an epoch a prompt may come twice."""
+        """The next `count` prompts. Across the end of an epoch a prompt may appear twice."""
         taken: list[Prompt] = []
         while len(taken) < count:
             chunk = self._order[self._position : self._position + count - len(taken)]
@@ -131,7 +131,7 @@ class PromptOrder:
         return taken
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps: with it, the same prompts and the same seed, `restore` continues exactly."""
+        """State for a checkpoint, from which `restore` continues exactly, given the same prompts and seed."""
         return {"epoch": self._epoch, "position": self._position}
 
     def restore(self, state: dict[str, int]) -> None:
@@ -144,7 +144,7 @@ class PromptOrder:
         self._position = state["position"]
 
     def _start(self, epoch: int) -> None:
-        # sorted by a hash: unlike random.shuffle, sure to be the same on every Python version
+        # sorted by a hash: unlike random.shuffle, guaranteed to be the same on every Python version
         def key(index: int) -> bytes:
             return hashlib.sha256(f"{self._seed}/{epoch}/{index}".encode()).digest()
 
@@ -154,17 +154,17 @@ class PromptOrder:
 
 @dataclass
 class _Repeats:
-    """Rows whose prompt was there before."""
+    """Rows that repeat an earlier prompt."""
 
     by_answer: bool
-    """A prompt with another answer, or response, is another one."""
+    """Whether a prompt with a different answer or response counts as a different one."""
     rows: int = 0
     again: int = 0
     differing: int = 0
-    """Repeated prompts with another answer."""
+    """Repeated prompts with a different answer."""
     first: str = ""
     seen: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    """What each prompt was answered."""
+    """The answers or responses seen with each prompt."""
 
     def has(self, text: str, row: dict[str, Any], place: str) -> bool:
         self.rows += 1
@@ -180,15 +180,15 @@ class _Repeats:
         self.again += repeated
         return repeated
 
-    def said(self, field: str, training: bool) -> list[str]:
+    def remarks(self, field: str, training: bool) -> list[str]:
         if not training:
-            counted = f"{field}: {self.again} of {self.rows} rows repeat a prompt with its answer and do not count again"
+            counted = f"{field}: {self.again} of {self.rows} rows repeat a prompt with its answer and are not counted again"
             return [counted] if self.again else []
         what = "a prompt with its response" if self.by_answer else "a prompt"
         conflict = (
-            f", {self.differing} of them with another answer (the first: {self.first})" if self.differing and not self.by_answer else ""
+            f", {self.differing} of them with a different answer (first: {self.first})" if self.differing and not self.by_answer else ""
         )
-        counted = f"{field}: {self.again} of {self.rows} rows repeat {what} and are left out{conflict}"
+        counted = f"{field}: {self.again} of {self.rows} rows repeat {what} and are dropped{conflict}"
         return [counted] if self.again else []
 
 
@@ -200,8 +200,8 @@ class _Overlong:
     field: str
     lengths: list[int] = dataclasses.field(default_factory=list)
 
-    def leaves_out(self, tokens: tuple[int, ...]) -> bool:
-        """Raises RowError where they are not to be left out."""
+    def drops(self, tokens: tuple[int, ...]) -> bool:
+        """Whether the prompt is dropped for its length. Raises RowError if overlong prompts are to be refused."""
         limit = self.data.max_prompt_length
         if len(tokens) <= limit:
             return False
@@ -212,10 +212,10 @@ class _Overlong:
         self.lengths.append(len(tokens))
         return True
 
-    def said(self, rows: int) -> list[str]:
+    def remarks(self, rows: int) -> list[str]:
         limit = self.data.max_prompt_length
-        counted = f"{self.field}: {len(self.lengths)} of {rows} rows have prompts over data.max_prompt_length={limit} and are left out"
-        return [f"{counted} (the longest: {max(self.lengths)} tokens)"] if self.lengths else []
+        counted = f"{self.field}: {len(self.lengths)} of {rows} rows have prompts over data.max_prompt_length={limit} and are dropped"
+        return [f"{counted} (longest: {max(self.lengths)} tokens)"] if self.lengths else []
 
 
 def _check_row(row: dict[str, Any], check: Callable[[dict[str, Any]], None] | None) -> None:

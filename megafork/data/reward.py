@@ -1,10 +1,10 @@
-"""Score responses in verifier processes that may raise, hang, crash or attack without harm to others."""
+"""Score responses in verifier processes that may raise, hang, crash or attack without harming anything else."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -20,17 +20,17 @@ __all__ = ["Item", "Verdict", "Verifiers", "check_row", "check_verifier", "needs
 
 
 def check_verifier(reward: recipe.Reward) -> None:
-    """Refuse by RecipeError an unknown verifier, a missing file, and an isolation that cannot be had here. Loads no verifier."""
+    """Raise RecipeError for an unknown verifier, a missing file, and an isolation unavailable here. Loads no verifier."""
     name = reward.verifier
     path, _, function = name.rpartition(":")
     if name not in BUILT_IN and not (path.endswith(".py") and function.isidentifier()):
         close = difflib.get_close_matches(name, list(BUILT_IN), n=1, cutoff=0.5)
-        mend = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(BUILT_IN)}, or give FILE.py:FUNCTION"
-        raise RecipeError(Key("reward.verifier"), f" is {name!r}: {mend}")
+        fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(BUILT_IN)}, or give FILE.py:FUNCTION"
+        raise RecipeError(Key("reward.verifier"), f" is {name!r}: {fix}")
     if name not in BUILT_IN and not Path(path).is_file():
         raise RecipeError(Key("reward.verifier"), f" is {name!r}: no such file; give a path relative to the working directory")
     if name == "code" and not seccomp.supported():
-        raise RecipeError(Key("reward.verifier"), " is 'code': programs are judged on Linux for x86-64 and AArch64 only")
+        raise RecipeError(Key("reward.verifier"), " is 'code': programs are judged only on Linux for x86-64 and AArch64")
     if reward.isolation == "full" and sandbox.available() is None:
         raise RecipeError(
             Key("reward.isolation"),
@@ -40,8 +40,8 @@ def check_verifier(reward: recipe.Reward) -> None:
 
 
 def needs(reward: recipe.Reward) -> tuple[str, ...]:
-    """Fields that a row must have for this verifier (for `load_prompts`). A verifier of the user's own reads what it likes; what `code`
-    needs has many forms: see `check_row`."""
+    """Fields that a row must have for this verifier (for `load_prompts`): () for a user's verifier, which may read any field, and for
+    `code`, whose tests have many forms: see `check_row`."""
     return {"exact": ("answer",), "math": ("answer",), "reasoning_gym": ("answer", "metadata")}.get(reward.verifier, ())
 
 
@@ -58,9 +58,9 @@ def check_row(reward: recipe.Reward) -> Callable[[dict[str, Any]], None]:
 
 
 class Verifiers:
-    """`reward.workers` verifier processes, as a context manager. `score` is not for several threads at once.
+    """`reward.workers` verifier processes, as a context manager. `score` is not thread-safe.
 
-    They die with this process, by kill -9 too. Raises RecipeError if the verifier cannot be loaded.
+    They die with this process, even if it is killed by SIGKILL. Raises RecipeError if the verifier cannot be loaded.
     """
 
     def __init__(self, reward: recipe.Reward) -> None:
@@ -70,7 +70,7 @@ class Verifiers:
             sandbox.compile_packages(reward.verifier)
         self._workers = [VerifierProcess(reward, tool) for _ in range(reward.workers)]
         self._idle: SimpleQueue[VerifierProcess] = SimpleQueue()
-        # these threads only wait for a process each; they also outlive every process they start, see VerifierProcess.start
+        # each thread only waits for one process; the threads must outlive the processes they start, which die with their thread
         self._threads = ThreadPoolExecutor(reward.workers, thread_name_prefix="verifier")
         try:
             for worker in self._workers:
@@ -87,11 +87,15 @@ class Verifiers:
         self.close()
 
     def score(self, items: list[Item]) -> list[Verdict]:
-        """Verdicts of (response text, row), in the order of the items. What a verifier does with one item never harms another."""
+        """Verdicts on (response text, row) items, in their order. Whatever happens on one item never affects another."""
         return list(self._threads.map(self._judge, items))
 
+    def begin(self, item: Item) -> Future[Verdict]:
+        """The verdict on one item, as soon as a process has time for it."""
+        return self._threads.submit(self._judge, item)
+
     def close(self) -> None:
-        """End the processes; waits for verdicts under way, at most `reward.timeout_s`."""
+        """End the processes, after waiting at most `reward.timeout_s` for pending verdicts."""
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()

@@ -1,4 +1,4 @@
-"""Rows of files: which files a path, a folder or a glob names, and reading jsonl, json and parquet."""
+"""Rows from files: resolves a path, a folder or a glob, and reads jsonl, json and parquet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megafork.recipe.kinds import shown
 Rows = Iterator[tuple[str, dict[str, Any]]]
 FORMS = "give a .jsonl, .json or .parquet file, a folder or a glob of them, hub:NAME[@SUBSET][:SPLIT], or reasoning_gym:TASK[:SIZE[:SEED]]"
 LONGEST_LINE = 64 * 2**20
-"""Bytes of a line of JSON. A longer one is no row but a file of another form."""
+"""Maximum bytes per line of JSON. A longer one means that the file has another form."""
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _IN_FOLDERS = (".jsonl", ".parquet")  # a folder's .json files mostly describe it
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
@@ -31,7 +31,7 @@ _UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyEr
 def data_files(source: str, field: str) -> list[Path]:
     """The files that a path, a folder or a glob names, sorted; `~` is the home folder.
 
-    Raises RecipeError where there are none, and for a folder whose files are of several splits or forms: which are meant must be said.
+    Raises RecipeError if there are none, and for a folder with files of several splits or forms: the user must choose.
     """
     path, named = Path(os.path.expanduser(source)), f"{field} is {shown(source)}"
     mode = _mode(path, named) if source else None
@@ -39,7 +39,7 @@ def data_files(source: str, field: str) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(_SUFFIXES))
         files = [file for file in found if stat.S_ISREG(_mode(file, named) or 0)]
         if not files:
-            raise RecipeError(f"{named}: no .jsonl, .json or .parquet file has such a name")
+            raise RecipeError(f"{named}: no .jsonl, .json or .parquet file matches")
         return files
     if mode is not None and stat.S_ISDIR(mode):
         return _of_folder(path, named)
@@ -53,7 +53,7 @@ def data_files(source: str, field: str) -> list[Path]:
 
 
 def read_file(path: Path, place: str, field: str) -> Rows:
-    """Yield (place, row): `place`, which names the file, with the number of the line or row, from 1. Raises RecipeError."""
+    """Yield (place, row), where place is `place`, the file's name, plus the number of the line or row, from 1. Raises RecipeError."""
     if path.suffix == ".parquet":
         return _parquet(path, place, field)
     if path.suffix == ".json" and _is_array(path, field):
@@ -62,15 +62,15 @@ def read_file(path: Path, place: str, field: str) -> Rows:
 
 
 def _mode(path: Path, named: str) -> int | None:
-    """What kind of file it is; None where there is nothing."""
+    """The file's mode bits, or None if it does not exist."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:  # a name too long, a circle of links, no permission
+    except OSError as error:  # name too long, loop of links, no permission
         raise RecipeError(f"{named}: {error.strerror or error}; {FORMS}") from None
-    except ValueError as error:  # a NUL in it
-        raise RecipeError(f"{named}: no path ({error}); {FORMS}") from None
+    except ValueError as error:  # a NUL character
+        raise RecipeError(f"{named}: not a path ({error}); {FORMS}") from None
 
 
 def _of_folder(folder: Path, named: str) -> list[Path]:
@@ -86,11 +86,11 @@ def _of_folder(folder: Path, named: str) -> list[Path]:
     splits = sorted({match[1] for path in inside if (match := _SPLIT.search(path.stem.lower()))})
     if len(splits) > 1:
         raise RecipeError(
-            f"{named}, a folder with files of several splits ({', '.join(splits)}): say which are meant by a glob such as "
+            f"{named}, a folder with files of several splits ({', '.join(splits)}): choose some by a glob such as "
             f"{folder / f'*{splits[0]}*'}"
         )
     if len({path.suffix for path in inside}) > 1:
-        raise RecipeError(f"{named}, a folder with .jsonl and .parquet files: say which are meant by a glob such as *.parquet")
+        raise RecipeError(f"{named}, a folder with .jsonl and .parquet files: choose some by a glob such as *.parquet")
     return inside
 
 
@@ -101,7 +101,7 @@ def _json_lines(path: Path, place: str, field: str) -> Rows:
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
-                    raise RecipeError(f"{field}: {place} line {number} has over {LONGEST_LINE >> 20} MiB: write one JSON object a line")
+                    raise RecipeError(f"{field}: {place} line {number} has over {LONGEST_LINE >> 20} MiB: write one JSON object per line")
                 text = _decoded(line.removeprefix(_BOM) if number == 1 else line, f"{field}: {place} line {number}")
                 if text.strip():
                     yield (
@@ -121,7 +121,7 @@ def _is_array(path: Path, field: str) -> bool:
 
 
 def _json_array(path: Path, place: str, field: str) -> Rows:
-    """One array of objects, as Alpaca's and ShareGPT's files are."""
+    """Rows of a single array of objects, the form of Alpaca's and ShareGPT's files."""
     rows = _parsed(_decoded(path.read_bytes().removeprefix(_BOM), f"{field}: {place}"), f"{field}: {place}")
     for number, row in enumerate(rows, start=1):
         yield f"{place} row {number}", _row(row, f"{field}: {place} row {number}")
@@ -131,7 +131,7 @@ def _decoded(line: bytes, where: str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{where} is not valid JSON: it is not UTF-8, save the file as UTF-8 ({error})") from None
+        raise RecipeError(f"{where} is not valid JSON: it is not UTF-8; save the file as UTF-8 ({error})") from None
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -161,7 +161,7 @@ def _parquet(path: Path, place: str, field: str) -> Rows:
 
 
 def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any]]:
-    """One by one where together they cannot be read, up to the one that is to blame: text that is not UTF-8, a date beyond year 9999."""
+    """Rows of a batch; if it cannot be read as a whole, row by row up to the bad one: non-UTF-8 text, or a date beyond year 9999."""
     try:
         rows = batch.to_pylist()
     except _UNREADABLE:

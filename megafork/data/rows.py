@@ -1,4 +1,4 @@
-"""The one reading of rows, for train, sft, eval and analyze: which column holds the prompt, the answer, the response, and what they say."""
+"""Reads rows for train, sft, eval and analyze alike: finds the columns of the prompt, the answer and the response, and their values."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _PROMPTS = ("prompt", "question", "problem", "query", *_CHATS, "instruction")
 _ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth")
 _RESPONSES = ("response", "completion", "generated_solution")
 _PAIRS = ("instruction", "input")
-"""Prompts whose `output` is the answer, or the response."""
+"""Prompt columns that go with an `output` column for the answer or the response."""
 
 
 def read_row(raw: Row, needs: Sequence[str], columns: Columns, *, everywhere: bool = True) -> Row:
-    """The row with its `prompt` (text, or messages that only a chat template can join) and what of `needs` it must have.
+    """The row with its `prompt` (text, or messages that only a chat template can join) and the fields in `needs`.
 
-    "answer": as text (`answer_text`), as the built-in verifiers compare it; "response": the text to train on; "metadata": reasoning-gym's.
-    Without "answer" in `needs` the row's own answer stays as it is, under that name. `columns`: the recipe's `data.columns`; unless
-    `everywhere`, a row that lacks one is read by the usual names. Raises RowError; two columns that could be meant and disagree are one.
+    "answer": text for the built-in verifiers (`answer_text`); "response": the text to train on; "metadata": reasoning-gym's. Without
+    "answer" in `needs`, `answer` is the row's own value unchanged. `columns`: the recipe's `data.columns`; unless `everywhere`, a row
+    without one of them is read by the usual names. Raises RowError, also if two columns that qualify disagree.
     """
-    other = "answer" if "response" in needs else "response"  # which this reading has no use for
+    other = "answer" if "response" in needs else "response"  # not used here
     columns = _named(raw, {meaning: name for meaning, name in columns.items() if meaning != other}, everywhere)
     if "response" in needs:
         prompt, response = _supervised(raw, columns)
@@ -56,48 +56,48 @@ def read_row(raw: Row, needs: Sequence[str], columns: Columns, *, everywhere: bo
 
 
 def _named(raw: Row, columns: Columns, everywhere: bool) -> dict[Meaning, str]:
-    """What of `columns` holds for this row."""
-    there = {meaning: name for meaning, name in columns.items() if _find(raw, name) is not _NOTHING}
+    """The entries of `columns` that this row has."""
+    present = {meaning: name for meaning, name in columns.items() if _find(raw, name) is not _NOTHING}
     for meaning, name in columns.items():
-        if meaning not in there and everywhere:
+        if meaning not in present and everywhere:
             raise RowError(f"has no column {name!r}, which ", _COLUMNS, f".{meaning} names ({_fields(raw)}): name one that it has")
-    return there
+    return present
 
 
 # ---------------------------------------------------------------- prompts
 
 
 def _prompt(raw: Row, columns: Columns) -> tuple[str, list[Message]]:
-    """The column of the prompt, and its messages. Of a chat with a last turn of the assistant, what comes before that."""
+    """The column of the prompt, and its messages, without a last turn of the assistant."""
     found = {name: _asked(raw, name) for name in _prompt_columns(raw, columns)}
     (column, messages), *others = found.items()
-    said = _text(messages)
+    text = _text(messages)
     for other, its in others:
-        if _text(its).strip() not in said:  # `prompt` may dress up the text of `problem`
+        if _text(its).strip() not in text:  # `prompt` may wrap the text of `problem`
             raise RowError(
-                f'has a "{column}" and a "{other}" that differ: say which is the prompt in ',
+                f'has a "{column}" and a "{other}" that differ: name the prompt\'s column in ',
                 _COLUMNS,
-                ', or rename the one that is meant to "prompt" and delete the other',
+                ', or rename it to "prompt" and delete the other',
             )
     return column, messages
 
 
 def _prompt_columns(raw: Row, columns: Columns) -> list[str]:
-    """Where a prompt may be, the likeliest first. Raises RowError where nowhere."""
+    """Columns that may hold the prompt, most likely first. Raises RowError if there are none."""
     if "prompt" in columns:
         return [columns["prompt"]]
-    there = [name for name in _PROMPTS if isinstance(raw.get(name), str | list) and not is_absent(raw[name])]
-    there = there or [name for name in ("input",) if isinstance(raw.get(name), str) and raw[name].strip()]
-    if there:
-        return there
+    present = [name for name in _PROMPTS if isinstance(raw.get(name), str | list) and not is_absent(raw[name])]
+    present = present or [name for name in ("input",) if isinstance(raw.get(name), str) and raw[name].strip()]
+    if present:
+        return present
     named = [name for name in (*_PROMPTS, "input") if raw.get(name) is not None]
     if named:
-        return named[:1]  # reading it says what is wrong
-    raise RowError(f'has no prompt ({_fields(raw)}): give it a "prompt", or name the column that is one in ', _COLUMNS)
+        return named[:1]  # reading it raises the specific error
+    raise RowError(f'has no prompt ({_fields(raw)}): give it a "prompt", or name the prompt\'s column in ', _COLUMNS)
 
 
 def _asked(raw: Row, column: str) -> list[Message]:
-    """The messages up to where the assistant is to answer."""
+    """The messages up to the point where the assistant answers."""
     messages = _chat(raw, column)
     if messages[-1]["role"] == "assistant":
         if column not in _CHATS or len(messages) == 1:
@@ -107,14 +107,14 @@ def _asked(raw: Row, column: str) -> list[Message]:
 
 
 def _chat(raw: Row, column: str) -> list[Message]:
-    """All messages of a column, with what belongs to them in others: Alpaca's input, a system text."""
+    """All messages of a column, joined with related columns: Alpaca's input, a system text."""
     value = _find(raw, column)
     messages = read_messages(value, column)
     if column == "instruction" and not is_absent(raw.get("input")):
         messages = read_messages(f"{value}\n{checked_text(str(raw['input']), 'input')}", column)
-    for beside in ("history", "tools"):
-        if (column == "instruction" or isinstance(value, list)) and not is_absent(raw.get(beside)) and raw[beside] != "[]":
-            raise RowError(f"has {beside} beside its {column}, which megafork does not read: write all turns as messages, or delete it")
+    for extra in ("history", "tools"):
+        if (column == "instruction" or isinstance(value, list)) and not is_absent(raw.get(extra)) and raw[extra] != "[]":
+            raise RowError(f"has {extra} next to its {column}, which megafork does not read: write all turns as messages, or delete it")
     if column in (*_CHATS, "instruction") and isinstance(raw.get("system"), str) and raw["system"].strip():
         messages = [{"role": "system", "content": checked_text(raw["system"], "system")}, *messages]
     refuse_pictures(raw, messages)
@@ -133,21 +133,21 @@ def _answer(raw: Row, columns: Columns, prompt: str) -> str:
     if not found and "answer" not in columns and isinstance(raw.get("solution"), str) and raw["solution"].strip():
         solved = solution_text(raw["solution"], "solution")
         if solved is None:
-            raise RowError(r'has a solution without a \boxed{} or a last line of ####, and no "answer": give it one')
+            raise RowError(r'has a solution without a \boxed{} or a last line with ####, and no "answer": give it one')
         return solved
     if not found:
         name = next((name for name in (columns.get("answer"), *_ANSWERS) if name and _find(raw, name) is not _NOTHING), None)
         shown = f"{name} is {_find(raw, name)!r:.60}" if name else _fields(raw)
-        raise RowError(f'has no answer ({shown}): give it an "answer", name the column that is one in ', _COLUMNS, ", or delete the row")
+        raise RowError(f'has no answer ({shown}): give it an "answer", name the answer\'s column in ', _COLUMNS, ", or delete the row")
     (column, text), *others = found.items()
     for other, its in others:
         if its.strip() != text.strip():
-            raise RowError(f"has a {column} {text!r:.60} and a {other} {its!r:.60}: say which is the answer in ", _COLUMNS)
+            raise RowError(f"has a {column} {text!r:.60} and a {other} {its!r:.60}: name the answer's column in ", _COLUMNS)
     return text
 
 
 def _answers(raw: Row, columns: Columns, prompt: str) -> Iterator[tuple[str, Any]]:
-    """Where an answer may be, the likeliest first."""
+    """Columns that may hold the answer and their values, most likely first."""
     names = (columns["answer"],) if "answer" in columns else (*_ANSWERS, *(("output",) if prompt in _PAIRS else ()))
     for name in names:
         value = _find(raw, name)
@@ -156,20 +156,20 @@ def _answers(raw: Row, columns: Columns, prompt: str) -> Iterator[tuple[str, Any
 
 
 def _metadata(raw: Row) -> Row:
-    """reasoning-gym's, which a data frame may have turned into JSON text."""
+    """reasoning-gym's metadata, which a data frame may have turned into JSON text."""
     metadata = raw.get("metadata")
     if isinstance(metadata, str):
         metadata = _object(metadata)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("source_dataset"), str):
         raise RowError(
-            f"has no metadata.source_dataset (metadata is {raw.get('metadata')!r:.60}), by which the verifier reasoning_gym finds the "
+            f"has no metadata.source_dataset (metadata is {raw.get('metadata')!r:.60}), from which the verifier reasoning_gym finds the "
             "task's scorer: give rows of reasoning-gym, or choose another verifier"
         )
     return metadata
 
 
 def _generated_answer(value: Any) -> str | None:
-    """The task's scorer knows its texts, empty ones too; some tasks have many right answers and name none."""
+    """The answer for the task's own scorer: text, even if empty, stays as it is; None for tasks with many right answers that name none."""
     return value if isinstance(value, str) else None if is_absent(value) else answer_text(value, "answer")
 
 
@@ -177,23 +177,23 @@ def _generated_answer(value: Any) -> str | None:
 
 
 def _supervised(raw: Row, columns: Columns) -> tuple[str | list[Message], str]:
-    """What is read, and what is trained: the last turn of the assistant, or the column of the response."""
+    """The prompt, and the response to train on: the assistant's last turn, or the response column."""
     found = dict(_pairs(raw, columns))
     if not found:
         raise RowError(
-            f'has no response ({_fields(raw)}): give it a "response" or "messages" with a turn of the assistant, or name the column that '
-            "is one in ",
+            f'has no response ({_fields(raw)}): give it a "response" or "messages" with a turn of the assistant, or name the response\'s '
+            "column in ",
             _COLUMNS,
         )
     (column, pair), *others = found.items()
     for other, its in others:
         if its != pair:
-            raise RowError(f'has a "{column}" and a "{other}" that differ: say which is the response in ', _COLUMNS, ", or delete one")
+            raise RowError(f'has a "{column}" and a "{other}" that differ: name the response\'s column in ', _COLUMNS, ", or delete one")
     return pair
 
 
 def _pairs(raw: Row, columns: Columns) -> Iterator[tuple[str, tuple[str | list[Message], str]]]:
-    """Column of the response, and (prompt, response), of each form that the row has."""
+    """(Response column, (prompt, response)) for each form that the row has."""
     if "response" not in columns:
         for name in [columns["prompt"]] if "prompt" in columns else _CHATS:
             if isinstance(_find(raw, name), list | str) and (pair := _last_turn(raw, name)):
@@ -228,10 +228,10 @@ def _response(value: Any, column: str) -> str:
 
 
 def _content(turn: Message, column: str) -> str:
-    """What of the assistant's turn is trained."""
+    """The part of the assistant's turn to train on."""
     for key in ("tool_calls", "function_call", "reasoning_content", "thinking"):
         if turn.get(key):
-            raise RowError(f"has a {column} whose last turn of the assistant has {key}: only its content is trained, write it there")
+            raise RowError(f"has a {column} whose last turn of the assistant has {key}: only its content is trained on, write it there")
     if not turn.get("content", "").strip():
         raise RowError(f"has a {column} whose last turn of the assistant is empty: fill it in, or delete the row")
     return turn["content"]
@@ -243,7 +243,7 @@ _NOTHING = object()
 
 
 def _find(raw: Row, name: str) -> Any:
-    """The column of that name, or the field of one as in reward_model.ground_truth; `_NOTHING` where there is none."""
+    """The column of that name, or a field inside one such as reward_model.ground_truth; `_NOTHING` if there is none."""
     if name in raw:
         return raw[name]
     column, dot, inner = name.partition(".")
@@ -256,7 +256,7 @@ def _find(raw: Row, name: str) -> Any:
 
 
 def _object(text: str) -> Any:
-    """The object that JSON text says; anything else as it is."""
+    """The decoded JSON text; other text as it is."""
     try:
         return parse(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where rows come from: files, the Hugging Face hub, reasoning-gym, or several of these. `rows.py` reads what is in them."""
+"""Sources of rows: files, the Hugging Face hub, reasoning-gym, or several of these. `rows.py` reads the rows' contents."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megafork.recipe.data import Source, listed
 
 
 def read_rows(source: Source, field: str) -> Rows:
-    """Yield (place, row), where place names the row for a message, as in `train.jsonl line 7`. Rows count from 1.
+    """Yield (place, row), where place names the row in messages, as in `train.jsonl line 7`. Rows count from 1.
 
-    `field` is the recipe key that holds `source` (forms: `recipe.Data.train`). Raises RecipeError, at the first row for a source that
-    cannot be read at all.
+    `field` is the recipe key that holds `source` (forms: `recipe.Data.train`). Raises RecipeError, at the first row if a source cannot be
+    read at all.
     """
     parts = dict.fromkeys(
         part for one in listed(source) for part in ([one] if _is_named(one) else data_files(one, field))
@@ -28,13 +28,13 @@ def read_rows(source: Source, field: str) -> Rows:
 
 
 def _is_named(source: str) -> bool:
-    """Not a path: `hub:NAME` or `reasoning_gym:TASK`."""
+    """Whether it is `hub:NAME` or `reasoning_gym:TASK` rather than a path."""
     kind, _, rest = source.partition(":")
     return kind in ("hub", "reasoning_gym") and bool(rest)
 
 
 def _hub(source: str, field: str) -> Rows:
-    _, name, *split = source.split(":", 2)  # a split such as train[:100] has a colon of its own
+    _, name, *split = source.split(":", 2)  # a split such as train[:100] contains a colon
     name, _, subset = name.partition("@")
     try:
         import datasets  # an optional extra

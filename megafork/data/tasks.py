@@ -1,7 +1,7 @@
-"""Make reasoning-gym rows in an interpreter of their own: `python -m megafork.data.tasks TASK SIZE SEED`, as JSON lines to stdout.
+"""Generate reasoning-gym rows in a separate interpreter: `python -m megafork.data.tasks TASK SIZE SEED` writes JSON lines to stdout.
 
 In 0.1.25 the rows of seven tasks also depend on Python's hash seed or on the global random state (word_ladder, list_functions, ...): two
-ranks, or a run and its resumption, would hold different data under one seed. The caller sets PYTHONHASHSEED; `random` is seeded here.
+ranks, or a run and its resumption, would have different data for one seed. The caller sets PYTHONHASHSEED; `random` is seeded here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megafork.data.generated import MOST_ROWS
 def make(task: str, size: int, seed: int) -> dict[str, Any]:
     """{"rows": an iterator}, or {"unknown": known names}, or {"failed": reason}.
 
-    reasoning-gym makes item i of a task from seed + i. Seeds are spread so far that no two of them share a number, whatever the sizes.
+    reasoning-gym generates item i of a task from seed + i. Seeds are spaced so that no two ranges overlap, whatever the sizes.
     """
     if task not in DATASETS:
         return {"unknown": sorted(DATASETS)}
@@ -41,7 +41,7 @@ def _row(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(made: dict[str, Any]) -> Iterator[str]:
-    """The rows, a line each, or one line that says why there are none."""
+    """The rows, one per line, or a single line with the reason why there are none."""
     for row in made.get("rows", [made]):
         yield json.dumps(row, default=lambda number: number.item()) + "\n"  # numpy's numbers
 

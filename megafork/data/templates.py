@@ -1,4 +1,4 @@
-"""From a row's prompt to what the model reads: a text with {prompt} in it, or the tokenizer's chat template; and how it begins and ends."""
+"""Renders a row's prompt to the model's input, by a text with {prompt} or the tokenizer's chat template; and its first and last tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OURS = ("messages", "add_generation_prompt", "chat_template", "continue_final_m
 
 
 def template_text(template: str, tokenizer: Tokenizer) -> str:
-    """What `data.template` is for a `--template`. Raises RecipeError for an unknown name, or one that the tokenizer is not made for."""
+    """The `data.template` for a `--template`. Raises RecipeError for an unknown name, or one that does not suit the tokenizer."""
     if template == "chat" or "{prompt}" in template:
         return template
     if template not in _TEMPLATES:
@@ -35,11 +35,11 @@ def template_text(template: str, tokenizer: Tokenizer) -> str:
 
 
 def renderer(data: recipe.Data, tokenizer: Tokenizer) -> Callable[[str | list[Message]], str]:
-    """The text of a row's prompt under `data.template`. Raises RecipeError for a template that cannot be used; what it returns raises
-    RowError for a prompt that it does not take."""
+    """A function from a row's prompt to its text under `data.template`. Raises RecipeError for an unusable template; the function raises
+    RowError for a prompt that the template does not accept."""
     if data.template == "chat":
         _check_chat(data, tokenizer)
-        chat = functools.cache(lambda prompt: tokenizer.chat(prompt, data.chat_template_args))  # a dataset of repeats is rendered once
+        chat = functools.cache(lambda prompt: tokenizer.chat(prompt, data.chat_template_args))  # renders repeated prompts once
         return lambda prompt: chat(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt, data.chat_template_args)
     if data.template is not None and "{prompt}" not in data.template:
         raise RecipeError(
@@ -49,13 +49,13 @@ def renderer(data: recipe.Data, tokenizer: Tokenizer) -> Callable[[str | list[Me
     def insert(prompt: str | list[Message]) -> str:
         if not isinstance(prompt, str):
             raise RowError(f"has {len(prompt)} chat messages: only ", Key("data.template"), "=chat can join them")
-        return prompt if data.template is None else data.template.replace("{prompt}", prompt)  # not str.format: \boxed{} stays
+        return prompt if data.template is None else data.template.replace("{prompt}", prompt)  # str.format would choke on \boxed{}
 
     return insert
 
 
 def first_tokens(data: recipe.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What a prompt begins with under `data.add_bos`, unless its text says so itself. Raises RecipeError without such a token."""
+    """Tokens that a prompt must begin with under `data.add_bos`. Raises RecipeError if the tokenizer has no such token."""
     if data.add_bos == "auto":
         return () if data.template == "chat" else tokenizer.first_ids
     if not data.add_bos:
@@ -68,17 +68,16 @@ def first_tokens(data: recipe.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def last_token(data: recipe.Data, tokenizer: Tokenizer) -> int:
-    """What ends a supervised response: of the ids at which roll-outs stop the one with which the chat template ends a turn, else the
-    first."""
+    """The token that ends a supervised response: the stop id with which the chat template ends a turn, else the first stop id."""
     first, *_ = tokenizer.eos_ids
     if data.template != "chat":
         return first
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     try:
-        said = tokenizer.chat(turns, data.chat_template_args, answer_follows=False)
-    except RowError:  # a template of prompts alone
+        rendered = tokenizer.chat(turns, data.chat_template_args, answer_follows=False)
+    except RowError:  # a template for prompts only
         return first
-    after = tokenizer.encode(said.rpartition(_MARK)[2], first=())
+    after = tokenizer.encode(rendered.rpartition(_MARK)[2], first=())
     return next((token for token in after if token in tokenizer.eos_ids), first)
 
 
@@ -94,7 +93,7 @@ def _check_chat(data: recipe.Data, tokenizer: Tokenizer) -> None:
             raise RecipeError(
                 Key("data.template"),
                 f" is 'chat' but the tokenizer of {tokenizer.path!r} has several chat templates "
-                f"({', '.join(sorted(template))}) and none is called default: keep one of them in tokenizer_config.json, or give a text "
+                f"({', '.join(sorted(template))}) and none is named default: keep one of them in tokenizer_config.json, or give a text "
                 "with {prompt} instead",
             )
         template = template["default"]

@@ -24,14 +24,14 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Thin view of a transformers tokenizer. `path` is where it came from, for error messages."""
+    """A thin wrapper around a transformers tokenizer. `path` is its origin, for error messages."""
 
     path: str
     backend: Any
     eos_ids: tuple[int, ...]
     """Ids that end a response: the tokenizer's own, then the model's. Empty if neither names one."""
     first_ids: tuple[int, ...] = ()
-    """What the tokenizer puts before raw text: its beginning-of-sequence token, or nothing."""
+    """Tokens that the tokenizer puts before raw text: its beginning-of-sequence token, or none."""
 
     @functools.cached_property
     def _known(self) -> frozenset[int]:
@@ -39,17 +39,17 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included. The model's embedding may have more rows."""
+        """One more than the largest id, including added tokens. The model's embedding may have more rows."""
         return max(self._known) + 1
 
     def check(self, vocab: int, *named: str) -> None:
-        """Raise RecipeError, beginning with `named`, unless a model with `vocab` rows in its embedding can read and end all that this
-        tokenizer writes."""
+        """Raise RecipeError, beginning with `named`, unless a model with `vocab` embedding rows covers all of this tokenizer's ids and has
+        an end token."""
         if self.vocab_size > vocab:
             raise RecipeError(
                 *named,
                 f": its tokenizer has ids up to {self.vocab_size - 1} but the model only {vocab} tokens: give a folder whose "
-                "tokenizer belongs to the model",
+                "tokenizer matches the model",
             )
         if not self.eos_ids:
             raise RecipeError(*named, ": neither its tokenizer nor generation_config.json or config.json names an end-of-sequence token")
@@ -61,16 +61,16 @@ class Tokenizer:
             )
 
     def encode(self, text: str, *, first: tuple[int, ...] | None = None) -> list[int]:
-        """Token ids of raw text, which begin with `first_ids` once, whether the text spells them or not.
+        """Token ids of raw text, beginning with `first_ids` exactly once, whether or not the text spells them out.
 
-        `first` in their place: () for a part of a sequence, such as a response, or for what a chat template wrote.
+        `first` replaces them: () for a part of a sequence, such as a response, or for the output of a chat template.
         """
         first = self.first_ids if first is None else first
         ids = self.backend.encode(text, add_special_tokens=False, verbose=False)
         return ids if tuple(ids[: len(first)]) == first else [*first, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids without those that ended it. What is inside stays, special tokens such as </think> too: verifiers look for it."""
+        """Text of the ids without trailing end tokens. Special tokens inside, such as </think>, are kept: verifiers look for them."""
         ends = {*self.eos_ids, self.backend.pad_token_id}
         length = len(ids)
         while length and ids[length - 1] in ends:
@@ -78,8 +78,8 @@ class Tokenizer:
         return self._with_special(ids[:length])
 
     def without_end(self, text: str) -> tuple[str, int | None]:
-        """A response's text without the end tokens that it spells out last, with whatever space is after them; and the first of these,
-        at which a roll-out would have stopped."""
+        """A response's text without the end tokens spelled out at its end and the white space after them; and the first of these tokens,
+        at which a roll-out would have stopped, or None."""
         ends = {self._text([token]): token for token in self.eos_ids}
         found = None
         while end := next((end for end in ends if end and text.rstrip().endswith(end)), None):
@@ -87,7 +87,7 @@ class Tokenizer:
         return text, found
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Display text of each token, special ones included. Joined they are the whole text.
+        """Display text of each token, including special ones. Joined, the pieces are the whole text.
 
         A character whose bytes are spread over several tokens is shown at the last of them; the others are empty.
         """
@@ -106,27 +106,27 @@ class Tokenizer:
             start, shown = shown, end
         return pieces
 
-    @functools.lru_cache(maxsize=1 << 18)  # noqa: B019 - one tokenizer a process, and text repeats itself
+    @functools.lru_cache(maxsize=1 << 18)  # noqa: B019 - one tokenizer per process, and text repeats itself
     def _piece(self, before: int | None, token: int) -> str | None:
-        """What `token` adds to the text after `before`; None where a character is not finished within one of them."""
+        """The text that `token` adds after `before`; None if a character is incomplete within either."""
         known = "" if before is None else self._with_special([before])
         text = self._with_special([token] if before is None else [before, token])
         return None if text.endswith(_UNFINISHED) or known.endswith(_UNFINISHED) else text[len(known) :]
 
     def chat(self, prompt: str | list[Message], arguments: Mapping[str, Any] | None = None, *, answer_follows: bool = True) -> str:
-        """A user's prompt, or whole messages, in the chat template, up to where the assistant begins if an answer follows.
+        """A user's prompt, or whole messages, rendered by the chat template, up to the start of the assistant's turn if `answer_follows`.
 
-        `arguments`: variables of the template. Raises RowError for whatever goes wrong in it.
+        `arguments`: variables of the template. Raises RowError for any error in the template.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             return self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows, **(arguments or {}))
-        except Exception as error:  # noqa: BLE001 - the template is a program of the model's folder and may raise anything
+        except Exception as error:  # noqa: BLE001 - the template is a program from the model's folder and may raise anything
             reason = " ".join(str(error).split())[:200]
             raise RowError(f"has a prompt that the chat template of {self.path!r} refuses ({type(error).__name__}: {reason})") from None
 
     def _with_special(self, ids: Sequence[int]) -> str:
-        """The whole text; ids that only the model's padded embedding has as `<id 27>`, so that no one takes them for nothing."""
+        """The whole text; ids that exist only in the model's padded embedding appear as `<id 27>`, so that they are not overlooked."""
         runs = itertools.groupby(ids, key=self._known.__contains__)
         return "".join(self._text(list(run)) if known else "".join(f"<id {token}>" for token in run) for known, run in runs)
 
@@ -135,14 +135,14 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
-    """A SentencePiece model as transformers wraps it, with SentencePiece's own encoding and decoding of what is between special tokens.
+    """A SentencePiece model wrapped by transformers, with SentencePiece's own encoding and decoding of the text between special tokens.
 
-    transformers 5.19 by itself converts the file, without the leading space that SentencePiece adds, which gives other ids than the model
-    was trained with.
+    By default transformers 5.19 converts the file and omits the leading space that SentencePiece adds, which gives other ids than those
+    the model was trained with.
     """
 
     def __init__(self, **settings: Any) -> None:
-        settings["legacy"] = True  # transformers' word for: leave the leading space to SentencePiece
+        settings["legacy"] = True  # transformers' flag that leaves the leading space to SentencePiece
         super().__init__(**settings)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -152,13 +152,13 @@ class SentencePieceTokenizer(SentencePieceBackend):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder, or of a hub name such as `Qwen/Qwen3-8B`. A folder is read without any network.
+    """Load the tokenizer of a Hugging Face folder, or of a hub name such as `Qwen/Qwen3-8B`. A folder is read without network access.
 
-    A folder with a SentencePiece `tokenizer.model` and no other vocabulary gives a SentencePieceTokenizer. Raises RecipeError when there
-    is none.
+    A folder with a SentencePiece `tokenizer.model` and no other vocabulary gives a SentencePieceTokenizer. Raises RecipeError if there is
+    no tokenizer.
     """
     local = Path(path).is_dir()
-    # with a config.json alone transformers builds an empty tokenizer and says nothing
+    # given only a config.json, transformers silently builds an empty tokenizer
     if local and not any((Path(path) / name).is_file() for name in _VOCABULARY_FILES):
         if not (Path(path) / _SENTENCE_PIECE).is_file() or not (Path(path) / _SENTENCE_PIECE).stat().st_size:
             raise RecipeError(Key("model.path"), f" is {path!r}: the folder has no tokenizer; put the model's tokenizer.json there")
@@ -167,9 +167,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         load = AutoTokenizer.from_pretrained
     if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise RecipeError(Key("model.path"), f" is {path!r}: no such folder; give a Hugging Face model folder or a hub name")
-    ends = _ends_of_model(path, local)  # first, as transformers would blame the tokenizer
+    ends = _ends_of_model(path, local)  # before loading, as transformers would blame the tokenizer
     try:
-        backend = load(path, local_files_only=local, trust_remote_code=False)  # unset, transformers asks whoever is at the terminal
+        backend = load(path, local_files_only=local, trust_remote_code=False)  # unset, transformers prompts at the terminal
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a file it cannot read
         reason = " ".join(str(error).split())[:200]
         fix = "restore its tokenizer files" if local else "no such folder, and the hub did not give it: download the model first"
@@ -181,7 +181,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def _load_sentence_piece(path: str, **options: Any) -> SentencePieceTokenizer:
-    """With the special tokens that the model itself names, where tokenizer_config.json names none."""
+    """Load it with the special tokens that the model itself names if tokenizer_config.json names none."""
     backend = SentencePieceTokenizer.from_pretrained(path, **options)
     model = backend.sp_model
     for name in ("bos", "eos", "unk", "pad"):
@@ -198,7 +198,7 @@ def _first_ids(backend: Any) -> tuple[int, ...]:
 
 
 def _ends_of_model(path: str, local: bool) -> list[int]:
-    """The end tokens of generation_config.json, in whose absence transformers and vLLM read config.json's."""
+    """The end tokens in generation_config.json or, without that file, in config.json, as transformers and vLLM read them."""
     for name in ("generation_config.json", "config.json"):
         config = _config(path, name, local)
         if config is not None:
@@ -224,9 +224,9 @@ def _config(path: str, name: str, local: bool) -> dict[str, Any] | None:
     return config
 
 
-def _listed(said: Any, *named: str) -> list[int]:
-    ids = said if isinstance(said, list) else [] if said is None else [said]
+def _listed(value: Any, *named: str) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     for one in ids:
         if type(one) is not int or one < 0:  # true is an int to Python
-            raise RecipeError(*named, f" is {said!r}: it must be token ids, whole numbers from 0")
+            raise RecipeError(*named, f" is {value!r}: it must be token ids, integers from 0")
     return ids

@@ -1,6 +1,6 @@
-"""Verifiers: how right a response is. Runs in verifier processes (`worker.py`), so it imports nothing heavy before it is needed.
+"""Verifiers, which judge whether a response is correct. They run in verifier processes (`worker.py`), so heavy imports are lazy.
 
-A verifier is a function of (response text, row) that returns an accuracy in [0, 1]; what it raises is that response's error.
+A verifier is a function of (response text, row) that returns an accuracy in [0, 1]; an exception becomes that response's error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Row = dict[str, Any]
 Verifier = Callable[[str, Row], Any]
 
 _ACCEPTS_ANY_TEXT = ("game_of_life_halting",)
-"""Tasks whose own scorer is wrong in reasoning-gym 0.1.25: it compares bool(text), so that every answer is right."""
+"""Tasks whose own scorer is wrong in reasoning-gym 0.1.25: it compares bool(text), so any answer counts as right."""
 _TUPLES = ("arc_agi", "rearc")
-"""Tasks whose scorer compares tuples, which in JSON and parquet are lists: no answer would be right."""
+"""Tasks whose scorer compares tuples, which become lists in JSON and parquet: no answer would be right."""
 _EVALUATED_AS_DATA = ("binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion")
-"""Tasks whose scorers in reasoning-gym 0.1.25 call `eval` on the answer, or on the row's: here they read Python literals and no more."""
+"""Tasks whose scorers in reasoning-gym 0.1.25 call `eval` on the response's or the row's answer: here they read only Python literals."""
 _EVALUATED_BY_SYMPY = ("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration")
-"""Tasks whose scorers give the answer to sympy's parser, which evaluates it: only what `_is_formula` takes is given to them."""
+"""Tasks whose scorers pass the answer to sympy's parser, which evaluates it: they only get answers that `_is_formula` accepts."""
 _EVALUATES_THE_ROW = ("bitwise_arithmetic",)
 """Tasks whose scorers evaluate the row's own problem."""
 _FORMULA_NAMES = re.compile(
@@ -42,7 +42,7 @@ def exact(response: str, row: Row) -> float:
 def math(response: str, row: Row) -> float:
     r"""1 if the last \boxed{...} after the last </think> is mathematically equal to the answer; 0 if not, if there is none, or on garbage.
 
-    math-verify alone would merge several boxes into one set. Its own alarm is off: the caller's time limit also ends what an alarm cannot.
+    math-verify alone would merge several boxes into one set. Its own alarm is off: the caller's time limit also stops C code.
     """
     from math_verify import parse, verify
 
@@ -57,8 +57,8 @@ def reasoning_gym(response: str, row: Row) -> float:
     r"""1 if the task's own scorer gives the final answer full marks: its partial credit (an answer merely contained) counts as 0.
 
     The final answer is the last <answer>...</answer> after the last </think>, else the last \boxed{...}, else that whole text; stripped.
-    A few scorers (gsm_symbolic, kakurasu, knights_knaves, quantum_lock, survo) themselves look for the answer in that text.
-    No answer runs as code: what a scorer evaluates is a Python literal or a formula, or it is wrong; see `evaluates`.
+    A few scorers (gsm_symbolic, kakurasu, knights_knaves, quantum_lock, survo) search that text for the answer themselves.
+    No answer runs as code: an answer that a scorer evaluates must be a Python literal or a formula, or else it is wrong; see `evaluates`.
     """
     metadata = row.get("metadata")
     if not isinstance(metadata, dict) or "source_dataset" not in metadata:
@@ -72,7 +72,7 @@ def reasoning_gym(response: str, row: Row) -> float:
         return 0.0
     try:
         return float(_scorer(task)(answer, {"question": row["prompt"], "answer": row["answer"], "metadata": metadata}) == 1.0)
-    except _MALFORMED:  # several scorers raise on text that is not of the form they expect
+    except _MALFORMED:  # several scorers raise on text of an unexpected form
         return 0.0
 
 
@@ -92,8 +92,8 @@ def _last_tagged(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...} whose braces balance (escaped braces do not count), or None. In time linear in the text."""
-    open_braces: list[int] = []  # where the content of each brace that is open begins; of a box, its start, else -1
+    r"""Content of the last \boxed{...} whose braces balance (escaped braces do not count), or None. Takes time linear in the text."""
+    open_braces: list[int] = []  # for each open brace, the start of its content if it is a box, else -1
     found: tuple[int, int] | None = None
     for token in re.finditer(r"\\boxed\s*\{|\\(?!\\boxed\s*\{).|[{}]", text, flags=re.DOTALL):
         if token[0] == "{":
@@ -108,7 +108,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def code(response: str, row: Row) -> float:
-    """Not called: tests are run by `code.Grader`, which needs processes of its own."""
+    """Not called: tests are run by `code.Grader`, which needs its own processes."""
     raise NotImplementedError
 
 
@@ -116,7 +116,7 @@ BUILT_IN: dict[str, Verifier] = {"exact": exact, "math": math, "reasoning_gym": 
 
 
 def evaluates(name: str, row: Row) -> bool:
-    """Whether judging may run what a model, or somebody's data, says. Nobody knows what a file of the user's own does."""
+    """Whether judging may execute text from a model or a data set. True for a user's file, which may do anything."""
     if name != "reasoning_gym":
         return ":" in name
     metadata = row.get("metadata")
@@ -125,13 +125,13 @@ def evaluates(name: str, row: Row) -> bool:
 
 
 def load(name: str) -> Verifier:
-    """The built-in verifier of that name, or FUNCTION of FILE.py for `FILE.py:FUNCTION`. Imports what it needs, so that the first verdict
-    is as quick as the next. Raises whatever the file raises; AttributeError or TypeError if it has no such function."""
+    """The built-in verifier of that name, or FUNCTION of FILE.py for `FILE.py:FUNCTION`, imported so that the first verdict is as fast as
+    later ones. Raises whatever the file raises; AttributeError or TypeError if it has no such function."""
     if name == "math":
         import math_verify  # noqa: F401
 
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarm is off
-        math(r"\boxed{1}", {"answer": "1"})  # its grammar is compiled at the first use
+        math(r"\boxed{1}", {"answer": "1"})  # compiles its grammar, which happens at the first use
     elif name == "reasoning_gym":
         import reasoning_gym  # noqa: F401
     elif name == "code":
@@ -149,8 +149,8 @@ def _import(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # as for a script, its neighbours can be imported
+    sys.modules[path.stem] = module  # dataclasses and pickle look up their module
+    sys.path.insert(0, str(path.resolve().parent))  # like a script, it can import neighbouring files
     spec.loader.exec_module(module)
     return module
 
@@ -176,8 +176,8 @@ def _scorer(task: str) -> Callable[[str, Row], float]:
 
 
 def _is_formula(text: str) -> bool:
-    """Whether sympy's parser can only find numbers, variables, elementary functions and arithmetic in it: no call of anything else, no
-    attribute, no text, no index."""
+    """Whether sympy's parser can find only numbers, variables, elementary functions and arithmetic in it: no other call, attribute,
+    string or index."""
     if not re.fullmatch(r"[\w\s+\-*/^().,!]*", text) or re.search(r"\.\s*[^\W\d]", text):
         return False
     return all(_FORMULA_NAMES.fullmatch(name) for name in re.findall(r"[^\W\d]\w*", text))

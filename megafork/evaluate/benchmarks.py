@@ -1,4 +1,4 @@
-"""Benchmarks by name, on the hub or in a file of the same form."""
+"""Benchmarks, named on the hub or in a file of the same form."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KNOWN = {
     "minerva": "hub:math-ai/minervamath:test",
     "olympiad": "hub:math-ai/olympiadbench:test",
 }
-"""Where each benchmark of the paper lies."""
+"""Sources of the paper's benchmarks."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems under a name, each once. Every row has its `answer`, unless the verifier needs none."""
+    """The distinct problems of a named benchmark. Every row has an `answer` unless the verifier needs none."""
 
     name: str
     source: str
@@ -41,16 +41,16 @@ def load_benchmarks(
     tokenizer: Tokenizer,
     remark: Remark = lambda line: None,
 ) -> list[Benchmark]:
-    """Read each of `words` (`evaluation.options.EvaluationOptions.benchmarks`) as `data` says; `reward`: the verifier.
+    """Read each of `words` (`EvaluationOptions.benchmarks`) by the settings in `data`; `reward`: the verifier.
 
-    A problem that a benchmark repeats, as some files of AIME do, is one problem: more rows of it say nothing about other problems, which
-    is what an interval is about. Raises RecipeError, naming the benchmark and the problem.
+    Repeats of a problem, as in some files of AIME, count as one: they carry no information about other problems, which is what a
+    confidence interval is about. Raises RecipeError, naming the benchmark and the problem.
     """
     named = [_named(word) for word in words]
     names = [name for name, _ in named]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise RecipeError(f"--benchmarks names {twice!r} twice: give one of them another name, as in NAME=SOURCE")
+        raise RecipeError(f"--benchmarks names {twice!r} twice: rename one of them by NAME=SOURCE")
     needs, check_row = verifiers.needs(reward), verifiers.check_row(reward)
 
     def load(name: str, source: str) -> Benchmark:
@@ -73,6 +73,4 @@ def _named(word: str) -> tuple[str, str]:
         return Path(word).stem, word
     close = difflib.get_close_matches(word, KNOWN, n=1, cutoff=0.4)
     fix = f"did you mean {close[0]!r}? Known are" if close else "known are"
-    raise RecipeError(
-        f"--benchmarks names {word!r}: {fix} {', '.join(KNOWN)}, and files that end in .jsonl, .json or .parquet, or folders of them"
-    )
+    raise RecipeError(f"--benchmarks names {word!r}: {fix} {', '.join(KNOWN)}, and .jsonl, .json or .parquet files, or folders of them")

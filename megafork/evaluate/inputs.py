@@ -1,4 +1,4 @@
-"""What an evaluation works on: the model, its tokenizer and the benchmarks, checked against each other. No ranks needed."""
+"""Inputs of an evaluation: the model, its tokenizer and the benchmarks, checked against each other. No ranks needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from megafork.data.templates import template_text
 from megafork.data.tokenizer import Tokenizer
 from megafork.evaluate.benchmarks import Benchmark, load_benchmarks
 from megafork.evaluate.options import Decoding, EvaluationOptions
-from megafork.recipe import Recipe, Reward, calling
+from megafork.recipe import Reward, calling
 from megafork.recipe_file import data_of_options
+from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Sampling
 from megafork.rollout.sample import LONGEST_PROMPT, SampleJob, response_limit
 from megafork.rollout.store import prompt_key
@@ -33,11 +34,11 @@ class EvaluationInputs:
     max_tokens: int
     dtype: str
     remarks: list[str]
-    """What of the benchmarks does not count, a line each."""
+    """Lines about benchmark rows that are not counted."""
 
     @property
     def folder(self) -> Path:
-        """Of the model's completions and results."""
+        """Folder of the model's completions and results."""
         return Path(self.options.out) / self.digest
 
     def sampling(self, decoding: Decoding) -> Sampling:
@@ -45,26 +46,21 @@ class EvaluationInputs:
         return Sampling(self.max_tokens, temperature, decoding.top_p, stop=self.tokenizer.eos_ids, forks=decoding.forks)
 
     def job(self) -> SampleJob:
-        """The completions that it needs."""
+        """The completions that the evaluation needs."""
         options = self.options
         prompts = {prompt_key(problem.tokens): problem.tokens for benchmark in self.benchmarks for problem in benchmark.problems}
-        recipe = Recipe.model_validate(
-            {
-                "run": {"seed": options.seed},
-                "model": {"path": str(self.model.folder)},
-                "data": {"train": self.benchmarks[0].source, "max_prompt_length": max(map(len, prompts.values()))},
-                "rollout": {
-                    "max_response_length": self.max_tokens,
-                    "tp": options.tp,
-                    "kv_cache_mb": options.kv_cache_mb,
-                    "gpu_memory_fraction": options.gpu_memory_fraction,
-                    "max_running": options.max_running,
-                },
-                "reward": self.reward.model_dump(),
-                "precision": {"dtype": self.dtype},
-            }
+        engine = EngineConfig(
+            model=str(self.model.folder),
+            dtype=self.dtype,
+            longest_sequence=max(map(len, prompts.values())) + self.max_tokens,
+            seed=options.seed,
+            tp=options.tp,
+            max_running=options.max_running,
+            gpu_memory_fraction=options.gpu_memory_fraction,
+            kv_cache_mb=options.kv_cache_mb,
+            fork_decoding=any(decoding.forks for decoding in options.decodings),
         )
-        return SampleJob(recipe, prompts, options.samples, tuple(map(self.sampling, options.decodings)), self.folder)
+        return SampleJob(engine, prompts, options.samples, tuple(map(self.sampling, options.decodings)), self.folder)
 
 
 @calling(AS_OPTIONS)

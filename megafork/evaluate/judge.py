@@ -1,4 +1,4 @@
-"""From responses to what the metrics need: how right each is, and which of them say the same."""
+"""Judges responses for the metrics: the accuracy of each, and which of them give the same answer."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """A problem's samples, in order."""
+    """A problem's judged samples, in order."""
 
     accuracies: list[float]
     votes: list[int | None]
-    """Which of the problem's answers each sample gave; None: none."""
+    """Number of the answer that each sample gave; None if it gave none."""
     lengths: list[int]
     truncated: list[bool]
     errors: list[str]
-    """Of the verifier, one line each. These samples count as wrong."""
+    """The verifier's errors, one line each. Their samples count as wrong."""
 
 
 def judge(problems: Sequence[Prompt], responses: Sequence[Sequence[Answered]], verifiers: Verifiers, verifier: str) -> list[Judged]:
-    """Judge each problem's responses. `verifier`: its name, which decides what an answer is and when two are the same."""
+    """Judge each problem's responses. `verifier`: its name, which determines what an answer is and when two are equal."""
     items = [(response.text, problem.row) for problem, given in zip(problems, responses, strict=True) for response in given]
     verdicts = iter(verifiers.score(items))
     taken = [list(itertools.islice(verdicts, len(given))) for given in responses]
@@ -54,13 +54,13 @@ def judge(problems: Sequence[Prompt], responses: Sequence[Sequence[Answered]], v
 
 
 def answer_of(text: str, verifier: str) -> str | None:
-    r"""What a response answers: for `math` its last box, as that verifier sees it, else `final_answer`. None for nothing."""
+    r"""A response's answer: for `math` its last box, as read by that verifier, else `final_answer`. None if there is none."""
     answer = last_boxed(text.rpartition("</think>")[2]) if verifier == "math" else final_answer(text)
     return (answer or "").strip() or None
 
 
 def _votes(answers: Sequence[str | None]) -> list[int | None]:
-    """Answers numbered by their text."""
+    """Number the answers by their text."""
     numbers: dict[str, int] = {}
     return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
 
@@ -68,9 +68,9 @@ def _votes(answers: Sequence[str | None]) -> list[int | None]:
 def _votes_of_equals(
     answers: Sequence[Sequence[str | None]], accuracies: Sequence[Sequence[float]], verifiers: Verifiers
 ) -> list[list[int | None]]:
-    """Answers numbered so that mathematically equal ones share a number: 1/2 and 0.5 vote together.
+    """Number the answers so that mathematically equal ones share a number: 1/2 and 0.5 vote together.
 
-    All that equal the true answer equal each other; each pair of a problem's other answers is put to the verifier.
+    All correct answers are equal to each other; each pair of a problem's other answers is compared by the verifier.
     """
     votes = [_votes(given) for given in answers]
     same: list[dict[int | None, int | None]] = []

@@ -1,4 +1,4 @@
-"""avg@k, pass@k and maj@k of sampled answers, and how far the choice of problems may have moved them. Plain numbers, no model."""
+"""avg@k, pass@k and maj@k of sampled answers, with confidence intervals over the choice of problems. Plain numbers, no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and the ends of its 95% interval."""
+    """A mean over problems with its 95% interval."""
 
     mean: float
     low: float
@@ -23,10 +23,10 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of a value a problem, with the percentile bootstrap's 95% interval: 10,000 times as many problems drawn with replacement.
+    """Mean of one value per problem, with the percentile bootstrap's 95% interval from 10,000 resamplings of the problems.
 
-    The seed is fixed, so the same values give the same interval, and two metrics of the same problems are resampled alike. Problems that
-    all have the same value give an interval without width, which says little where they are few.
+    The seed is fixed, so the same values give the same interval, and two metrics of the same problems are resampled alike. If all problems
+    have the same value the interval has zero width, which means little if they are few.
     """
     array = np.asarray(values, dtype=np.float64)
     times_drawn = np.random.default_rng(_SEED).multinomial(len(array), np.full(len(array), 1 / len(array)), size=_RESAMPLES)
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def pass_at(accuracies: Sequence[float], k: int) -> float:
-    """Expected best of k of a problem's n samples, drawn without replacement: with right and wrong answers the unbiased pass@k,
+    """Expected best of k of a problem's n samples, drawn without replacement. For accuracies of 0 and 1 this is the unbiased pass@k,
     1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1). Needs 1 <= k <= n."""
     n = len(accuracies)
     best = sum(accuracy * math.comb(place, k - 1) for place, accuracy in enumerate(sorted(accuracies)) if place >= k - 1)
@@ -45,8 +45,8 @@ def pass_at(accuracies: Sequence[float], k: int) -> float:
 def majority_at(accuracies: Sequence[float], votes: Sequence[int | None], k: int) -> float:
     """Expected accuracy of the most frequent answer among k of a problem's n samples, drawn without replacement. Exact.
 
-    `votes`: which answer each sample gave, samples that gave none (None) do not vote. Among equally frequent answers one is drawn; an
-    answer's accuracy is the mean of the samples that gave it; without any vote it is 0. Needs 1 <= k <= n.
+    `votes`: the number of the answer that each sample gave; samples without one (None) do not vote. Ties are broken at random; an answer's
+    accuracy is the mean over the samples that gave it; without any vote it is 0. Needs 1 <= k <= n.
     """
     sizes = Counter(vote for vote in votes if vote is not None)
     right = {vote: sum(a for a, other in zip(accuracies, votes, strict=True) if other == vote) / size for vote, size in sizes.items()}
@@ -59,8 +59,8 @@ def majority_at(accuracies: Sequence[float], votes: Sequence[int | None], k: int
 def _won_with(top: int, classes: Sequence[tuple[int, float]], silent: int, k: int) -> float:
     """Sum, over the subsets of k samples whose most frequent answers have `top` votes, of the winner's expected accuracy.
 
-    Answer by answer, `ways[drawn, tied]` counts the choices that took `drawn` samples and left `tied` answers with `top` votes; `gain` is
-    the sum of the tied answers' accuracies over these choices.
+    Built up answer by answer: `ways[drawn, tied]` counts the choices that took `drawn` samples and left `tied` answers with `top` votes;
+    `gain` is the sum of the tied answers' accuracies over these choices.
     """
     ways: dict[tuple[int, int], int] = {(drawn, 0): math.comb(silent, drawn) for drawn in range(min(silent, k) + 1)}
     gain: dict[tuple[int, int], float] = dict.fromkeys(ways, 0.0)

@@ -1,4 +1,4 @@
-"""What `megafork eval` is asked."""
+"""Options of `megafork eval`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megafork.rl.fork_temperature import ForkTemperature, sweep
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are drawn: at one temperature, 0 is greedy, or by `forks` in its place."""
+    """How tokens are drawn: at a single temperature, where 0 is greedy, or by `forks` instead."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -36,14 +36,14 @@ class Decoding:
 def decodings(
     temperature: float | None, top_p: float, fork_temperature: tuple[float, float] | None, threshold: float, every: bool
 ) -> tuple[Decoding, ...]:
-    """What the options ask for: `--temperature` (1 where there is none), `--fork-temperature LOW HIGH`, or `--sweep`, the paper's grid.
+    """The decodings requested by `--temperature` (default 1), `--fork-temperature LOW HIGH`, or `--sweep`, the paper's grid.
 
-    `threshold`: `--fork-threshold`, in nats. Raises RecipeError where they contradict each other.
+    `threshold`: `--fork-threshold`, in nats. Raises RecipeError if they contradict each other.
     """
     given = {"--temperature": temperature is not None, "--fork-temperature": fork_temperature is not None, "--sweep": every}
-    names = [name for name, there in given.items() if there]
+    names = [name for name, is_given in given.items() if is_given]
     if len(names) > 1:
-        raise RecipeError(f"{names[0]} and {names[1]} are given: each says at which temperature to decode, give one")
+        raise RecipeError(f"{names[0]} and {names[1]} are given: each sets the decoding temperature, give one")
     if every:
         return tuple(Decoding(top_p=top_p, forks=forks) for forks in sweep(threshold))
     if fork_temperature is not None:
@@ -53,12 +53,12 @@ def decodings(
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(SampleOptions):
-    """An evaluation. Raises RecipeError, naming the option, for what cannot be."""
+    """Options of an evaluation. Raises RecipeError, naming the option, for invalid values."""
 
     model: str = argument("A Hugging Face folder, owner/model, a run (its exported model), or one of its checkpoints.", metavar="MODEL")
     benchmarks: tuple[str, ...] = option(help="Comma-separated: NAME, NAME=SOURCE or SOURCE (as a recipe's data.train).", split=",")
-    samples: int = option(16, "Responses to each problem.")
-    ks: tuple[int, ...] = option((), "k of pass@k and maj@k; may be repeated.", name="--k", unset="as many as samples")
+    samples: int = option(16, "Responses per problem.")
+    ks: tuple[int, ...] = option((), "k of pass@k and maj@k; may be repeated.", name="--k", unset="the number of samples")
     verifier: str = option("math", "exact, math, reasoning_gym, code, or FILE.py:FUNCTION.")
     tp: int = option(1, "Ranks that share a vLLM engine.")
     out: str = option("evaluations", "Folder of completions and results.")
@@ -67,9 +67,10 @@ class EvaluationOptions(SampleOptions):
     """Verifier processes; 0: one per core, at most 8."""
     gpu_memory_fraction: float = 0.9
     max_running: int = 256
-    """Requests that an engine decodes at once."""
+    """Requests that an engine decodes concurrently."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("samples", "tp", "ranks", "max_tokens", "limit", "max_running"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -78,11 +79,9 @@ class EvaluationOptions(SampleOptions):
             raise RecipeError("--benchmarks names none: give some, such as aime24,aime25")
         for k in self.ks:
             if not 1 <= k <= self.samples:
-                raise RecipeError(f"--k is {k} but --samples is {self.samples}: draw at least k samples, or choose a k between 1 and that")
+                raise RecipeError(f"--k is {k} but --samples is {self.samples}: draw at least k samples, or choose k from 1 to that")
         if self.ranks is not None and self.ranks % self.tp:
             raise RecipeError(f"--tp is {self.tp}, which does not divide --ranks {self.ranks}: choose one that does")
-        if self.dtype not in (None, "fp32", "bf16"):
-            raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")
         for decoding in self.decodings:
             if decoding.greedy and self.samples > 1:
                 raise RecipeError(f"--samples is {self.samples} with greedy decoding ({decoding}): all are the same, give --samples 1")

@@ -1,4 +1,4 @@
-"""From completions to an evaluation's results: judge, and sum up."""
+"""Judges completions and summarises them into an evaluation's results."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Results = dict[str, Any]
 
 
 def judge_responses(inputs: EvaluationInputs) -> Results:
-    """Judge the stored completions, sum them up, and write `results-*.json` beside them. Needs all that `inputs.job()` names.
+    """Judge and summarise the stored completions, all of `inputs.job()`, and write `results-*.json` next to them.
 
-    {"model", "digest", ..., "file", "results": [one object a decoding and benchmark: "decoding", "benchmark", "problems", "samples",
+    {"model", "digest", ..., "file", "results": [one object per decoding and benchmark: "decoding", "benchmark", "problems", "samples",
     "avg@N", "pass@k", "maj@k", "length" (tokens), "truncated", "unanswered" each {"mean", "low", "high"}, "errors", "first_error",
     "by_problem" (each problem's avg@N)]}.
     """
@@ -37,10 +37,10 @@ def judge_responses(inputs: EvaluationInputs) -> Results:
                 given = [responses[prompt_key(problem.tokens)] for problem in benchmark.problems]
                 judged = judge(benchmark.problems, given, verifiers, options.verifier)
                 rows.append({"decoding": str(decoding), "benchmark": benchmark.name, **summary(judged, options.counts)})
-    said = dataclasses.asdict(options) | {"max_tokens": inputs.max_tokens, "dtype": inputs.dtype, "digest": inputs.digest}
-    name = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+    settings = dataclasses.asdict(options) | {"max_tokens": inputs.max_tokens, "dtype": inputs.dtype, "digest": inputs.digest}
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     file = inputs.folder / f"results-{name}.json"
-    results = {**said, "file": str(file), "results": rows}
+    results = {**settings, "file": str(file), "results": rows}
     with whole(file) as unfinished:
         unfinished.write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -59,19 +59,19 @@ def failure(results: Results) -> str | None:
 
 
 def _responses(job: SampleJob, sampling: Sampling, tokenizer: Tokenizer) -> dict[str, list[Answered]]:
-    """Of each prompt, in the order of the samples; more samples than asked for may be there. Their text is that of their tokens: what an
-    older version wrote lacked special tokens."""
+    """Each prompt's responses, in the order of the samples; there may be more than requested. Texts are decoded from the tokens, as those
+    stored by an older version lacked special tokens."""
     samples = range(job.samples)
-    there = {
+    stored = {
         (row["prompt"], row["sample"]): Answered(tokenizer.decode(row["tokens"]), len(row["tokens"]), row["truncated"])
         for row in job.store(sampling).rows()
         if row["prompt"] in job.prompts and row["sample"] in samples
     }
-    return {prompt: [there[prompt, sample] for sample in samples] for prompt in job.prompts}
+    return {prompt: [stored[prompt, sample] for sample in samples] for prompt in job.prompts}
 
 
 def summary(judged: Sequence[Judged], counts: Iterable[int]) -> dict[str, Any]:
-    """A benchmark's numbers; each is a mean over problems, with the interval of `metrics.estimate`."""
+    """A benchmark's metrics, each a mean over problems with the interval of `metrics.estimate`."""
     samples = len(judged[0].accuracies)
     values = {f"avg@{samples}": [_mean(one.accuracies) for one in judged]}
     for k in counts:

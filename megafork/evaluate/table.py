@@ -8,8 +8,8 @@ from rich.table import Table
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """A row a benchmark and decoding of `run.score`'s results: n problems, shares in per cent with their 95% intervals over problems, mean
-    length in tokens, and the share of responses that were cut off."""
+    """One row per benchmark and decoding of `judge_responses`' results: n problems, metrics in per cent with their 95% intervals over
+    problems, mean length in tokens, and the share of responses that were cut off."""
     rows = results["results"]
     accuracies = [name for name in rows[0] if "@" in name]
     several = len({row["decoding"] for row in rows}) > 1

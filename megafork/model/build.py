@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,29 @@ from megafork.model.attention import PackedCoreAttention
 from megafork.model.policy import Policy, RMSNorm
 from megafork.model.rope import inverse_frequencies, softmax_scale
 from megafork.parallel.mesh import Mesh
-from megafork.parallel.vocab import chunk_for
-from megafork.recipe import Recipe
+from megafork.parallel.vocab import DEFAULT_MEMORY_MB, chunk_for
+from megafork.recipe import Parallel, Precision, Recipe
 from megafork.shape import Shape, check_layout
 
 
-def transformer_config(shape: Shape, recipe: Recipe) -> TransformerConfig:
-    """Megatron's config for this model under the recipe's layout and precision."""
-    layout = recipe.parallel
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.dtype]
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How a policy computes, whatever its model and layout."""
+
+    precision: Precision
+    recompute: Literal["none", "selective", "full"] = "none"
+    """As `model.recompute` in a recipe."""
+    head_memory_mb: int = DEFAULT_MEMORY_MB
+    """As `loss.head_memory_mb`."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> PolicyConfig:
+        return cls(recipe.precision, recipe.model.recompute, recipe.loss.head_memory_mb)
+
+
+def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> TransformerConfig:
+    """Megatron's own config, for this model under this layout."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -65,8 +80,8 @@ def transformer_config(shape: Shape, recipe: Recipe) -> TransformerConfig:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        **precision.settings(recipe),
-        **_recompute(recipe),
+        **precision.settings(config.precision),
+        **_recompute(config),
     )
 
 
@@ -76,10 +91,10 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _recompute(recipe: Recipe) -> dict[str, Any]:
-    if recipe.model.recompute == "full":
+def _recompute(config: PolicyConfig) -> dict[str, Any]:
+    if config.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recipe.model.recompute == "selective":
+    if config.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
 
@@ -108,16 +123,16 @@ def _replace(layer: Any, name: str, module: type) -> None:
     setattr(layer, last, module)
 
 
-def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
+def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]:
     """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call.
 
     Load weights before building the optimizer. Raises RecipeError for what the layout or this machine cannot do.
     """
-    check_layout(shape, recipe.parallel)
-    precision.check_training(shape, recipe)
-    precision.check_machine(recipe)
-    config = transformer_config(shape, recipe)
-    layout = recipe.parallel
+    layout = mesh.layout
+    check_layout(shape, layout)
+    precision.check_training(shape, config.precision, layout.tp)
+    precision.check_machine(config.precision)
+    megatron = transformer_config(shape, config, layout)
     chunks = []
     for stage in range(layout.vpp):
         first = mesh.pp_rank == 0 and stage == 0
@@ -126,8 +141,8 @@ def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
         padded = shape.padded_vocab(layout.tp)
         chunks.append(
             Policy(
-                config=config,
-                transformer_layer_spec=layer_spec(shape, config, vp_stage),
+                config=megatron,
+                transformer_layer_spec=layer_spec(shape, megatron, vp_stage),
                 vocab_size=padded,
                 max_sequence_length=shape.max_positions,
                 pre_process=first,
@@ -136,7 +151,7 @@ def build_policy(shape: Shape, recipe: Recipe, mesh: Mesh) -> list[Policy]:
                 position_embedding_type="rope",
                 vp_stage=vp_stage,
                 real_vocab_size=shape.vocab,
-                head_chunk=chunk_for(recipe.loss.head_memory_mb, padded // layout.tp),
+                head_chunk=chunk_for(config.head_memory_mb, padded // layout.tp),
             )
         )
         chunks[-1].rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(mesh.device)  # Megatron's own know Llama 3.1's scaling alone

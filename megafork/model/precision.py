@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megafork.model.fp8 import BLOCK
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Precision, RecipeError
 from megafork.shape import Family, Shape
 
 
@@ -27,11 +27,11 @@ def lacking() -> str | None:
     return None if able else reason
 
 
-def check_training(shape: Shape, recipe: Recipe) -> None:
+def check_training(shape: Shape, precision: Precision, tp: int) -> None:
     """Refuse `precision.train_fp8` where a rank's part of a projection is not made of whole blocks. Raises RecipeError."""
-    if not recipe.precision.train_fp8:
+    if not precision.train_fp8:
         return
-    heads, groups, tp = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, recipe.parallel.tp
+    heads, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp, "mlp": shape.ffn // tp}
     for part, size in sizes.items():
         if size % BLOCK:
@@ -41,15 +41,15 @@ def check_training(shape: Shape, recipe: Recipe) -> None:
             )
 
 
-def check_machine(recipe: Recipe) -> None:
+def check_machine(precision: Precision) -> None:
     """Refuse `precision.train_fp8` on a machine that would train in something else. Raises RecipeError."""
-    if recipe.precision.train_fp8 and (reason := lacking()):
+    if precision.train_fp8 and (reason := lacking()):
         raise RecipeError(f"precision.train_fp8 is true but {reason}: train on a machine that has it, or set train_fp8=false")
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(precision: Precision) -> dict[str, Any]:
     """Of Megatron's TransformerConfig. Parameters stay bf16 (`fp8_param`): the refit, checkpoints and the optimizer read them."""
-    return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False} if recipe.precision.train_fp8 else {}
+    return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False} if precision.train_fp8 else {}
 
 
 def projections(family: Family) -> dict[str, type]:

@@ -1,4 +1,4 @@
-"""Process groups and what is computed across them: the vocabulary-parallel head and the exact threshold."""
+"""Process groups and the computations across them: the vocabulary-parallel head and the exact threshold."""
 
 from megafork.compat import cpu
 

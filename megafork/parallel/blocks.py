@@ -1,6 +1,6 @@
-"""One block of logits [n, columns] of the vocabulary-parallel head: its share of the rows' statistics, and its gradient.
+"""One block of logits [n, columns] of the vocabulary-parallel head: its contribution to the rows' statistics, and its gradient.
 
-Plain PyTorch: the CPU's path, and the reference for the same two functions in `kernels.py`. `vocab.py` has the formulas.
+Plain PyTorch: used on the CPU, and the reference for the same two functions in `kernels.py`. The formulas are in `vocab.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 LOWEST = -1e30
-"""Stands for the maximum of no columns: finite, so that differences with it never are inf - inf."""
+"""Maximum over zero columns: finite, so that no difference is ever inf - inf."""
 LOG_ZERO = -200.0
 """exp(LOG_ZERO) is 0 in fp32. Log-probs of probability 0 are clamped to it, so that p log p is 0 and never 0 * -inf."""
 
 
 class GradientTerms(NamedTuple):
-    """Vectors [n] of which a block's gradient is made: p_j (-by_entropy log p_j - constant) + [j = target] scale."""
+    """Vectors [n] that determine a block's gradient: p_j (-by_entropy log p_j - constant) + [j = target] scale."""
 
     temperatures: Tensor
     top: Tensor
@@ -45,9 +45,9 @@ class GradientTerms(NamedTuple):
 
 
 def accumulate_stats(stats: Tensor, logits: Tensor, targets: Tensor, temperatures: Tensor) -> None:
-    """Take a block of logits [n, columns] (overwritten) into the running stats [4, n] of its rows.
+    """Add a block of logits [n, columns] (overwritten) to the running stats [4, n] of its rows.
 
-    The stats are: maximum m of x; sum exp(z); sum z exp(z); x of the target. `targets` count from the block's first column.
+    The stats are: maximum m of x; sum exp(z); sum z exp(z); x of the target. `targets` are relative to the block's first column.
     """
     inside = (targets >= 0) & (targets < logits.shape[1])
     stats[3] += torch.where(inside, logits.gather(1, (targets * inside)[:, None])[:, 0], 0.0)
@@ -60,7 +60,7 @@ def accumulate_stats(stats: Tensor, logits: Tensor, targets: Tensor, temperature
 
 
 def logits_gradient(logits: Tensor, targets: Tensor, terms: GradientTerms, dtype: torch.dtype) -> Tensor:
-    """Gradient of a block of logits [n, columns] (overwritten), in `dtype`. `targets` count from the block's first column."""
+    """Gradient of a block of logits [n, columns] (overwritten), in `dtype`. `targets` are relative to the block's first column."""
     z = logits.sub_(terms.top[:, None]).div_(terms.temperatures[:, None])
     log_p = z.sub_(terms.log_total[:, None]).clamp_(min=LOG_ZERO)
     if terms.by_entropy is None:
@@ -74,7 +74,7 @@ def logits_gradient(logits: Tensor, targets: Tensor, terms: GradientTerms, dtype
 
 
 def shift_stats(stats: Tensor, top: Tensor, temperatures: Tensor) -> None:
-    """Express the sums relative to a maximum `top` that is not below the present one."""
+    """Rescale the sums to a maximum `top` that is not below the current one."""
     difference = ((stats[0] - top) / temperatures).clamp_(min=LOG_ZERO)
     stats[2] += difference * stats[1]
     stats[1:3] *= difference.exp()

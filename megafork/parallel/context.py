@@ -1,4 +1,4 @@
-"""The zigzag split of sequences over context-parallel ranks: which tokens a rank holds, and the way back."""
+"""The zigzag split of sequences over context-parallel ranks: which tokens a rank holds, and the inverse."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def zigzag_index(lengths: Sequence[int], cp: int, rank: int) -> Tensor:
-    """Indices into the packed tokens (all sequences, global order) of those that CP rank `rank` holds, in its local order: int64 [T / cp].
+    """Indices of CP rank `rank`'s tokens, in its local order, into the packed tokens of all sequences in global order: int64 [T / cp].
 
-    Each length must be a multiple of 2 cp (of 1 when cp is 1): rank r holds chunks r and 2 cp - 1 - r of every sequence.
+    Each length must be a multiple of 2 cp (any length when cp is 1): rank r holds chunks r and 2 cp - 1 - r of every sequence.
     """
     if cp == 1:
         return torch.arange(sum(lengths))
@@ -27,6 +27,6 @@ def zigzag_index(lengths: Sequence[int], cp: int, rank: int) -> Tensor:
 
 
 def unzigzag_index(lengths: Sequence[int], cp: int, device: torch.device) -> Tensor:
-    """Where each packed token lies after the ranks' local tokens were concatenated in rank order: `gathered[index]` is in global order."""
+    """Position of each packed token in the ranks' local tokens concatenated in rank order: `gathered[index]` is in global order."""
     gathered = torch.cat([zigzag_index(lengths, cp, rank) for rank in range(cp)])
     return torch.argsort(gathered).to(device)

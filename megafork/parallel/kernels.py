@@ -1,6 +1,6 @@
-"""The two functions of `blocks.py` in Triton, for CUDA: each goes over the logits once.
+"""The two functions of `blocks.py` in Triton, for CUDA: each makes one pass over the logits.
 
-Bytes moved a logit: forward 4 (reads fp32), backward 6 with bf16 weights (reads fp32, writes bf16), 8 with fp32 ones (in place).
+Bytes moved per logit: forward 4 (reads fp32), backward 6 with bf16 weights (reads fp32, writes bf16), 8 with fp32 weights (in place).
 The same code runs on the CPU under TRITON_INTERPRET=1, which is how it is tested without a GPU.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from megafork.parallel.blocks import LOG_ZERO, GradientTerms
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
-_NAN = tl.constexpr(tl.PropagateNan.ALL)  # a logit that is no number must not pass for one of probability 0
+_NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN logit must not pass for one of probability 0
 _BLOCK = 4096
 _WARPS = 8
 
@@ -27,7 +27,7 @@ def accumulate_stats(stats: Tensor, logits: Tensor, targets: Tensor, temperature
 
 
 def logits_gradient(logits: Tensor, targets: Tensor, terms: GradientTerms, dtype: torch.dtype) -> Tensor:
-    """`blocks.logits_gradient`; overwrites the logits where they have `dtype`, else writes a new block."""
+    """`blocks.logits_gradient`; overwrites the logits if they have `dtype`, else allocates a new block."""
     n, columns = logits.shape
     gradient = logits if logits.dtype == dtype else torch.empty(n, columns, dtype=dtype, device=logits.device)
     by_entropy = terms.scale if terms.by_entropy is None else terms.by_entropy
@@ -54,7 +54,7 @@ def logits_gradient(logits: Tensor, targets: Tensor, terms: GradientTerms, dtype
 
 @triton.jit
 def _stats_kernel(stats, stats_stride, logits, logits_stride, targets, temperatures, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program a row. The sums stay spread over the lanes, relative to the row's running maximum, until the end."""
+    """One program per row. The sums stay spread over the lanes, relative to the row's running maximum, until the end."""
     row = tl.program_id(0).to(tl.int64)
     x_row = logits + row * logits_stride
     inverse = 1.0 / tl.load(temperatures + row)
@@ -103,7 +103,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program a row and BLOCK columns."""
+    """One program per row and BLOCK columns."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns

@@ -1,8 +1,8 @@
-"""How ranks find each other: the key-value store by which torch's process groups are made, and who may write to it.
+"""Rendezvous: the key-value store through which torch's process groups are made, and who may write to it.
 
-torch's own TCPStore listens on every interface and lets everybody read and write. On one machine there is none here: the launcher hands
-its ranks a file without a name, and gloo and NCCL meet on the loopback. Across machines a TCPStore listens at rank 0's address alone, and
-what is written there counts only when it is signed with the job's secret.
+By default torch's TCPStore listens on every interface and lets anyone read and write. On one machine megafork uses none: the launcher hands
+its ranks an unnamed file, and gloo and NCCL connect over the loopback. Across machines a TCPStore listens on rank 0's address only, and
+values in it count only if they are signed with the job's secret.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megafork.recipe import RecipeError
 from megafork.secret import FIX, NAME, is_loopback, secret
 
 STORE = "MEGAFORK_STORE"
-"""Environment variable that names the launcher's file."""
+"""Environment variable with the path of the launcher's file."""
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _GREETING = "megafork"
 
 
 def loopback(*, reaches_out: bool) -> dict[str, str]:
-    """Environment of ranks that are all on this machine. What the user has set stays.
+    """Environment variables to add for ranks that are all on this machine, except those the user has set.
 
-    `reaches_out`: they send weights to other machines by NCCL, whose interface is the whole process's.
+    `reaches_out`: the ranks send weights to other machines by NCCL, which has one interface setting per process.
     """
     names = {"GLOO_SOCKET_IFNAME"} if reaches_out else set(_LOOPBACK)
     return {name: _LOOPBACK[name] for name in names if name not in os.environ}
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Make the default process group of the ranks that the environment describes; every rank calls.
+    """Create the default process group of the ranks that the environment describes; every rank must call.
 
-    Raises RecipeError when rank 0's secret is not this rank's.
+    Raises RecipeError when rank 0's secret differs from this rank's.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(os.environ[STORE], world) if STORE in os.environ else _across(rank, world, timeout)
@@ -46,7 +46,7 @@ def join(backend: str, timeout: timedelta) -> None:
 
 def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own listens already
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store is already listening
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = signed(dist.PrefixStore(f"megafork/{restart}", dist.TCPStore(host, port, world, is_master=False, timeout=timeout)))
     elif rank == 0:
@@ -62,9 +62,9 @@ def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
 
 
 def listen(host: str, port: int, world: int, timeout: timedelta) -> dist.TCPStore:
-    """A store for `world` members that listens at its address, not everywhere; port 0: any. Returns without waiting for them.
+    """A store for `world` members that listens on the address of `host` only; port 0: any. Returns without waiting for the members.
 
-    Everywhere all the same where this machine knows its own name by the loopback (Debian), for others know it by another address.
+    If this machine resolves its own name to the loopback (Debian), it listens on every interface, as others use another address for it.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if is_loopback(str(address[0])) and not is_loopback(host):
@@ -75,23 +75,25 @@ def listen(host: str, port: int, world: int, timeout: timedelta) -> dist.TCPStor
 
 
 def signed(store: dist.Store) -> dist.Store:
-    """With a secret in the environment, the store that only those write to who know it. Keep what is returned as long as a group that is
-    made by it: torch's groups keep its C++ half alone."""
+    """The store, signed if the environment has a secret, so that only those who know it can write.
+
+    Keep a reference for as long as any group made with it: torch's groups keep only its C++ half alive.
+    """
     known = secret()
     return SignedStore(store, known) if known else store
 
 
 def _leave(store: dist.Store) -> None:
-    """NCCL's threads ask the store as long as there is a group, and must not once the interpreter is being taken down."""
+    """NCCL's threads query the store while a group exists, and must have stopped before the interpreter shuts down."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class SignedStore(dist.Store):
-    """A store in which every value carries a code that only those who know the secret can make (HMAC-SHA256 of key and value).
+    """A store in which every value carries an HMAC-SHA256 of key and value under the job's secret.
 
-    A value without it is refused: whoever else reaches the store can't send a rank elsewhere. Counters (`add`) have none, so that such
-    a one can still make the meeting fail, as by deleting keys; and the code hides nothing.
+    Values without it are refused, so nobody else can direct a rank elsewhere. Counters (`add`) are unsigned and keys can be deleted, so an
+    intruder can still make the rendezvous fail; and nothing is encrypted.
     """
 
     def __init__(self, store: dist.Store, secret: str) -> None:
@@ -104,7 +106,7 @@ class SignedStore(dist.Store):
 
     def set(self, key: str, value: bytes | str) -> None:
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self._store.set(key, self._code(key, value) + value)  # type: ignore[arg-type]  # torch's stub knows text only
+        self._store.set(key, self._code(key, value) + value)  # type: ignore[arg-type]  # torch's stub allows only str
 
     def get(self, key: str) -> bytes:
         found = bytes(self._store.get(key))

@@ -20,7 +20,7 @@ from megafork.shape import check_world
 class Mesh:
     """This rank's place in the layout and the groups it belongs to.
 
-    Ranks are laid out as Megatron does it: tp fastest, then cp, dp, pp. `dp` is what the world leaves after tp x pp x cp.
+    Ranks are laid out in Megatron's order: tp fastest, then cp, dp, pp. `dp` is the world size divided by tp x pp x cp.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class Mesh:
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank holds the head, and with it log-probs and entropies."""
+        """Whether this rank holds the head, and so computes log-probs and entropies."""
         return self.pp_rank == self.layout.pp - 1
 
     def dp_rank_of(self, rank: int) -> int:
@@ -68,7 +68,7 @@ def join_world(device: torch.device | None = None, timeout: timedelta = timedelt
     Returns this rank's device: its GPU by LOCAL_RANK, or the CPU with gloo.
     """
     if device is None:
-        local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # vLLM asks for it
+        local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # vLLM needs it
         device = torch.device("cuda", local % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -80,7 +80,7 @@ def join_world(device: torch.device | None = None, timeout: timedelta = timedelt
 
 
 def build_mesh(layout: Parallel, *, seed: int, device: torch.device) -> Mesh:
-    """Make Megatron's process groups; every rank of the world must call. Raises RecipeError when the world does not fit the layout."""
+    """Create Megatron's process groups; every rank of the world must call. Raises RecipeError when the world does not fit the layout."""
     world = dist.get_world_size()
     check_world(layout, world)
     if mpu.model_parallel_is_initialized():

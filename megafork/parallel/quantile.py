@@ -1,8 +1,8 @@
-"""Exact order statistics of float32 values that are spread over ranks and micro-batches: no gather, no sort, no limit on their number.
+"""Exact order statistics of float32 values spread over ranks and micro-batches: no gather, no sort, no limit on their number.
 
-A float32 maps to an integer key of the same order. Three passes find the key of the k-th largest value, 11 + 11 + 10 bits at a time:
-each pass counts the next bits of the values that share the bits found so far, and one all-reduce of the counts (16 KiB a statistic)
-joins the ranks. Counts are integers, so the result is the same to the last bit on every rank and for every split of the values.
+Each float32 maps to an integer key with the same ordering. Three passes find the key of the k-th largest value, 11 + 11 + 10 bits at a
+time: each pass histograms the next bits of the values that share the bits found so far, and one all-reduce of the counts (16 KiB per
+statistic) combines the ranks. Counts are integers, so the result is bit-identical on every rank and for every split of the values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 _SHIFTS = (21, 10, 0)
 _BINS = 2048
-_AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 18, 1 << 22  # values gone over at once: temporaries stay in a CPU's cache, or small
+_AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 18, 1 << 22  # values per pass: keeps temporaries in the CPU's cache, or small on a GPU
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,26 @@ def top_threshold(values: Tensor | Sequence[Tensor], fraction: float, *, group: 
     """The threshold that keeps the largest `fraction` of all values: their k-th largest, k = ceil(fraction * total).
 
     values: float32, any shape, a tensor or a list of them (micro-batches); a rank may hold none. fraction: in (0, 1], taken as the
-    decimal it is written as, so 0.07 of 100 values are 7. Without any value on any rank tau is +inf and nothing is selected.
-    Infinities are values; -0.0 equals 0.0. group: the ranks that hold the values, None for this one alone.
+    decimal number as written, so 0.07 of 100 values is 7. With no value on any rank, tau is +inf and nothing is selected.
+    Infinities are values; -0.0 equals 0.0. group: the ranks that hold the values, None for this rank alone.
 
-    Collective: every rank of the group calls it, with the same fraction; three all-reduces of 16 KiB.
+    Collective: every rank of the group must call, with the same fraction; three all-reduces of 16 KiB.
     Raises on every rank: ValueError for a NaN, naming its rank and position (in the rank's values, flattened in order).
-    Raises at once: TypeError for another dtype, ValueError for a fraction out of range.
+    Raises locally, before any communication: TypeError for another dtype, ValueError for a fraction out of range.
     """
     return top_thresholds(values, [fraction], group=group)[0]
 
 
 def top_thresholds(values: Tensor | Sequence[Tensor], fractions: Sequence[float], *, group: dist.ProcessGroup | None) -> list[Threshold]:
-    """`top_threshold` for several fractions in the same three passes and all-reduces (16 KiB a fraction)."""
+    """`top_threshold` for several fractions in the same three passes and all-reduces (16 KiB per fraction)."""
     exact = [_exact(fraction) for fraction in fractions]
     return _kth_largest(values, lambda total: [math.ceil(fraction * total) for fraction in exact], group)
 
 
 def percentiles(values: Tensor | Sequence[Tensor], shares: Sequence[float], *, group: dist.ProcessGroup | None) -> list[float]:
-    """For each share the smallest value that at least this share of all values does not exceed (0.5: the lower median).
+    """For each share, the smallest value that at least this share of all values does not exceed (0.5: the lower median).
 
-    An observed value, never interpolated. Without any value: NaN. Collective and errors as `top_threshold`.
+    Always an observed value, never interpolated; NaN without values. Collective behaviour and errors as for `top_threshold`.
     """
     exact = [_exact(share) for share in shares]
     found = _kth_largest(values, lambda total: [total - math.ceil(share * total) + 1 for share in exact], group)
@@ -74,7 +74,7 @@ def _exact(fraction: float) -> Fraction:
 def _kth_largest(
     values: Tensor | Sequence[Tensor], ranks_of: Callable[[int], list[int]], group: dist.ProcessGroup | None
 ) -> list[Threshold]:
-    """The order statistics that `ranks_of(total)` asks for, 1 being the largest."""
+    """The order statistics of the ranks `ranks_of(total)`, 1 being the largest value."""
     tensors = _checked(values)
     device = tensors[0].device if tensors else torch.device("cpu")
     top = torch.zeros(1, _BINS, dtype=torch.int64, device=device)
@@ -119,14 +119,14 @@ def _parts(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _keys(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """int32 keys that order as the floats do, a part at a time. Adding 0.0 makes -0.0 equal to 0.0."""
+    """int32 keys with the floats' ordering, one part at a time. Adding 0.0 makes -0.0 equal to 0.0."""
     for part in _parts(tensors):
         bits = (part + 0.0).view(torch.int32)
         yield bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _value(key: int) -> float:
-    """The float of a key, undoing `_keys`."""
+    """The float with this key: the inverse of `_keys`."""
     bits = key if key >= 0 else key ^ 0x7FFFFFFF
     return struct.unpack("<f", struct.pack("<i", bits))[0]
 
@@ -141,7 +141,7 @@ def _descend(histogram: list[int], rank: int) -> tuple[int, int]:
 
 
 def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """`_sum`, and in the same message each rank's first NaN, so that all ranks raise together."""
+    """`_sum`, with each rank's first NaN in the same message, so that all ranks raise together."""
     size, own = (1, 0) if group is None else (group.size(), group.rank())
     first = torch.zeros(1, size, dtype=torch.int64, device=counts.device)
     first[0, own] = _first_nan(tensors) + 1
@@ -154,7 +154,7 @@ def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.Proce
 
 
 def _first_nan(tensors: list[Tensor]) -> int:
-    """Position of the first NaN in the tensors one after another, -1 without one."""
+    """Position of the first NaN in the concatenated tensors, -1 without one."""
     offset = 0
     for part in _parts(tensors):
         nan = part.isnan()
@@ -167,7 +167,7 @@ def _first_nan(tensors: list[Tensor]) -> int:
 def _sum(counts: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
     if group is None:
         return counts.tolist()
-    on_gpu = "nccl" in dist.get_backend(group)  # the backend's device, which need not be the one that the values lie on
+    on_gpu = "nccl" in dist.get_backend(group)  # the backend's device, which need not be that of the values
     counts = counts.to(torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
     dist.all_reduce(counts, group=group)
     return counts.tolist()

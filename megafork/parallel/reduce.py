@@ -1,4 +1,4 @@
-"""Numbers for the log: summed over the ranks that hold different tokens, and known to every rank afterwards."""
+"""Numbers for the log: reduced over the ranks that hold different tokens, with the result on every rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def over_tokens(values: Mapping[str, Tensor | float], mesh: Mesh, op: Literal["sum", "max"] = "sum") -> dict[str, float]:
-    """Reduce in float64 over one TP rank of the last stage for each share of the tokens. Every rank of the world must call.
+    """Reduce in float64 over the last stage's DP x CP ranks, one TP rank each. Every rank of the world must call.
 
     Only the last pipeline stage's values count; other stages may pass an empty mapping.
     """
     names: list[Any] = [sorted(values)]
-    dist.broadcast_object_list(names, src=mesh.world - 1)  # in Megatron's order the last rank is of the last stage
+    dist.broadcast_object_list(names, src=mesh.world - 1)  # in Megatron's order the last rank is in the last stage
     counts = mesh.is_last_stage and mesh.tp_rank == 0
     neutral = 0.0 if op == "sum" else -torch.inf
     mine = [float(values[name]) if counts else neutral for name in names[0]]
@@ -28,14 +28,14 @@ def over_tokens(values: Mapping[str, Tensor | float], mesh: Mesh, op: Literal["s
 
 
 def over_world(values: list[float], mesh: Mesh, op: Literal["sum", "max"] = "sum") -> list[float]:
-    """Reduce equally many numbers of every rank in float64. Every rank must call."""
+    """Reduce numbers elementwise in float64 over all ranks. Every rank must call, with equally many."""
     tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(tensor, op=_OPS[op])
     return tensor.tolist()
 
 
 def from_last_stage(value: Any, mesh: Mesh) -> Any:
-    """A small object that the last pipeline stage knows, on every rank. Every rank must call."""
+    """Broadcast a small object from the last pipeline stage to every rank. Every rank must call."""
     box = [value]
     dist.broadcast_object_list(box, src=mesh.world - 1)
     return box[0]

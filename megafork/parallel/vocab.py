@@ -1,12 +1,12 @@
-"""Log-prob and entropy of a vocabulary-parallel head, without ever holding the logits.
+"""Log-prob and entropy of a vocabulary-parallel head, without ever materialising all logits.
 
-The logits [N, V/TP] are made, used and dropped a block at a time, in the forward and again in the backward. With x the logits of a
-token, m their maximum, z = (x - m) / T, S = sum_j exp(z_j) and p_j = exp(z_j) / S:
+The logits [N, V/TP] are computed, used and dropped one block at a time, in the forward and again in the backward. With x the logits of
+a token, m their maximum, z = (x - m) / T, S = sum_j exp(z_j) and p_j = exp(z_j) / S:
 
     log_prob = z_target - log S                        d log_prob / d x_j = ([j = target] - p_j) / T
     entropy  = log S - sum_j z_j exp(z_j) / S          d entropy  / d x_j = -p_j (log p_j + entropy) / T
 
-Each rank sums over its own columns relative to its own maximum; one MAX and one packed SUM all-reduce of N and 3 N floats join the
+Each rank sums over its own columns relative to its own maximum; one MAX and one packed SUM all-reduce, of N and 3 N floats, combine the
 shards. Only [N] vectors are kept for the backward, which recomputes each block and overwrites it with its gradient.
 """
 
@@ -27,9 +27,9 @@ from megafork.parallel import blocks
 from megafork.parallel.blocks import LOWEST, GradientTerms, shift_stats
 
 DEFAULT_MEMORY_MB = 256
-_CPU_BLOCK = 1 << 19  # elements; 2 MiB stays in a core's cache while it is gone over
+_CPU_BLOCK = 1 << 19  # elements: 2 MiB, which fits in a core's cache
 _CPU_ROWS = 1024  # with 512 columns: a narrower block halves the speed of its four matrix products
-_MOST_ROWS = 4096  # of a block; the all-reduce of one block-row overlaps the next
+_MOST_ROWS = 4096  # per block; the all-reduce of one row of blocks overlaps the next
 _FEWEST_COLUMNS = 256
 _ALIGNMENT = 128  # columns, so that GPU loads stay vectorised
 
@@ -54,17 +54,17 @@ def log_prob_and_entropy(
 
     hidden: [N, H] fp32 or bf16, the same on every rank of `group`. weight: [V/TP, H], rank r holds rows r V/TP to (r + 1) V/TP of
     the padded vocabulary. targets: [N] int64 global token ids, the same on every rank; one outside [0, vocab_size) gives NaN.
-    temperature: above 0, one number or fp32 [N]. vocab_size: the real size; columns from there on have probability exactly 0.
+    temperature: above 0, one number or fp32 [N]. vocab_size: the real size; columns beyond it have probability exactly 0.
     group: the tensor parallel group, None for one rank. entropy_grad: whether the entropy is differentiable.
-    chunk: extra memory stays within one fp32 [chunk, V/TP] besides O(N) (see `chunk_for`); empty: 256 MiB.
+    chunk: extra memory is at most one fp32 [chunk, V/TP] plus O(N) (see `chunk_for`); unset: 256 MiB.
 
     Returns (log_prob [N], entropy [N] >= 0) in fp32 nats, the same on every rank. Logits, sums and gradients are fp32 whatever the
     inputs are; where CUDA multiplies bf16, the logits' gradient is rounded to bf16 before the two products of the backward.
 
-    Collective: every rank of the group calls forward and backward together; two all-reduces in the forward, one for each
-    thousand tokens or more in the backward. The gradient of `hidden` is complete (summed over the group) on every rank. The gradient of
-    `weight` goes straight into `weight.main_grad` where Megatron's DDP keeps one in fp32; autograd then carries an empty one, so
-    that hooks fire and the gradient of a tied embedding is added to it as usual.
+    Collective: every rank of the group must call forward and backward together; two all-reduces in the forward, one per thousand
+    tokens or more in the backward. The gradient of `hidden` is complete (summed over the group) on every rank. The gradient of
+    `weight` goes straight into `weight.main_grad` if Megatron's DDP keeps one in fp32; autograd then carries a zero gradient that takes
+    no memory, so that hooks fire and the gradient of a tied embedding is added as usual.
     """
     n = len(targets)
     if hidden.shape != (n, weight.shape[1]) or targets.shape != (n,) or targets.dtype != torch.int64:
@@ -86,12 +86,12 @@ def log_prob_and_entropy(
 
 
 def gather_rows(local_hidden: Tensor, positions: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Rows `positions` of a sequence that is split over `group` (sequence parallel), on every rank.
+    """Gather rows `positions` of a sequence that is split over `group` (sequence parallel) to every rank.
 
     local_hidden: [S/TP, H], this rank's rows. positions: [P] int64 in [0, S), the same on every rank, in any order; P may be 0.
-    Returns [P, H] in the order of `positions`. Only these rows travel: one all-gather, padded to the most that one rank holds.
-    The backward communicates nothing: it takes the gradient to be complete on every rank, as `log_prob_and_entropy` makes it.
-    Collective: every rank of the group calls the forward, with the same positions.
+    Returns [P, H] in the order of `positions`. Only these rows are sent: one all-gather, padded to the most rows that any rank holds.
+    The backward communicates nothing: it assumes a gradient that is complete on every rank, as `log_prob_and_entropy` makes it.
+    Collective: every rank of the group must call the forward, with the same positions.
     """
     if group is None or group.size() == 1:
         return local_hidden[positions]
@@ -100,7 +100,7 @@ def gather_rows(local_hidden: Tensor, positions: Tensor, group: dist.ProcessGrou
 
 @dataclass(frozen=True)
 class _Shard:
-    """The real columns of this rank: `width` of them, the first being token `start`."""
+    """This rank's real columns: `width` of them, the first being token `start`."""
 
     start: int
     width: int
@@ -117,7 +117,7 @@ class _Shard:
 
 
 def _block_shape(n: int, vocab_per_rank: int, chunk: int, device: str) -> tuple[int, int]:
-    """Rows and columns of a block, alike on every rank. A block and its one temporary share the room of [chunk, V/TP]."""
+    """Rows and columns of a block, the same on every rank. A block and its one temporary together fit in [chunk, V/TP]."""
     elements, most_rows = chunk * vocab_per_rank // 2, _MOST_ROWS
     if device == "cpu":
         elements, most_rows = min(elements, _CPU_BLOCK), _CPU_ROWS
@@ -128,7 +128,7 @@ def _block_shape(n: int, vocab_per_rank: int, chunk: int, device: str) -> tuple[
 
 
 def _implementation(device: torch.device) -> ModuleType:
-    """Triton's kernels where they can run, else plain PyTorch; both have `accumulate_stats` and `logits_gradient`."""
+    """The Triton kernels if they can run, else plain PyTorch; both have `accumulate_stats` and `logits_gradient`."""
     if device.type == "cuda" and find_spec("triton"):
         from megafork.parallel import kernels  # imports triton, which is not installed everywhere
 
@@ -213,7 +213,7 @@ class _Head(torch.autograd.Function):
 
 
 def _join_shards(stats: Tensor, temperatures: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Make the stats of a shard's columns those of whole rows, in place. Two all-reduces."""
+    """Combine the stats of the shards' columns into those of whole rows, in place. Two all-reduces."""
     if group is None or stats.shape[1] == 0:
         return
     top = stats[0].clone()
@@ -223,7 +223,7 @@ def _join_shards(stats: Tensor, temperatures: Tensor, group: dist.ProcessGroup |
 
 
 def _product(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """a @ b in fp32, added to `add_to` (in place) where given. bf16 factors stay bf16 on CUDA, whose matmul sums in fp32."""
+    """a @ b in fp32, added to `add_to` (in place) if given. bf16 factors stay bf16 on CUDA, whose matmul accumulates in fp32."""
     if a.is_cuda and a.dtype == b.dtype != torch.float32:
         if add_to is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -233,14 +233,14 @@ def _product(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
 
 
 def _no_gradient(weight: Tensor) -> Tensor:
-    """A zero gradient of the weight's shape that takes no memory, also where autograd adds another to it or a hook adds it to one."""
+    """A zero gradient of the weight's shape that takes no memory, not even when autograd or a hook adds it to another gradient."""
     indices = torch.empty(2, 0, dtype=torch.int64, device=weight.device)
     values = torch.empty(0, dtype=weight.dtype, device=weight.device)
     return torch.sparse_coo_tensor(indices, values, weight.shape, check_invariants=False)
 
 
 class _RowReduction:
-    """Sums [rows, H] gradients over the group while the next rows are computed, into `result` in its dtype."""
+    """Sums [rows, H] gradients over the group into `result`, in its dtype, while the next rows are computed."""
 
     def __init__(self, result: Tensor | None, group: dist.ProcessGroup | None) -> None:
         self._result, self._group = result, group

@@ -1,7 +1,7 @@
-"""What a forward and backward keep on a rank: closed forms of the tensors that our model's autograd graph saves.
+"""Activation memory of a rank: closed forms of the tensors that our model's autograd graph saves.
 
-Counted from the model as it is built (`model/build.py`: Megatron's unfused layer, RMSNorm in fp32, flash attention), and checked against
-what a run on the CPU allocates. With context parallelism the count is for attention that keeps no score matrix, as on a GPU.
+Derived from the model in `model/build.py` (Megatron's unfused layer, RMSNorm in fp32, flash attention), and checked against the
+allocations of a run on the CPU. With context parallelism they assume attention that keeps no score matrix, as on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megafork.shape import Shape, stage_layers
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes that one layer keeps for one token of a rank, by what keeps them, and the layer's input."""
+    """Bytes that one layer keeps per token of a rank, by part of the layer, and the layer's input."""
 
     norms: float
     """The two norms of the residual stream: fp32 copy, normed and scaled."""
@@ -32,7 +32,7 @@ class Layer:
 
 
 def layer(shape: Shape, recipe: Recipe) -> Layer:
-    """Of the recipe's layout and dtype, with `model.recompute` none or selective; full keeps `input` and makes `total` once."""
+    """Bytes per token for `model.recompute` none or selective; under full, layers keep only `input`, and one at a time needs `total`."""
     layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
     split = layout.tp if layout.sp else 1
     d = shape.head_dim
@@ -46,7 +46,7 @@ def layer(shape: Shape, recipe: Recipe) -> Layer:
     gathered = layout.cp > 1
     core = width * (q + 2 * kv * layout.cp if gathered else q + kv)
     kept_qkv = 0.0 if gathered and half else width * mixed
-    output = width * q  # what the output projection reads
+    output = width * q  # input of the output projection
     core_output = 0.0 if recipe.model.recompute == "selective" else width * q + 4 * heads
     return Layer(
         norms=norms,
@@ -58,16 +58,16 @@ def layer(shape: Shape, recipe: Recipe) -> Layer:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one pipeline stage at its fullest moment."""
+    """Bytes on a rank of one pipeline stage at its peak."""
 
     in_flight: float
-    """Micro-batches (parts of vpp chunks count as such) whose backward is still to come."""
+    """Micro-batches whose backward is still to come; with vpp each chunk's counts separately."""
     kept: float
-    """What they keep."""
+    """Kept by the micro-batches in flight."""
     working: float
-    """What the dearest moment of one backward needs besides: the gradients of an MLP, a norm or the head, a recomputed layer."""
+    """Needed on top at the peak of one backward: gradients of an MLP, a norm or the head, a recomputed layer."""
     head: float
-    """On the last stage: the head's rows, their gradient and its chunk of logits. `working` is at least that."""
+    """On the last stage: the head's rows, their gradient and its chunk of logits; part of `working`, which is never smaller."""
     gather: float
     """Sequence parallelism's buffer for the whole sequence."""
 
@@ -77,7 +77,7 @@ class Activations:
 
 
 def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> int:
-    """Forwards of a model chunk that a stage has done before its first backward: Megatron's 1F1B, or its interleaved schedule."""
+    """Forwards that a stage has done when its first backward starts, under Megatron's 1F1B or interleaved schedule."""
     layout = recipe.parallel
     if layout.vpp == 1:
         return min(layout.pp - stage, micro_batches)
@@ -86,11 +86,11 @@ def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> i
 
 
 def stage_activations(shape: Shape, recipe: Recipe, stage: int, *, tokens: int, micro_batches: int, head_rows: int) -> Activations:
-    """At a micro-batch of `tokens` (over all CP ranks) in which the head answers at `head_rows` positions."""
+    """Activation memory for micro-batches of `tokens` (over all CP ranks) in which the head runs at `head_rows` positions."""
     layout, one = recipe.parallel, layer(shape, recipe)
     local = tokens / layout.cp
     a_layer = one.input if recipe.model.recompute == "full" else one.total
-    ends = 0 if layout.pp == 1 else 1 if layout.vpp == 1 else 2  # what the stage received, and what it sent
+    ends = 0 if layout.pp == 1 else 1 if layout.vpp == 1 else 2  # the stage's input, and its output
     in_flight = micro_batches_in_flight(recipe, stage, micro_batches)
     layers = stage_layers(shape.layers, layout)[stage] / layout.vpp
     last = stage == layout.pp - 1
@@ -105,12 +105,15 @@ def stage_activations(shape: Shape, recipe: Recipe, stage: int, *, tokens: int, 
 
 
 def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float) -> float:
-    """Bytes at the dearest moment of a layer's backward, besides what all layers keep."""
+    """Bytes needed at the peak of a layer's backward, on top of what all layers keep."""
     tp, width = recipe.parallel.tp, WIDTH[recipe.precision.dtype]
     stream = one.input * local
-    product, weight = width * shape.ffn / tp * local, width * shape.hidden * shape.ffn / tp  # of the MLP: its inside, its down projection
+    product, weight = (
+        width * shape.ffn / tp * local,
+        width * shape.hidden * shape.ffn / tp,
+    )  # of the MLP: inner size, down projection
     whole = _whole_sequence(shape, recipe, local)
-    moments = {  # what the backward has made by then, less what it has let go
+    moments = {  # allocated by the backward up to then, less what it has freed
         "down projection": product + whole + weight,
         "silu": 2 * product,
         "gate and up": max(whole, stream) + 2 * weight - product,
@@ -126,10 +129,10 @@ def _whole_sequence(shape: Shape, recipe: Recipe, local: float) -> float:
 
 
 _BLOCK_ROWS = 4096
-"""Rows of a block of the head on a GPU at most (`parallel/vocab.py`)."""
+"""Most rows of a block of the head on a GPU (`parallel/vocab.py`)."""
 
 
 def _head_bytes(shape: Shape, recipe: Recipe, rows: float) -> float:
-    """The rows and their gradient, a block's gradient in fp32, and the logits of `loss.head_memory_mb` or of all rows."""
+    """Bytes of the rows, their gradient, a block's gradient in fp32, and the logits: `loss.head_memory_mb`, or all rows' if less."""
     logits = min(recipe.loss.head_memory_mb * 2**20, 4 * rows * shape.padded_vocab(recipe.parallel.tp) / recipe.parallel.tp)
     return 2 * WIDTH[recipe.precision.dtype] * rows * shape.hidden + 4 * min(rows, _BLOCK_ROWS) * shape.hidden + logits

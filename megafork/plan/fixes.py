@@ -1,4 +1,4 @@
-"""What would make a plan fit that does not."""
+"""Changes that would make a plan fit."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from megafork.plan.hardware import GPUS_A_NODE
+from megafork.plan.hardware import GPUS_PER_NODE
 from megafork.plan.planner import Plan
 
 
 def fixes(plan: Plan) -> list[dict[str, Any]]:
-    """Changes of one `section.key` that make everything fit, one for each key that can; where no key can alone, of two keys together.
+    """Changes of one `section.key` that make everything fit, one for each key that can; if no single key can, changes of two keys.
 
-    Empty when that does not suffice either.
+    Empty if two keys do not suffice either.
     """
     knobs = {name: values for name, values in _knobs(plan).items() if values}
     for count in (1, 2):
@@ -28,18 +28,18 @@ def _that_fit(plan: Plan, names: tuple[str, ...], knobs: dict[str, list[Any]]) -
         changes = dict(zip(names, values, strict=True))
         try:
             fits = plan.with_changes(changes).fits
-        except ValueError:  # recipe, model or GPUs do not allow it; RecipeError is one
+        except ValueError:  # not allowed by recipe, model or GPUs; includes RecipeError
             continue
         if fits:
             yield changes
 
 
 def _knobs(plan: Plan) -> dict[str, list[Any]]:
-    """Keys and values to try for each, the least costly to speed first."""
+    """Keys and the values to try for each, those that cost the least speed first."""
     recipe, layout = plan.recipe, plan.recipe.parallel
     recomputes = ["none", "selective", "full"]
     share = recipe.rollout.gpu_memory_fraction
-    within = [size for size in (2, 4, 8) if size <= GPUS_A_NODE]
+    within = [size for size in (2, 4, 8) if size <= GPUS_PER_NODE]
     return {
         "parallel.sp": [] if layout.sp else [True],
         "rollout.park_training": [] if recipe.rollout.park_training or recipe.rollout.servers else [True],

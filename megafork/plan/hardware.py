@@ -1,4 +1,4 @@
-"""The GPUs that the planner knows, and every figure that it assumes. Nothing here was measured by this project unless it says so."""
+"""The GPUs that the planner knows, and every figure that it assumes. Nothing here was measured by this project unless stated."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from megafork.recipe import RecipeError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as its vendor's data sheet describes it; rates are dense peaks, bytes and FLOP a second."""
+    """One GPU, from its vendor's data sheet; rates are dense peaks, in bytes and FLOP per second."""
 
     name: str
     memory: int
-    """Bytes, as nvidia-smi says."""
+    """Bytes, as reported by nvidia-smi."""
     flops: float
     """bf16 tensor-core peak."""
     bandwidth: float
-    """Of its memory."""
+    """Memory bandwidth."""
     link: float
-    """To another GPU of the node (NVLink), one direction."""
+    """Bandwidth to another GPU of the node (NVLink), one direction."""
 
 
 GIB = 2**30
@@ -32,22 +32,22 @@ GPUS = {
     "a100": Gpu("a100", 81920 * 2**20, 312e12, 2.039e12, 300e9),
 }
 
-GPUS_A_NODE = 8
+GPUS_PER_NODE = 8
 NETWORK = 50e9
-"""Bytes a second a GPU sends to another node: one 400 Gb/s adapter a GPU, as in a DGX H100."""
+"""Bytes per second that a GPU sends to another node: one 400 Gb/s adapter per GPU, as in a DGX H100."""
 
 HOST = 50e9
-"""Bytes a second between a GPU and its host's memory, each way: PCIe 5.0 x 16 less its overhead, as an H100 SXM has it."""
+"""Bytes per second between a GPU and its host's memory, each way: PCIe 5.0 x 16 less its overhead, as on an H100 SXM."""
 
-# Shares of a peak that is reached. Assumed, and set once so that NeMo-RL's published step (Qwen3-32B, 32 x H100, 376 s) comes out near.
+# Achieved shares of the peaks. Assumed, and set once so that NeMo-RL's published step (Qwen3-32B, 32 x H100, 376 s) comes out about right.
 MATMUL_SHARE = 0.50
 FP8_GAIN = 1.4
-"""How much faster than in bf16 a projection multiplies in FP8, the quantising of its operands included (the peak is twice as high)."""
+"""Speedup of a projection's matmul in FP8 over bf16, including the quantisation of its operands (the peak is twice as high)."""
 ATTENTION_SHARE = 0.35
 DECODE_SHARE = 0.60
 LINK_SHARE = 0.60
 
-# Memory that no tensor of ours explains. Assumed.
+# Memory outside our own tensors. Assumed.
 RESERVED = 3 * GIB
 """The driver, the CUDA context, NCCL's buffers, cuBLAS workspaces."""
 FRAGMENTS = 0.05
@@ -55,31 +55,30 @@ FRAGMENTS = 0.05
 VLLM_OVERHEAD = 3 * GIB
 """vLLM's own activations and CUDA graphs, inside rollout.gpu_memory_fraction."""
 VLLM_ASLEEP = 2 * GIB
-"""What vLLM keeps on the GPU while it sleeps: CUDA graphs and workspaces."""
+"""Memory that vLLM keeps on the GPU while it sleeps: CUDA graphs and workspaces."""
 
-# The course of a step. Assumed, except where a source is named.
+# A step's workload and fixed costs. Assumed, except where a source is named.
 RESPONSE_SHARE = 0.35
-"""Mean response length over the longest: the paper's Table 2 ends at 7,227 of 20,480 tokens (32B, top 20%)."""
+"""Mean response length as a share of the maximum: the paper's Table 2 ends at 7,227 of 20,480 tokens (32B, top 20%)."""
 PROMPT_SHARE = 0.10
-"""Mean prompt length over the longest: DAPO-Math's prompts are a few hundred tokens."""
+"""Mean prompt length as a share of the maximum: DAPO-Math's prompts are a few hundred tokens."""
 GROUPS_SAMPLED = 1.5
-"""Groups sampled for each one kept by dynamic sampling; the others are all right or all wrong."""
+"""Groups sampled per group kept by dynamic sampling; the others are all right or all wrong."""
 DECODE_STEP = 4e-3
-"""Seconds of a decoding step that neither bandwidth nor arithmetic explains: launches, sampling, scheduling."""
+"""Seconds of a decoding step not accounted for by bandwidth or arithmetic: launches, sampling, scheduling."""
 ALL_REDUCE_LATENCY = 15e-6
 """Seconds of a small all-reduce between the GPUs of a node."""
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises RecipeError for one that the planner does not know."""
+    """The GPU with this name. Raises RecipeError if the planner does not know it."""
     known = GPUS.get(name.lower())
     if known is None:
-        raise RecipeError(f"--gpu is {name!r}: the planner knows {', '.join(GPUS)}; choose the nearest")
+        raise RecipeError(f"--gpu is {name!r}: the planner knows {', '.join(GPUS)}; choose the closest")
     return known
 
 
 def gpu_here(name: str, memory: int) -> Gpu:
-    """The GPU that its driver calls `name`, with the memory that it really has; of one that the planner does not know, the memory alone is
-    right."""
+    """The GPU that its driver calls `name`, with its actual `memory` in bytes. For an unknown GPU only the memory is right."""
     known = next((gpu for gpu in GPUS.values() if gpu.name in name.lower()), GPUS["h100"])
     return replace(known, memory=memory)

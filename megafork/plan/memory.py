@@ -1,4 +1,4 @@
-"""All that lies on a GPU while a step runs: the trainer's state, the activations, vLLM, and the refit between them."""
+"""A GPU's memory during a step: the trainer's state, activations, vLLM, and the refit buffer between them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Engine:
 
     weights: int
     cache: int
-    """KV cache; below 0: what is lacking before there is any."""
+    """KV cache; a negative value is the shortfall before there is any cache."""
     token: int
     """KV cache of one token."""
     longest: int
     """Tokens of the longest prompt and response."""
     pool: int
-    """All that vLLM takes while it is awake."""
+    """Total that vLLM uses while it is awake."""
 
     @property
     def concurrent(self) -> int:
@@ -38,7 +38,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Of one rank of a pipeline stage, in bytes; all its ranks are alike but for padding."""
+    """Memory of one rank of a pipeline stage, in bytes; its ranks differ only in padding."""
 
     stage: int
     layers: int
@@ -46,34 +46,34 @@ class StageMemory:
     activations: Activations
     engine: Engine
     fp8_copies: int
-    """Of the projections, made by Transformer Engine and kept: one for the forward and one, transposed, for the backward."""
+    """FP8 copies of the projections that Transformer Engine keeps: one for the forward and one, transposed, for the backward."""
     refit_buffer: int
     colocated: bool
-    """vLLM shares the GPU; else it is at servers with GPUs of their own."""
+    """Whether vLLM shares the GPU; otherwise it runs on servers with their own GPUs."""
     parked: bool
-    """Gradients and optimizer are off the GPU while vLLM is awake."""
+    """Whether gradients and optimizer are off the GPU while vLLM is awake."""
 
     @property
     def state(self) -> int:
-        """Weights, gradients and optimizer: there all the time. Exact."""
+        """Weights, gradients and optimizer, which are always allocated. Exact."""
         return self.weights.weight_bytes + self.weights.gradient_bytes + max(self.weights.optimizer_bytes)
 
     @property
     def phases(self) -> dict[str, int]:
-        """All bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
+        """Total bytes in each phase of a step. Estimates: only `state` and vLLM's weights are exact."""
         always = self.state + self.fp8_copies + RESERVED
         awake, asleep = (self.engine.pool, VLLM_ASLEEP) if self.colocated else (0, 0)
         training = max(math.ceil(self.activations.total * (1 + FRAGMENTS)), self.weights.step_bytes)
-        beside = always - (self.state - self.weights.weight_bytes if self.parked else 0)
+        outside_update = always - (self.state - self.weights.weight_bytes if self.parked else 0)
         return {
-            "rollout": beside + awake,
+            "rollout": outside_update + awake,
             "update": always + asleep + training,
-            "refit": beside + awake + self.refit_buffer,
+            "refit": outside_update + awake + self.refit_buffer,
         }
 
 
 def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemory]:
-    """Memory of each pipeline stage at the longest micro-batch, with the head asked at each of its positions."""
+    """Memory of each pipeline stage at the longest micro-batch, with the head run at every position."""
     engine = engine_memory(shape, recipe, gpu)
     buffer = refit_buffer(shape, recipe)
     micro_batches = 10**9  # enough to fill the pipeline
@@ -89,7 +89,7 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
 
 
 def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
-    """Bytes that a layer's projections take twice in FP8, an fp32 scale for each block included."""
+    """Bytes of the two FP8 copies of a layer's projections, including an fp32 scale per block."""
     if not recipe.precision.train_fp8:
         return 0
 
@@ -101,12 +101,12 @@ def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
 
 
 def engines(recipe: Recipe, gpus: int) -> int:
-    """vLLM engines that share a roll-out, when `gpus` train."""
+    """Number of vLLM engines that share a roll-out when training on `gpus` GPUs."""
     return len(recipe.rollout.servers) or gpus // recipe.rollout.tp
 
 
 def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
-    """vLLM's weights (exact: the parts that it loads) and what is left for its KV cache."""
+    """vLLM's weights (exact: the parts that it loads) and the memory left for its KV cache."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
     weights = _engine_bytes(shape, tp, width, fp8=recipe.precision.rollout_fp8)
     if recipe.rollout.kv_cache_mb is not None:
@@ -120,8 +120,8 @@ def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
 
 
 def refit_buffer(shape: Shape, recipe: Recipe) -> int:
-    """Bytes at most for the bucket that travels (`weights/refit.py`): its whole tensors, what a rank receives, and what the ranks of the
-    one stage that holds it send to all the others. An estimate."""
+    """Most bytes needed by a refit's bucket in transit (`weights/refit.py`): its whole tensors, the parts a rank receives, and the parts
+    that the ranks of the one stage that holds it send to all the others. An estimate."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
     vocabulary = shape.vocab * shape.hidden
     layer = (count_parameters(shape) - count_parameters(replace(shape, layers=1))) // max(shape.layers - 1, 1)

@@ -1,4 +1,4 @@
-"""The shapes of models that need not have been downloaded yet, from their public config.json on the Hugging Face hub."""
+"""Shapes of models that may not be downloaded yet, from their public config.json on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ KNOWN = {
 
 
 def shape_for(recipe: Recipe) -> tuple[Shape, str]:
-    """The model's shape and where it is from: model.path's config.json, or for a folder that is not here the last part of model.path, with
-    or without `-Base`. Raises RecipeError when neither tells."""
+    """The model's shape and its source: config.json in model.path, or, without that folder, the last part of model.path, with or without
+    `-Base`, as a known name. Raises RecipeError if neither is found."""
     folder = Path(recipe.model.path)
     if folder.is_dir():
         return read_shape(folder), f"{folder}/config.json"
@@ -46,6 +46,6 @@ def shape_for(recipe: Recipe) -> tuple[Shape, str]:
     if known is None:
         raise RecipeError(
             f"model.path is {recipe.model.path!r}: no such folder, and not one of the models whose shape the planner knows by name "
-            f"({', '.join(KNOWN)}): download it, or plan with the nearest of them"
+            f"({', '.join(KNOWN)}): download it, or plan with the closest of them"
         )
     return known, f"the planner's table: {folder} is not on this machine"

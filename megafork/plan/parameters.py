@@ -1,8 +1,9 @@
-"""Weights, gradients and optimizer state of a rank, exact: Megatron's flat buffers laid out on paper.
+"""Exact weights, gradients and optimizer state of a rank, computed from the layout of Megatron's flat buffers.
 
 Megatron's DDP puts the parameters of a model chunk into one flat buffer, last parameter first, each at a multiple of 64 elements, and
-ends each bucket at a multiple of 128 and of the ranks that share it (`ParamAndGradBuffer`). The weights are views of such a buffer, the
-fp32 gradients fill another, and each of the DP x CP ranks that hold the same weights keeps the optimizer state of its part of each bucket.
+ends each bucket at a multiple of 128 and of the number of ranks that share it (`ParamAndGradBuffer`). The weights are views of one such
+buffer, the fp32 gradients fill another, and each of the DP x CP ranks with the same weights keeps the optimizer state of its part of each
+bucket.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from megafork.shape import Rule, Shape, stage_layers
 from megafork.weights.mapping import Parameter, parameters, shard_shape
 
 WIDTH = {"fp32": 4, "bf16": 2}
-"""Bytes of a number."""
+"""Bytes per number."""
 _ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
 STATE_TENSORS = 2
-"""Adam's moments, in fp32."""
+"""Adam's two moments, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Buffer:
 
     @property
     def elements(self) -> int:
-        """Padding included."""
+        """Number of elements, including padding."""
         return self.buckets[-1][1] if self.buckets else 0
 
     @property
@@ -41,7 +42,7 @@ class Buffer:
         return sum(stop - start for start, stop in self.spans)
 
     def shards(self, ranks: int) -> list[int]:
-        """Parameters whose optimizer state each of the `ranks` that share the buffer keeps; padding has none."""
+        """Parameters, without padding, whose optimizer state is kept by each of the `ranks` that share the buffer."""
         held = [0] * ranks
         for first, last in self.buckets:
             size = (last - first) // ranks
@@ -54,7 +55,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one pipeline stage; every TP rank of it holds as much. `shards`: the DP x CP ranks that share the optimizer."""
+    """Weights of a rank of one pipeline stage, the same on every TP rank. `shards`: the DP x CP ranks that share the optimizer."""
 
     buffers: tuple[Buffer, ...]
     shards: int
@@ -70,18 +71,18 @@ class Weights:
 
     @property
     def gradient_bytes(self) -> int:
-        """Summed in fp32 whatever the weights are."""
+        """fp32 whatever the weights' dtype is."""
         return sum(buffer.elements for buffer in self.buffers) * 4
 
     @cached_property
     def optimizer_bytes(self) -> list[int]:
-        """Of each DP x CP rank: two fp32 moments, and with bf16 weights the fp32 main weights."""
+        """For each DP x CP rank: two fp32 moments and, with bf16 weights, the fp32 main weights."""
         tensors = STATE_TENSORS + (1 if self.dtype == "bf16" else 0)
         return [4 * tensors * held for held in self._shards]
 
     @property
     def step_bytes(self) -> int:
-        """What the optimizer's step needs for itself: torch's AdamW takes the root of all second moments at once on a GPU."""
+        """Temporary memory of an optimizer step: on a GPU torch's AdamW takes the root of all second moments at once."""
         return 4 * max(self._shards)
 
     @cached_property
@@ -90,18 +91,18 @@ class Weights:
 
 
 def over_model(shape: Shape, size: Callable[[Parameter], int]) -> int:
-    """Sum of `size` over every parameter of the model. All layers are alike, so that only the first is looked at."""
+    """Sum of `size` over every parameter of the model. All layers are alike, so only the first is inspected."""
     one = replace(shape, layers=1)
     return sum(size(parameter) * (1 if parameter.layer is None else shape.layers) for parameter in parameters(one))
 
 
 def count_parameters(shape: Shape) -> int:
-    """Of the whole model; a tied head counts once, padding of the vocabulary not at all."""
+    """Parameters of the whole model; a tied head counts once, vocabulary padding not at all."""
     return over_model(shape, lambda parameter: sum(math.prod(tensor.size(shape)) for tensor in parameter.rule.tensors))
 
 
 def stage_weights(shape: Shape, recipe: Recipe, stage: int, ranks: int) -> Weights:
-    """What a rank of pipeline stage `stage` holds when the recipe's layout runs on `ranks` ranks."""
+    """The weights on a rank of pipeline stage `stage` when the recipe's layout runs on `ranks` ranks."""
     layout = recipe.parallel
     shards = ranks // (layout.tp * layout.pp)
     buffers = []
@@ -113,7 +114,7 @@ def stage_weights(shape: Shape, recipe: Recipe, stage: int, ranks: int) -> Weigh
 
 
 def _chunk_sizes(shape: Shape, recipe: Recipe, stage: int, chunk: int) -> Iterator[tuple[int, bool]]:
-    """(elements, whether two stages share it: a tied embedding) of each parameter of a chunk on one TP rank, in Megatron's order."""
+    """(elements, whether it is a tied embedding shared by two stages) of each parameter of a chunk on one TP rank, in Megatron's order."""
     layout, family = recipe.parallel, shape.family
     shared = shape.tied and layout.pp > 1
 
@@ -131,8 +132,8 @@ def _chunk_sizes(shape: Shape, recipe: Recipe, stage: int, chunk: int) -> Iterat
 
 
 def lay_out(sizes: list[tuple[int, bool]], shards: int, bucket_size: int | None) -> Buffer:
-    """The buffer of parameters of these sizes; a parameter that two stages share has a bucket of its own. `bucket_size`: elements after
-    which a bucket ends; empty: one for all."""
+    """The buffer for parameters of these sizes; one shared by two stages gets a separate bucket. `bucket_size`: elements after which a
+    bucket ends; None: a single bucket."""
     spans: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
     divisor = math.lcm(shards, _BUCKET_ALIGNMENT)

@@ -1,4 +1,4 @@
-"""A recipe on so many GPUs: what each stage needs, whether it fits, and how long a step takes."""
+"""The plan of a recipe on a number of GPUs: memory of each stage, whether it fits, and the time of a step."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp,
 
 @dataclass(frozen=True)
 class Plan:
-    """What `megafork plan` tells; every figure in bytes and seconds."""
+    """The result of `megafork plan`; figures in bytes and seconds."""
 
     recipe: Recipe
     shape: Shape
     gpus: int
     gpu: Gpu
     parameters: int
-    """Of the whole model, each counted once."""
+    """Of the whole model, each counted once however it is sharded."""
     stages: list[StageMemory]
     step: Step
     mean_response: int | None
-    """Tokens, as given."""
+    """Tokens; None: assumed."""
 
     @property
     def dp(self) -> int:
@@ -37,12 +37,12 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The fullest rank in each phase."""
+        """Bytes on the fullest rank in each phase."""
         return {phase: max(stage.phases[phase] for stage in self.stages) for phase in self.stages[0].phases}
 
     @property
     def over(self) -> dict[str, int]:
-        """Bytes beyond the GPU's memory in each phase that does not fit; `cache`: what one response lacks."""
+        """Bytes beyond the GPU's memory in each phase that does not fit; `cache`: KV cache missing for one response."""
         engine = self.stages[0].engine
         over = {phase: peak - self.gpu.memory for phase, peak in self.peaks.items() if peak > self.gpu.memory}
         if engine.concurrent < 1:
@@ -54,11 +54,11 @@ class Plan:
         return not self.over
 
     def with_changes(self, changes: Mapping[str, Any]) -> Plan:
-        """The plan for other values of some `section.key`s. Raises ValueError for what recipe, model or GPUs do not allow."""
+        """The plan with other values for some `section.key`s. Raises ValueError if recipe, model or GPUs do not allow them."""
         return make_plan(self.shape, changed(self.recipe, changes), self.gpus, self.gpu, self.mean_response)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same numbers for a machine."""
+        """The same numbers in machine-readable form."""
         engine, step = self.stages[0].engine, self.step
         return {
             "gpu": self.gpu.name,
@@ -76,7 +76,7 @@ class Plan:
 
 
 def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: int | None = None) -> Plan:
-    """Raises RecipeError for a layout that the model or the GPUs do not allow; one that does not fit in memory is a plan all the same."""
+    """Plan a recipe. Raises RecipeError if model or GPUs do not allow the layout; one that does not fit in memory still gets a plan."""
     if gpus < 1:
         raise RecipeError(f"--gpus is {gpus}: give the number of GPUs of the job, 1 or more")
     longest = recipe.rollout.max_response_length
@@ -87,7 +87,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
     check_rollout_tp(shape, recipe.rollout.tp)
-    precision.check_training(shape, recipe)
+    precision.check_training(shape, recipe.precision, recipe.parallel.tp)
     fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)
@@ -95,13 +95,13 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
 
 
 def gpus_for(recipe: Recipe, gpus: int | None) -> int:
-    """The GPUs to plan for: as asked, else the recipe's ranks, else the fewest that the layout and the roll-out engines share."""
+    """Number of GPUs to plan for: as given, else the recipe's ranks, else the fewest that both layout and roll-out engines divide."""
     engine = 1 if recipe.rollout.servers else recipe.rollout.tp
     return gpus if gpus is not None else recipe.run.ranks or math.lcm(recipe.parallel.model_size, engine)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values for some `section.key`s, checked again. Raises ValueError for a combination that it refuses."""
+    """The recipe with other values for some `section.key`s, validated again. Raises ValueError for an invalid combination."""
     values = recipe.model_dump()
     for name, value in changes.items():
         section, key = name.split(".")

@@ -1,4 +1,4 @@
-"""What a refit moves between ranks and nodes: counted from the plan that the bridge follows, without a GPU and without weights."""
+"""Data that a refit moves between ranks and nodes, counted from the transfer plan itself, without a GPU or weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megafork.plan.hardware import GPUS_A_NODE
+from megafork.plan.hardware import GPUS_PER_NODE
 from megafork.plan.parameters import WIDTH
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import Shape, check_engines, check_layout, check_world
@@ -15,13 +15,13 @@ from megafork.weights.mapping import full_shape, parameters, pieces
 from megafork.weights.reshard import Reshard, area, meet, needed
 
 COMPARED = (Parallel(tp=8, pp=4, sp=True), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2, sp=True), Parallel(tp=8, sp=True))
-"""Training layouts that `refits` sets beside the recipe's own, each with engines of `ENGINES` ranks."""
+"""Training layouts that `refits` compares with the recipe's own, each with engines of `ENGINES` ranks."""
 ENGINES = (4, 8)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Elements that cross between ranks in one refit: what the busiest rank receives and sends, and what crosses between nodes in all."""
+    """Elements moved between ranks in one refit: most received and sent by any rank, and the total between nodes."""
 
     received: int
     sent: int
@@ -30,7 +30,7 @@ class Cost:
 
 
 def cost(plan: Reshard) -> Cost:
-    """Of the plan."""
+    """Cost of the transfer plan."""
     received, sent = [0] * plan.world, [0] * plan.world
     between_nodes = 0
     for bucket, times in plan.alike:
@@ -44,7 +44,7 @@ def cost(plan: Reshard) -> Cost:
 
 
 def cost_of_full_gather(plan: Reshard) -> Cost:
-    """Of the plain way: every rank collects every tensor whole from the ranks of its own model replica."""
+    """Cost of the naive method: every rank gathers every whole tensor from the ranks of its model replica."""
     shape, layout = plan.shape, plan.layout
     split, replicated = [0] * layout.pp, [0] * layout.pp
     for parameter in parameters(shape):
@@ -64,16 +64,16 @@ def cost_of_full_gather(plan: Reshard) -> Cost:
 
 
 class LowerBound(NamedTuple):
-    """Elements that no way can do without."""
+    """Elements that any method has to move."""
 
     received: int
-    """What the busiest rank's engine loads and the rank does not hold."""
+    """The most that any rank's engine loads and the rank does not hold."""
     between_nodes: int
-    """What the engines of each node load and none of its ranks holds, counted once a node, of all nodes."""
+    """Sum over nodes of the elements that the node's engines load and none of its ranks holds, counted once per node."""
 
 
 def lower_bound(plan: Reshard) -> LowerBound:
-    """Counted from what ranks need and hold, and not from the plan's transfers."""
+    """The lower bound, derived from what ranks need and hold rather than from the plan's transfers."""
     ranks, nodes = (range(0, plan.world, size) for size in (1, plan.node))
     return LowerBound(
         received=max(_lacking(plan, range(rank, rank + 1)) for rank in ranks),
@@ -82,7 +82,7 @@ def lower_bound(plan: Reshard) -> LowerBound:
 
 
 def _lacking(plan: Reshard, ranks: range) -> int:
-    """Elements that the engines on these ranks load and none of the ranks holds. Two engine ranks load the same part or distinct ones."""
+    """Elements that the engines on these ranks load and none of the ranks holds. Parts of two engine ranks are either equal or disjoint."""
     shape, layout, per_stage = plan.shape, plan.layout, plan.world // plan.layout.pp
     lacking = 0
     for bucket, times in plan.alike:
@@ -110,7 +110,7 @@ class Refit:
     width: int
     plan: Cost
     gather: Cost
-    """Every rank collects every tensor whole, and keeps what its engine loads."""
+    """Every rank gathers every whole tensor, and keeps the part that its engine loads."""
     least: LowerBound
 
     @property
@@ -120,22 +120,22 @@ class Refit:
 
     def to_dict(self) -> dict[str, Any]:
         """Bytes."""
-        ways = {"plan": vars(self.plan), "full_gather": vars(self.gather), "lower_bound": self.least._asdict()}
-        counts = {way: {name: count * self.width for name, count in cost.items()} for way, cost in ways.items()}
+        methods = {"plan": vars(self.plan), "full_gather": vars(self.gather), "lower_bound": self.least._asdict()}
+        counts = {method: {name: count * self.width for name, count in cost.items()} for method, cost in methods.items()}
         return {"layout": self.layout.model_dump(), "gpus": self.gpus, "rollout_tp": self.rollout_tp, **counts}
 
 
 def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtype: str = "bf16") -> Refit:
-    """Raises RecipeError for a layout or an engine size that model and GPUs do not allow."""
+    """Count one refit. Raises RecipeError if model or GPUs do not allow the layout or the engine size."""
     check_layout(shape, layout)
     check_world(layout, gpus)
     check_engines(rollout_tp, gpus)
-    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_A_NODE)
+    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
     return Refit(layout, gpus, rollout_tp, WIDTH[dtype], cost(plan), cost_of_full_gather(plan), lower_bound(plan))
 
 
 def refits(shape: Shape, recipe: Recipe, gpus: int) -> list[Refit]:
-    """The recipe's own refit first, then those of `COMPARED` that model and GPUs allow."""
+    """The recipe's own refit, then those of `COMPARED` that model and GPUs allow."""
     dtype = recipe.precision.dtype
     own = count_refit(shape, recipe.parallel, gpus, recipe.rollout.tp, dtype)
     counted = {own.name: own}

@@ -1,11 +1,11 @@
-"""Other layouts for the same recipe and GPUs: those that fit, the quickest by estimate first."""
+"""Other layouts for the same recipe and GPUs: those that fit, fastest estimate first."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
-from megafork.plan.hardware import GPUS_A_NODE
+from megafork.plan.hardware import GPUS_PER_NODE
 from megafork.plan.planner import Plan
 
 _SIZES = (1, 2, 4, 8, 16)
@@ -17,11 +17,11 @@ _SPARE = 0.05
 def proposals(plan: Plan, show: int = 10) -> list[Plan]:
     """The `show` best plans over tp, pp, vpp, cp, sp and recompute, each with the least recomputation and most memory for vLLM that fit.
 
-    TP and CP together stay within a node. Sequence parallelism is on wherever there is TP: it only saves memory.
+    TP x CP stays within a node. Sequence parallelism is on whenever tp > 1: it only saves memory.
     """
     found = []
     for tp, pp, cp, vpp in itertools.product(_SIZES, _SIZES, _SIZES, (1, 2)):
-        if tp * cp <= GPUS_A_NODE and plan.gpus % (tp * pp * cp) == 0 and (pp > 1 or vpp == 1):
+        if tp * cp <= GPUS_PER_NODE and plan.gpus % (tp * pp * cp) == 0 and (pp > 1 or vpp == 1):
             sizes = {"tp": tp, "pp": pp, "cp": cp, "vpp": vpp, "sp": tp > 1, "first_stage_layers": None, "last_stage_layers": None}
             found += _best(plan, {f"parallel.{name}": size for name, size in sizes.items()})
     return sorted(found, key=lambda one: one.step.seconds)[:show]
@@ -31,7 +31,7 @@ def _best(plan: Plan, layout: dict[str, Any]) -> list[Plan]:
     for recompute, fraction in itertools.product(("none", "selective", "full"), _FRACTIONS):
         try:
             one = plan.with_changes({**layout, "model.recompute": recompute, "rollout.gpu_memory_fraction": fraction})
-        except ValueError:  # the model or the recipe does not allow it; RecipeError is one
+        except ValueError:  # not allowed by model or recipe; includes RecipeError
             return []
         if not one.over and max(one.peaks.values()) <= (1 - _SPARE) * one.gpu.memory:
             return [one]

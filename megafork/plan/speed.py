@@ -11,7 +11,7 @@ from megafork.plan.hardware import (
     DECODE_SHARE,
     DECODE_STEP,
     FP8_GAIN,
-    GPUS_A_NODE,
+    GPUS_PER_NODE,
     GROUPS_SAMPLED,
     HOST,
     LINK_SHARE,
@@ -42,13 +42,13 @@ class Step:
     tokens: int
     """Prompt and response tokens that are trained on."""
     gpus: int
-    """Those of the servers included."""
+    """GPUs, including those of roll-out servers."""
     running: int
     """Responses that an engine decodes at once."""
     micro_batches: int
-    """Of a DP rank in one optimizer update."""
+    """Micro-batches per DP rank in one optimizer update."""
     ahead: bool = False
-    """The roll-out of the next step goes on while this one trains."""
+    """Whether the next step's roll-out runs while this step trains."""
 
     @property
     def seconds(self) -> float:
@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to do, from the recipe and the assumed mean lengths."""
+    """The work in a step, from the recipe and the assumed mean lengths."""
 
     prompt: float
     response: float
@@ -82,7 +82,7 @@ class Load:
 def step_time(
     shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, weights: list[Weights], mean_response: int | None = None
 ) -> Step:
-    """Of one step on `gpus` GPUs. `mean_response`: tokens; empty: an assumed share of the longest."""
+    """Time of one step on `gpus` GPUs. `mean_response`: tokens; None: an assumed share of the maximum."""
     load = Load.of(recipe, mean_response)
     rollout, running = _rollout(shape, recipe, gpus, gpu, engine, load)
     spec, layout = recipe.forks, recipe.parallel
@@ -91,19 +91,19 @@ def step_time(
     every = _pass(shape, recipe, gpu, load, _micro_batches(recipe, load, load.samples / dp), linear=1, head=1.0, moves=1)
     chosen = 1.0 if spec.select == "all" else spec.top_entropy_quantile
     again = recipe.model.recompute == "full"
-    # forward 1, backward 2, recomputation 1; the head recomputes its logits in the backward: 4 times its forward in all
+    # forward 1, backward 2, recomputation 1; the head recomputes its logits in the backward: 4 times its forward in total
     one = _pass(shape, recipe, gpu, load, micro_batches, linear=3 + again, head=4 * chosen, moves=2 + again)
     update = recipe.train.minibatches * (one + max(_synchronise(recipe, gpus, gpu, w) for w in weights))
     score = every * (2 if spec.entropy_from == "current" else 1)
     parked = 2 * max(max(w.optimizer_bytes) for w in weights) / HOST if recipe.rollout.park_training else 0.0
-    refit = engine.weights / _link(gpus > GPUS_A_NODE, gpu) + parked
+    refit = engine.weights / _link(gpus > GPUS_PER_NODE, gpu) + parked
     tokens, ahead = int(load.samples * load.length), recipe.rollout.staleness > 0
     every_gpu = gpus + len(recipe.rollout.servers) * recipe.rollout.tp
     return Step(rollout, score, update, refit, load.prompt, load.response, tokens, every_gpu, running, micro_batches, ahead)
 
 
 def _rollout(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, load: Load) -> tuple[float, int]:
-    """Seconds, and responses decoded at once: the bulk at full batch, then the longest responses nearly alone, once a round."""
+    """Seconds, and responses decoded at once: most at full batch, then the longest responses nearly alone, once per round."""
     spec = recipe.rollout
     rounds = 2 if spec.dynamic_sampling and spec.max_refills else 1
     sampled = load.samples * (GROUPS_SAMPLED if rounds > 1 else 1.0) / engines(recipe, gpus)
@@ -113,7 +113,7 @@ def _rollout(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, 
 
     def decode(batch: float, context: float) -> float:
         reading = (engine.weights + batch * context * engine.token) / (gpu.bandwidth * DECODE_SHARE)
-        counting = batch * engine.weights / (gpu.flops * MATMUL_SHARE)  # 2 FLOP a weight of 2 bytes
+        counting = batch * engine.weights / (gpu.flops * MATMUL_SHARE)  # 2 FLOP per weight of 2 bytes
         joining = 2 * shape.layers * ALL_REDUCE_LATENCY if spec.tp > 1 else 0.0
         return max(reading, counting) + joining + DECODE_STEP
 
@@ -131,22 +131,22 @@ def _micro_batches(recipe: Recipe, load: Load, sequences: float) -> int:
 
 
 def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int, *, linear: float, head: float, moves: float) -> float:
-    """Seconds of one schedule over the micro-batches: the slowest stage, and the time in which the pipeline fills and drains.
+    """Seconds of one schedule over the micro-batches: the slowest stage, plus the time in which the pipeline fills and drains.
 
-    `linear`: layers' matmuls in units of a forward. `head`: the same of the head at all response positions. `moves`: passes that
+    `linear`: the layers' matmuls in units of one forward. `head`: the same for the head at all response positions. `moves`: passes that
     communicate over TP and CP.
     """
     layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
     tokens = min(recipe.micro_batch_tokens // load.length, load.samples) * load.length
     local = max(tokens, load.length) / layout.cp
     matmul = 2 * (shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.hidden * shape.ffn)
-    again = linear > 1 and recipe.model.recompute == "selective"  # the core alone
+    again = linear > 1 and recipe.model.recompute == "selective"  # only the attention core
     attention = 2 * load.length * shape.heads * shape.head_dim
     share = MATMUL_SHARE * (FP8_GAIN if recipe.precision.train_fp8 else 1.0)
     compute = local / layout.tp / gpu.flops * (linear * matmul / share + (linear + again) * attention / ATTENTION_SHARE)
-    ring = 2 * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width  # two all-reduces a layer
+    ring = 2 * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width  # two all-reduces per layer
     gather = (layout.cp - 1) * 2 * max(shape.kv_heads / layout.tp, 1) * shape.head_dim * width
-    talk = moves * local * (ring / _link(layout.tp > GPUS_A_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_A_NODE, gpu))
+    talk = moves * local * (ring / _link(layout.tp > GPUS_PER_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_PER_NODE, gpu))
     rows = local * load.response / load.length
     at_head = head * rows * 2 * shape.hidden * shape.vocab / layout.tp / (gpu.flops * MATMUL_SHARE)
     counts = stage_layers(shape.layers, layout)
@@ -155,8 +155,8 @@ def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int
 
 
 def _synchronise(recipe: Recipe, gpus: int, gpu: Gpu, weights: Weights) -> float:
-    """Seconds to reduce the gradients, step, and gather the weights; with `optimizer.overlap` only the step counts."""
-    speed = _link(gpus // recipe.parallel.pp > GPUS_A_NODE, gpu)
+    """Seconds to reduce the gradients, step the optimizer and gather the weights; with `optimizer.overlap` only the step counts."""
+    speed = _link(gpus // recipe.parallel.pp > GPUS_PER_NODE, gpu)
     share = (weights.shards - 1) / weights.shards
     moved = 0.0 if recipe.optimizer.overlap else share * (weights.gradient_bytes + weights.weight_bytes) / speed
     return moved + 3 * max(weights.optimizer_bytes) / gpu.bandwidth  # read, write, and the gradients

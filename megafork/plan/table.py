@@ -1,4 +1,4 @@
-"""The plan as tables for people. What is not exact is marked with ~."""
+"""The plan as tables for the terminal. Estimates are marked with ~."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megafork.plan.hardware import (
     FP8_GAIN,
     FRAGMENTS,
     GIB,
-    GPUS_A_NODE,
+    GPUS_PER_NODE,
     GROUPS_SAMPLED,
     LINK_SHARE,
     MATMUL_SHARE,
@@ -30,13 +30,13 @@ from megafork.plan.refit import Refit
 _WHAT = {
     "rollout": "trainer's state and vLLM together",
     "update": "trainer's state and activations",
-    "refit": "trainer's state, vLLM and the bucket that travels",
+    "refit": "trainer's state, vLLM and the refit bucket",
     "cache": "vLLM's KV cache for one response of full length",
 }
 
 
 def render(plan: Plan, source: str, refits: Sequence[Refit] = (), proposals: Sequence[Plan] | None = None) -> RenderableType:
-    """All of a plan, within 80 columns. `source`: where the model's shape is from. `proposals`: layouts that a search has found."""
+    """A whole plan, within 80 columns. `source`: where the model's shape comes from. `proposals`: layouts found by a search."""
     parts: list[RenderableType] = [
         _heading(plan, source),
         _state(plan),
@@ -54,7 +54,7 @@ def render(plan: Plan, source: str, refits: Sequence[Refit] = (), proposals: Seq
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Numbers to the right."""
+    """A table with numbers right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right")
@@ -77,9 +77,9 @@ def _heading(plan: Plan, source: str) -> str:
 def _what_is_counted(plan: Plan) -> str:
     copies = max(stage.fp8_copies for stage in plan.stages)
     return (
-        "Weights, gradients and optimizer are exact, padding included. ~ marks estimates: activations are those of a micro-batch of "
-        f"{plan.recipe.micro_batch_tokens:,} tokens at whose every position the head answers; each phase has {_gib(RESERVED)} GiB for CUDA "
-        f"and NCCL, the update {FRAGMENTS:.0%} of fragments and {_gib(VLLM_ASLEEP)} GiB of sleeping vLLM."
+        "Weights, gradients and optimizer are exact, including padding. ~ marks estimates: activations are for a micro-batch of "
+        f"{plan.recipe.micro_batch_tokens:,} tokens with the head run at every position; each phase includes {_gib(RESERVED)} GiB for CUDA "
+        f"and NCCL, the update {FRAGMENTS:.0%} for fragmentation and {_gib(VLLM_ASLEEP)} GiB for sleeping vLLM."
         + (f" Projections in FP8 are kept twice, {_gib(copies)} GiB at most." if copies else "")
     )
 
@@ -88,7 +88,7 @@ def _engine(plan: Plan) -> str:
     engine = plan.stages[0].engine
     return (
         f"vLLM on each GPU: {_gib(engine.weights)} GiB weights (exact) and {_gib(max(engine.cache, 0))} GiB KV cache at {engine.token:,} "
-        f"bytes a token (after ~{_gib(VLLM_OVERHEAD)} GiB of its own): {engine.concurrent} responses of full length at once on each of "
+        f"bytes per token (after ~{_gib(VLLM_OVERHEAD)} GiB of overhead): {engine.concurrent} full-length responses at once on each of "
         f"{engines(plan.recipe, plan.gpus)} {'servers' if plan.recipe.rollout.servers else 'engines'}\n"
         f"refit: ~{_gib(plan.stages[0].refit_buffer)} GiB at most for the largest bucket (embedding, head or a layer)"
     )
@@ -101,7 +101,7 @@ def _state(plan: Plan) -> Table:
         sizes = (weights.weight_bytes, weights.gradient_bytes, max(weights.optimizer_bytes))
         rows.append((str(stage.stage), str(stage.layers), f"{weights.parameters:,}", *(f"{size / GIB:.2f}" for size in sizes)))
     headings = ("stage", "layers", "parameters", "weights", "gradients", "optimizer")
-    return _table("what a rank of each stage always holds, in GiB", headings, rows)
+    return _table("permanent memory of a rank of each stage, in GiB", headings, rows)
 
 
 def _phases(plan: Plan) -> Table:
@@ -112,7 +112,7 @@ def _phases(plan: Plan) -> Table:
         totals = (_marked(total, plan.gpu.memory) for total in stage.phases.values())
         rows.append((str(stage.stage), f"{activations.in_flight:g}", *map(_gib, parts), *totals))
     headings = ("stage", "in flight", "kept ~", "working ~", "head ~", *(f"{phase} ~" for phase in plan.stages[0].phases))
-    return _table(f"activations, and all that it holds in each phase, of {_gib(plan.gpu.memory)} GiB", headings, rows)
+    return _table(f"activations, and total per phase out of {_gib(plan.gpu.memory)} GiB", headings, rows)
 
 
 def _marked(size: int, most: int) -> str:
@@ -124,7 +124,7 @@ def _times(plan: Plan) -> Table:
     rows = [
         ("roll-out", f"{step.rollout:,.0f}", f"{step.running} responses at once on an engine"),
         ("score", f"{step.score:,.0f}", "one forward"),
-        ("update", f"{step.update:,.0f}", f"{spec.train.minibatches} x {step.micro_batches} micro-batches a DP rank"),
+        ("update", f"{step.update:,.0f}", f"{spec.train.minibatches} x {step.micro_batches} micro-batches per DP rank"),
         ("refit", f"{step.refit:,.1f}", f"{_gib(plan.stages[0].engine.weights)} GiB to each GPU"),
         ("step", f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f} trained tokens/s/GPU"),
     ]
@@ -139,22 +139,22 @@ def _assumptions(plan: Plan) -> str:
     return (
         f"Assumed: responses of {plan.step.response:,.0f} tokens on average, prompts of {plan.step.prompt:,.0f},{refills} "
         f"{MATMUL_SHARE:.0%} of the bf16 peak in matmuls,{fp8} {DECODE_SHARE:.0%} of the memory's bandwidth in decoding, "
-        f"{LINK_SHARE:.0%} of the links'. Rewards, evaluation and checkpoints are not counted."
+        f"{LINK_SHARE:.0%} of the links'. Rewards, evaluation and checkpoints are not included."
     )
 
 
 def _refits(refits: Sequence[Refit]) -> RenderableType:
-    """What crosses between ranks and nodes by the bridge's plan and by a full gather, beside the least possible."""
+    """Data moved between ranks and nodes by megafork's plan and by a full gather, next to the lower bound."""
     rows = []
     for refit in refits:
-        ways = (refit.plan, refit.least, refit.gather)
-        received = (f"{way.received * refit.width / 1e9:,.1f}" for way in ways)
-        between = (f"{way.between_nodes * refit.width / 1e9:,.0f}" for way in ways)
+        methods = (refit.plan, refit.least, refit.gather)
+        received = (f"{method.received * refit.width / 1e9:,.1f}" for method in methods)
+        between = (f"{method.between_nodes * refit.width / 1e9:,.0f}" for method in methods)
         rows.append((refit.name, *received, *between))
-    headings = ("from, to", *(f"{what}\n{way}" for what in ("a rank", "nodes") for way in ("plan", "least", "gather")))
+    headings = ("from, to", *(f"{what}\n{method}" for what in ("a rank", "nodes") for method in ("plan", "least", "gather")))
     note = (
-        f"a rank: what the busiest receives. nodes: what crosses between nodes of {GPUS_A_NODE} GPUs, in all. plan: the bridge's. "
-        "least: what no way can do without. gather: every rank collects every tensor whole."
+        f"a rank: most received by any rank. nodes: total between nodes of {GPUS_PER_NODE} GPUs. plan: megafork's transfers. "
+        "least: the lower bound. gather: every rank gathers every whole tensor."
     )
     return Group(_table(f"a refit on {refits[0].gpus} GPUs, in GB, exact", headings, rows), Text(note, style="dim"))
 
@@ -169,14 +169,14 @@ def _proposals(plans: Sequence[Plan]) -> RenderableType:
         sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, "on" if layout.sp else "off", plan.dp, plan.recipe.model.recompute)
         share, fullest = f"{plan.recipe.rollout.gpu_memory_fraction:.0%}", _gib(max(plan.peaks.values()))
         rows.append((*map(str, sizes), share, fullest, f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f}"))
-    return _table("layouts that fit, the quickest first by estimate", headings, rows)
+    return _table("layouts that fit, fastest estimate first", headings, rows)
 
 
 def verdict(plan: Plan) -> list[str]:
-    """Whether the plan fits, or what does not and what would mend it; lines with the markup of rich."""
+    """Whether the plan fits or, if not, what does not fit and how to fix it; lines with rich markup."""
     if plan.fits:
         phase, peak = max(plan.peaks.items(), key=lambda item: item[1])
-        return [f"[green]fits[/]: the fullest moment is the {phase}, {_gib(peak)} of {_gib(plan.gpu.memory)} GiB"]
+        return [f"[green]fits[/]: the peak is in the {phase}, {_gib(peak)} of {_gib(plan.gpu.memory)} GiB"]
     lines = [f"[bold red]does not fit[/]: {_WHAT[phase]}: {_gib(bytes_)} GiB too much" for phase, bytes_ in plan.over.items()]
     found = [", ".join(f"{name}={str(value).lower()}" for name, value in changes.items()) for changes in fixes(plan)]
     advice = f"any one of these makes it fit: {'; '.join(found)}" if found else "no two keys make it fit: see --search, or give more GPUs"

@@ -1,9 +1,9 @@
-"""The recipe: one YAML file that says all of a run.
+"""The recipe: one YAML file that specifies a whole run.
 
-Every key is declared in the file of its section, with what it means; `recipe_file.py` reads a recipe. Paths in a recipe are relative to the
+Every key is declared and described in the file of its section; `recipe_file.py` reads a recipe. Paths in a recipe are relative to the
 directory in which the command runs.
 
-This package imports neither torch nor megatron, so that a wrong recipe is answered in a fraction of a second.
+This package imports neither torch nor megatron, so that a wrong recipe is rejected in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class Recipe(Section):
-    """One run. See the sections for every key."""
+    """One run. Each section documents its keys."""
 
     run: Run = Run()
     model: Model
@@ -89,14 +89,13 @@ class Recipe(Section):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt and response together."""
+        """Tokens in the longest prompt and response together."""
         return self.data.max_prompt_length + self.rollout.max_response_length
 
     @property
     def longest_padded(self) -> int:
-        """The same, padded as the layout asks."""
-        multiple = self.parallel.sequence_multiple
-        return -(-self.longest_sequence // multiple) * multiple
+        """`longest_sequence`, padded as the layout requires."""
+        return self.parallel.padded(self.longest_sequence)
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -104,7 +103,7 @@ class Recipe(Section):
 
     @property
     def micro_batch_padding(self) -> int:
-        """To what multiple a packed micro-batch is padded: in FP8 each rank's share of its tokens is whole blocks of 128."""
+        """Multiple to which a packed micro-batch is padded: in FP8 each rank's share of its tokens is a multiple of 128."""
         return 128 * self.parallel.cp * (self.parallel.tp if self.parallel.sp else 1) if self.precision.train_fp8 else 1
 
     @property

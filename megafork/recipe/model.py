@@ -1,4 +1,4 @@
-"""The model of a run: where it lies, how it is split over ranks, and in which precision it computes."""
+"""The model of a run: its path, how it is split over ranks, and its precision."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Parallel(Section):
     pp: Ranks = 1
     """Pipeline parallel size: stages of consecutive layers."""
     vpp: Ranks = 1
-    """Virtual pipeline size: model chunks a stage holds (interleaved schedule)."""
+    """Virtual pipeline size: model chunks per stage (interleaved schedule)."""
     cp: Ranks = 1
     """Context parallel size: ranks that share each sequence's tokens."""
     sp: bool = False
     """Sequence parallel: split norms and residuals over the TP ranks (needs tp > 1)."""
     first_stage_layers: Count | None = None
-    """Layers of the first pipeline stage, which also holds the embedding. Empty: as many as the stages between."""
+    """Layers of the first pipeline stage, which also holds the embedding. Unset: as many as in each middle stage."""
     last_stage_layers: Count | None = None
-    """Layers of the last pipeline stage, which also holds the head. Empty: as many as the stages between."""
+    """Layers of the last pipeline stage, which also holds the head. Unset: as many as in each middle stage."""
 
     @model_validator(mode="after")
     def _possible(self) -> Parallel:
@@ -56,25 +56,30 @@ class Parallel(Section):
 
     @property
     def sequence_multiple(self) -> int:
-        """To what multiple each sequence is padded: 2 cp chunks a sequence, and tokens that the sequence-parallel ranks share evenly."""
+        """Multiple to which each sequence is padded: 2 cp chunks per sequence, and the same number of tokens on each sequence-parallel
+        rank."""
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    def padded(self, length: int) -> int:
+        """Tokens of a sequence as it is packed."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple
 
     @property
     def micro_batch_multiple(self) -> int:
-        """To what multiple the number of micro-batches is raised: the interleaved schedule wants whole rounds of all stages."""
+        """Multiple to which the number of micro-batches is raised: the interleaved schedule needs complete rounds of all stages."""
         return self.pp if self.vpp > 1 else 1
 
 
 class Precision(Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of weights and activations; with bf16 the optimizer keeps fp32 main weights."""
+    """Precision of weights and activations; with bf16 the optimizer keeps fp32 main weights."""
     rollout_fp8: bool = False
-    """vLLM's projections in e4m3, in blocks of 128 x 128 with a scale each, quantised at every refit; embedding, head and norms stay bf16.
-    It needs `dtype: bf16` and `loss.importance_cap`."""
+    """vLLM's projections in e4m3, in blocks of 128 x 128 with one scale each, quantised at every refit; embedding, head and norms stay
+    bf16. Needs `dtype: bf16` and `loss.importance_cap`."""
     train_fp8: bool = False
     """The trainer's projections multiply in e4m3, forward and backward: activations and gradients in blocks of 1 x 128, weights of
-    128 x 128, quantised by Transformer Engine on the way. What is kept stays as it is: weights, gradients, optimizer; and so do embedding,
-    head, norms and attention. It needs `dtype: bf16`, Transformer Engine, and a GPU that multiplies such blocks (H100, H200)."""
+    128 x 128, quantised on the fly by Transformer Engine. Stored weights, gradients and optimizer state keep their precision, and so do
+    embedding, head, norms and attention. Needs `dtype: bf16`, Transformer Engine, and a GPU that supports such blocks (H100, H200)."""
 
     @model_validator(mode="after")
     def _fp8_beside_bf16(self) -> Precision:

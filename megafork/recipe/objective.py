@@ -1,4 +1,4 @@
-"""What a step optimizes: which tokens, which loss, which optimizer."""
+"""The objective of a step: which tokens, which loss, which optimizer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megafork.recipe.kinds import AboveOne, BelowOne, CountOrZero, Fraction, Meg
 
 class Forks(Section):
     top_entropy_quantile: Fraction = 0.2
-    """rho, the share of response tokens that is kept for the update."""
+    """rho, the share of response tokens kept for the update."""
     select: Literal["top", "bottom", "random", "all"] = "top"
     """Which share is kept: highest entropy, lowest, random, or every token."""
     scope: Literal["batch", "minibatch", "microbatch", "sequence", "fixed"] = "minibatch"
-    """Tokens that share one threshold. `batch` and `minibatch` select the same tokens of the same entropies for every parallel
+    """Tokens that share one threshold. Given the same entropies, `batch` and `minibatch` select the same tokens under every parallel
     layout; `fixed` uses `threshold`."""
     threshold: NonNegative | None = None
     """tau in nats for `scope: fixed` (the paper's 0.672)."""
     entropy_from: Literal["old", "current"] = "old"
-    """Entropies of the policy that starts the step (free), or of the policy before each mini-batch (one more forward)."""
+    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward)."""
     normalize_by: Literal["selected", "response"] = "selected"
     """The loss's denominator counts the selected tokens, or all response tokens."""
 
@@ -32,8 +32,8 @@ class Forks(Section):
             )
         if self.scope == "batch" and self.entropy_from == "current":
             raise ValueError(
-                "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step knows only the policy that "
-                "starts it; choose scope=minibatch, or entropy_from=old"
+                "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step can only use the policy at its "
+                "start; choose scope=minibatch, or entropy_from=old"
             )
         if self.scope == "fixed" and self.select in ("random", "all"):
             raise ValueError(f"forks.select is {self.select} with forks.scope=fixed: a fixed threshold selects `top` or `bottom`")
@@ -51,12 +51,13 @@ class Loss(Section):
     dual_clip: AboveOne | None = None
     """c: with a negative advantage the loss of `clip` is at most c |A| (official code: 10)."""
     sapo_temperatures: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1.0, 1.05)
-    """Of `sapo`'s gate for positive and for negative advantages."""
+    """Steepness of `sapo`'s gate for positive and for negative advantages."""
     importance_cap: Positive | None = None
-    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs of older weights or another precision. Empty: by 1."""
+    """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs from older weights or in another precision. Unset: no
+    weighting."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
-    """One exact mean over the mini-batch's tokens; the official code's mean a micro-batch weighted by its sequences; or a mean a
-    response (GRPO)."""
+    """One exact mean over the mini-batch's tokens; the official code's mean per micro-batch, weighted by its number of sequences; or a mean
+    per response (GRPO)."""
     normalize_advantage: bool = True
     """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
     head_memory_mb: Megabytes = 256
@@ -75,7 +76,7 @@ class Optimizer(Section):
     warmup_steps: CountOrZero = 0
     """Optimizer updates over which the rate grows from 0 to `lr`."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Course after the warm-up, down to `min_lr` at the last update."""
+    """Schedule after the warm-up, down to `min_lr` at the last update."""
     min_lr: NonNegative = 0.0
     """Learning rate at the end of a decay."""
     weight_decay: NonNegative = 0.1
@@ -85,12 +86,14 @@ class Optimizer(Section):
     eps: Positive = 1e-8
     """Adam's epsilon."""
     grad_clip: NonNegative = 1.0
-    """Global gradient norm at most this; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 turns clipping off."""
     overlap: bool = False
-    """Reduce gradients during the backward and gather updated weights during the next forward, instead of before and after it."""
+    """Overlap the reduction of gradients with the backward, and the gathering of updated weights with the next forward."""
 
     @model_validator(mode="after")
     def _rate_falls(self) -> Optimizer:
         if self.min_lr > self.lr:
-            raise ValueError(f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at it, choose a smaller one")
+            raise ValueError(
+                f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller one"
+            )
         return self

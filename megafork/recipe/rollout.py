@@ -22,7 +22,7 @@ from megafork.recipe.kinds import (
 )
 
 MOST_RESPONSES = 10_000_000
-"""Of a step."""
+"""Responses per step."""
 
 
 class Rollout(Section):
@@ -31,42 +31,42 @@ class Rollout(Section):
     samples: Annotated[int, Field(ge=1, le=1 << 16)] = 16
     """G, responses to each prompt."""
     max_response_length: Tokens = 20480
-    """Tokens of a response at most, end-of-sequence included."""
+    """Maximum tokens in a response, end-of-sequence included."""
     temperature: Temperature = 1.0
-    """T of the roll-out; log-probs and entropies are taken at it as well."""
+    """T of the roll-out; log-probs and entropies are taken at the same T."""
     fork_temperature: Annotated[tuple[Temperature, Temperature, NonNegative], Field(strict=False)] | None = None
-    """[low, high, threshold], in the place of `temperature`: `high` where the entropy of the next token at temperature 1 is above
-    `threshold` nats (the paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
+    """[low, high, threshold], replaces `temperature`: `high` at tokens whose entropy at temperature 1 is above `threshold` nats (the
+    paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
     tp: Ranks = 1
     """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
     dynamic_sampling: bool = True
     """Drop groups whose responses are all right or all wrong, and sample others."""
     max_refills: CountOrZero = 10
-    """Rounds of dynamic sampling after the first before the step trains on what there is."""
+    """Maximum additional rounds of dynamic sampling before the step trains on the groups it has."""
     max_empty_steps: Count = 10
     """Steps in a row without a response to learn from (each group all right or all wrong) after which the run ends, with a checkpoint."""
     max_mismatch: Positive | None = None
-    """KL between vLLM's and the trainer's log-probs at equal weights, in nats per token, over which the first step stops the run before it
-    trains. Unset: 1e-4 in fp32, 0.01 in bf16, 0.05 where FP8 takes part."""
+    """KL between vLLM's and the trainer's log-probs at equal weights, in nats per token, above which the first step stops the run before it
+    trains. Unset: 1e-4 in fp32, 0.01 in bf16, 0.05 with FP8."""
     kv_cache_mb: Megabytes | None = None
-    """KV cache of an engine in MiB. Empty: `gpu_memory_fraction` of the GPU, or 256 without one."""
+    """KV cache per engine in MiB. Unset: limited by `gpu_memory_fraction` of the GPU, or 256 without a GPU."""
     gpu_memory_fraction: Fraction = 0.6
     """Share of a GPU's memory for vLLM's weights and KV cache."""
     park_training: bool = False
-    """Keep gradients and optimizer state off the GPU while vLLM has it: room for a larger `gpu_memory_fraction`, for a way to host memory
-    and back every step. Not with `servers`, which have GPUs of their own."""
+    """Move gradients and optimizer state off the GPU while vLLM uses it: room for a larger `gpu_memory_fraction`, at the cost of a host
+    round trip per step. Not with `servers`, which have their own GPUs."""
     max_running: Count = 256
-    """Requests an engine decodes at once."""
+    """Requests that an engine decodes at once."""
     servers: list[str] = Field(default=[])
     """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`; those on other
-    machines share the secret MEGAFORK_SECRET with the trainer. Empty: engines in the trainer's own processes."""
+    machines share the secret MEGAFORK_SECRET with the trainer. If empty, engines run in the trainer's own processes."""
     staleness: CountOrZero = 0
-    """Steps by which the weights that write a token may be behind: so many steps are rolled out ahead, while others train, and go on with
-    new weights as these come. 0: each step with the weights before it. Above 0 it needs `servers` and `loss.importance_cap`."""
+    """Steps by which the weights that generate a token may lag behind: this many steps are rolled out ahead, while others train, and switch
+    to new weights when these arrive. 0: each step uses the latest weights. Above 0 it needs `servers` and `loss.importance_cap`."""
     request_limit_s: Seconds = 3600.0
-    """Seconds one response of a server may take. Over it: another server is asked."""
+    """Time limit in seconds for one response from a server. Beyond it, another server is tried."""
     server_limit_s: Seconds = 300.0
-    """Seconds a server may take for a part of a refit, and a run goes on without any server."""
+    """Seconds that a server may take for its part of a refit, and that a run may continue without any server."""
 
     @field_validator("servers")
     @classmethod
@@ -83,15 +83,15 @@ class Rollout(Section):
         if self.prompts * self.samples > MOST_RESPONSES:
             raise ValueError(
                 f"rollout.prompts x rollout.samples is {self.prompts} x {self.samples}: a step of more than {MOST_RESPONSES:,} responses "
-                "is surely a slip; choose fewer"
+                "is surely a mistake; choose fewer"
             )
         if self.fork_temperature and self.temperature != 1:
-            raise ValueError(f"rollout.temperature is {self.temperature} beside rollout.fork_temperature, which takes its place: drop one")
+            raise ValueError(f"rollout.temperature is {self.temperature} but rollout.fork_temperature replaces it: drop one of them")
         if self.staleness and not self.servers:
             raise ValueError(
-                f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes wait for it; "
-                "name servers, or set rollout.staleness=0"
+                f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes can't roll out "
+                "ahead; name servers, or set rollout.staleness=0"
             )
         if self.park_training and self.servers:
-            raise ValueError("rollout.park_training is true with rollout.servers: these leave the trainer its GPUs; set it to false")
+            raise ValueError("rollout.park_training is true with rollout.servers: servers have their own GPUs; set it to false")
         return self

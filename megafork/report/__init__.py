@@ -1,1 +1,1 @@
-"""Looking at runs: entropy statistics and the HTML report. Reads run folders; never a model."""
+"""Inspecting runs: entropy statistics and the HTML report. Reads run folders, never a model."""

@@ -1,4 +1,4 @@
-"""The report's figures over the steps: one entry of a table each, naming the metrics it draws."""
+"""The report's figures over the steps: a table with one entry per figure, which names the metrics it draws."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Chart:
 LEARNING = (
     Chart(
         "Accuracy",
-        "Share of right responses: each step's roll-outs, and the held-out prompts.",
+        "Share of correct responses: each step's roll-outs, and the held-out prompts.",
         (Curve("accuracy/mean", "training", "blue"), Curve("eval/accuracy", "held out", "ink", dots=True)),
         form=numbers.percent,
         axis=numbers.short_percent,
     ),
     Chart(
         "Response length",
-        "Mean number of tokens in a response.",
+        "Mean number of tokens per response.",
         (Curve("response_length/mean", "training", "blue"), Curve("eval/response_length", "held out", "ink", dots=True)),
     ),
     Chart("Supervised loss", "Mean negative log-prob of the target tokens, in nats.", (Curve("loss/sft", "loss", "blue"),)),
@@ -45,10 +45,10 @@ LEARNING = (
 ENTROPY = (
     Chart(
         "Entropy",
-        "Nats a token: mean of all response tokens, their 80th percentile, and mean of the forks.",
+        "Nats per token: mean of all response tokens, their 80th percentile, and mean of the forks.",
         (Curve("entropy/mean", "all", "blue"), Curve("entropy/p80", "p80", "violet"), Curve("entropy/forks", "forks", "orange")),
     ),
-    Chart("Threshold τ", "The entropy in nats that parts the selected tokens from the others.", (Curve("forks/tau", "τ", "orange"),)),
+    Chart("Threshold τ", "The entropy in nats that separates the selected tokens from the others.", (Curve("forks/tau", "τ", "orange"),)),
 )
 UPDATES = (
     Chart("Gradient norm", "Before clipping.", (Curve("grad_norm", "norm", "blue"),)),
@@ -61,11 +61,11 @@ UPDATES = (
     ),
 )
 MACHINE = (
-    Chart("Throughput", "Tokens a second over the whole step.", (Curve("throughput/tokens_per_s", "tokens/s", "blue"),)),
+    Chart("Throughput", "Tokens per second over the whole step.", (Curve("throughput/tokens_per_s", "tokens/s", "blue"),)),
     Chart("Memory", "Peak of the largest rank, GB.", (Curve("memory/peak_gb", "GB", "blue"),)),
     Chart(
         "Roll-out mismatch",
-        "How far the roll-out engine's log-probs lie from the trainer's for the same tokens (log scale).",
+        "Difference between the roll-out engine's and the trainer's log-probs for the same tokens (log scale).",
         (Curve("rollout_mismatch/max", "largest", "orange"), Curve("rollout_mismatch/kl", "KL", "blue")),
         log=True,
     ),
@@ -74,7 +74,7 @@ PHASES = (("rollout", "blue"), ("reward", "sky"), ("score", "sand"), ("update", 
 
 
 def draw(metrics: list[Metrics], charts: Sequence[Chart]) -> list[str]:
-    """The charts as cards; one without any value is left out."""
+    """The charts as cards, omitting those without values."""
     drawn = []
     for chart in charts:
         curves = [curve for curve in chart.curves if known_values(metrics, curve.key)]
@@ -90,7 +90,7 @@ def draw(metrics: list[Metrics], charts: Sequence[Chart]) -> list[str]:
 
 
 def draw_phases(metrics: list[Metrics]) -> list[str]:
-    """The card of each step's time by phase, or nothing."""
+    """The card of each step's time by phase, if there are any."""
     rows = [row for row in metrics if any(number(row, f"time/{name}") is not None for name, _ in PHASES)]
     series = [figures.Series(name, [number(row, f"time/{name}") for row in rows], style) for name, style in PHASES]
     rest = [max(0.0, (number(row, "time/step") or 0.0) - sum(number(row, f"time/{name}") or 0.0 for name, _ in PHASES)) for row in rows]
@@ -105,11 +105,11 @@ def draw_phases(metrics: list[Metrics]) -> list[str]:
 
 
 def number(row: Metrics, key: str) -> float | None:
-    """The metric as a finite float, None where the line lacks it or holds anything else."""
+    """The metric as a finite float, or None if the line has none."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
 
 
 def known_values(metrics: list[Metrics], key: str) -> list[float]:
-    """The metric at each step that has it."""
+    """The metric's values at the steps that have it."""
     return [value for row in metrics if (value := number(row, key)) is not None]

@@ -1,4 +1,4 @@
-"""comparison.html: several runs on one page, each metric in one figure, and the settings in which the runs differ."""
+"""comparison.html: several runs on one page, with one figure per metric and the settings in which the runs differ."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megafork.report.summary import headline, run_name, warnings
 from megafork.run_folder import Metrics, read_recipe, read_steps
 
 STYLES = ("blue", "orange", "green", "violet", "sand", "sky", "ink", "grey")
-"""A run each, in the order given."""
+"""One style per run, in the order given."""
 _OWN_TO_EACH = ("run.name", "run.folder")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One of the runs; `letter` and `style` stand for it in the figures."""
+    """One of the runs; `letter` and `style` identify it in the figures."""
 
     letter: str
     style: str
@@ -33,10 +33,10 @@ class Run:
 
 
 def write_comparison(folders: Sequence[Path], path: Path | None = None, *, refresh: float | None = None) -> Path:
-    """Write the page of these runs to `path`, by default `comparison.html` beside the first, and return the path.
+    """Write the page of these runs to `path`, by default `comparison.html` next to the first, and return the path.
 
-    `refresh`: seconds after which an open page loads itself again. Raises RecipeError, in one line, for more runs than there are colours,
-    a run given twice, or one that cannot be read.
+    `refresh`: seconds after which an open page reloads. Raises RecipeError, in one line, for more runs than there are colours, a run given
+    twice, or one that cannot be read.
     """
     runs = read_runs(folders)
     names = ", ".join(run.name for run in runs)
@@ -57,7 +57,7 @@ def write_comparison(folders: Sequence[Path], path: Path | None = None, *, refre
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """In the order given. Runs of one name are told apart by their folders."""
+    """Read the runs, in the order given. Runs with the same name are labelled by their folders."""
     if len(folders) > len(STYLES):
         raise RecipeError(f"RUN is given {len(folders)} times: a page compares at most {len(STYLES)} runs")
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -72,8 +72,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _header(runs: list[Run]) -> str:
     notes = [f"{run.letter}: {note}" for run in runs for note in warnings(run.metrics, run.recipe)]
-    said = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
-    return f'<p class="eyebrow">mega<i>fork</i> comparison</p><h1>{len(runs)} runs</h1>{page.legend(_key(runs))}{_numbers(runs)}{said}'
+    warned = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
+    return f'<p class="eyebrow">mega<i>fork</i> comparison</p><h1>{len(runs)} runs</h1>{page.legend(_key(runs))}{_numbers(runs)}{warned}'
 
 
 def _key(runs: list[Run]) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ def _key(runs: list[Run]) -> list[tuple[str, str]]:
 
 
 def _numbers(runs: list[Run]) -> str:
-    """What stands at the head of each run's own report, side by side."""
+    """The headline numbers of the runs' own reports, side by side."""
     columns = [{label: value for label, value, _ in headline(run.metrics)} for run in runs]
     steps = ["steps", *(f"{run.metrics[-1]['step']:,}" for run in runs)]
     labels = dict.fromkeys(label for column in columns for label in column)
@@ -115,7 +115,7 @@ def _phases(runs: list[Run]) -> str:
         known = [known_values(run.metrics, f"time/{name}") for run in runs]
         if any(known):
             rows.append([name, *(numbers.seconds(sum(column) / len(column)) if column else numbers.MISSING for column in known)])
-    return page.figure("Where a step's time goes", "Mean of all steps, by phase.", _by_run(runs, rows)) if rows else ""
+    return page.figure("Where a step's time goes", "Mean over all steps, by phase.", _by_run(runs, rows)) if rows else ""
 
 
 def _differences(runs: list[Run]) -> str:

@@ -1,4 +1,4 @@
-"""Statistics of token entropies: the summary that is printed, and the counts behind the histogram."""
+"""Statistics of token entropies: the printed summary, and the counts behind the histogram."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def entropy_summary(entropies: Sequence[float] | np.ndarray) -> dict[str, float 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Token counts by entropy: bin i covers [edges[i], edges[i + 1]), the last bin its upper edge as well."""
+    """Token counts by entropy: bin i covers [edges[i], edges[i + 1]), and the last bin also its upper edge."""
 
     edges: list[float]
     counts: list[int]
@@ -36,7 +36,7 @@ class Histogram:
 
 
 def histogram_edges(top: float, *, tau: float | None = None, bins: int = 40) -> np.ndarray:
-    """Edges of about `bins` equal bins from 0 to `top`, the largest entropy, or just above it; with `tau` one of them is `tau`."""
+    """Edges of about `bins` equal bins from 0 to `top`, the largest entropy, or just above it; one edge is `tau` if given."""
     top = top if top > 0 else 1.0
     width, below = top / bins, 0
     if tau is not None and width < tau <= top:
@@ -45,14 +45,14 @@ def histogram_edges(top: float, *, tau: float | None = None, bins: int = 40) -> 
     edges = width * np.arange(math.ceil(top / width - 1e-6) + 1)
     edges[-1] = max(edges[-1], top)
     if tau is not None and below and below < len(edges) - 1:
-        edges[below] = tau  # to the bit: tau is the entropy of a token, which belongs above
+        edges[below] = tau  # exactly: tau is a token's entropy, and the token belongs above the edge
     return edges
 
 
 def entropy_histogram(entropies: np.ndarray, mask: np.ndarray, *, tau: float | None = None, bins: int = 40) -> Histogram:
     """Counts of all tokens and of the selected ones in about `bins` equal bins from 0 to the largest entropy or just above it.
 
-    `mask` is bool, same shape. With `tau` the bins are made to end at it, so that none holds tokens of both its sides.
+    `mask` is bool, same shape. `tau`, if given, is an edge, so that no bin has tokens from both sides of it.
     """
     edges = histogram_edges(float(entropies.max()) if entropies.size else 0.0, tau=tau, bins=bins)
     counts, _ = np.histogram(entropies, edges)

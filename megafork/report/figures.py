@@ -1,6 +1,6 @@
-"""Figures as inline SVG: a pure function from numbers to a string. Colours and fonts come from the page's style sheet by class name.
+"""Figures as inline SVG, by pure functions from numbers to a string. Colours and fonts come from the page's style sheet by class name.
 
-A figure is 400 units wide, so that its text stays legible both two to a row on a desktop and alone on a phone.
+A figure is 400 units wide, so that its text is legible both two per row on a desktop and alone on a phone.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Format = Callable[[float | None], str]
 
 WIDTH, HEIGHT = 400, 220
 LEFT, TOP, BOTTOM = 42, 14, 30
-LETTER = 5.9  # mean width of a label's letter, to leave room for it
-MOST_POINTS = 400  # of a curve: one a unit of width
-MOST_BANDS = 120  # places to hover over
+LETTER = 5.9  # mean width of a letter in a label, to reserve room for it
+MOST_POINTS = 400  # per curve: one per unit of width
+MOST_BANDS = 120  # hover bands per figure
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: a value or None for each step. `dots` marks a sparse series: its points are drawn and joined across gaps."""
+    """One curve: a value or None per step. `dots` marks a sparse series: its points are drawn and joined across gaps."""
 
     name: str
     values: Sequence[float | None]
@@ -34,7 +34,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps a value in [low, high] to a coordinate in [start, end], linearly or by its logarithm. An empty range maps to the middle."""
+    """Maps a value in [low, high] to a coordinate in [start, end], linearly or logarithmically. An empty range maps to the middle."""
 
     low: float
     high: float
@@ -82,8 +82,8 @@ def line_chart(
     log: bool = False,
     unit: str = "step",
 ) -> str:
-    """Curves over the steps (ascending), each named at its right end. `form` writes values in tooltips, `axis` those on the y axis;
-    `unit` is what the x axis counts where it is not steps.
+    """Curves over the steps (ascending), each labelled at its right end. `form` formats values in tooltips, `axis` those on the y axis;
+    `unit` is the unit of the x axis.
 
     The y axis starts at 0 unless values are negative or `log` is set, which drops values that are not positive.
     """
@@ -102,7 +102,7 @@ def line_chart(
 
 
 def stacked_bars(label: str, steps: Sequence[int], series: Sequence[Series], *, form: Format = numbers.seconds) -> str:
-    """A bar a step, its parts stacked in the order of `series`; None counts as 0. Neighbours are averaged beyond 60 bars."""
+    """One bar per step, its parts stacked in the order of `series`; None counts as 0. Beyond 60 bars, neighbouring steps are averaged."""
     per_bar = max(1, math.ceil(len(steps) / 60))
     starts = range(0, len(steps), per_bar)
     heights = [[_mean(s.values[i : i + per_bar]) for s in series] for i in starts]
@@ -130,7 +130,7 @@ def stacked_bars(label: str, steps: Sequence[int], series: Sequence[Series], *, 
 
 
 def histogram(label: str, bins: Histogram, *, tau: float | None) -> str:
-    """Token counts (log scale) over entropy in nats; the selected tokens in front of all; `tau` as a dashed line."""
+    """Token counts (log scale) over entropy in nats, the selected tokens in front of all tokens, and `tau` as a dashed line."""
     top = max(bins.counts, default=0)
     if not top:
         return ""
@@ -139,7 +139,7 @@ def histogram(label: str, bins: Histogram, *, tau: float | None) -> str:
     y = Scale(0.7, marks[-1], HEIGHT - BOTTOM, TOP, log=True)  # a count of 1 is visible above the axis
     parts = [_grid(y, marks, numbers.short)]
     for tick in nice_ticks(x.low, x.high, 6):
-        if x(tick) < x.end - 36:  # the unit stands at the end
+        if x(tick) < x.end - 36:  # leaves room for the unit at the end
             parts.append(f'<text class="x" x="{x(tick):.1f}" y="{HEIGHT - 12}">{numbers.short(tick)}</text>')
     parts.append(f'<text class="unit" x="{WIDTH - 14}" y="{HEIGHT - 12}" text-anchor="end">nats</text>')
     total = sum(bins.counts)
@@ -191,7 +191,7 @@ def _curve(steps: Sequence[int], series: Series, x: Scale, y: Scale) -> str:
 
 
 def _runs(steps: Sequence[int], series: Series) -> list[list[tuple[int, float]]]:
-    """The known points, broken where values are missing unless the series is sparse."""
+    """The known points, split at missing values unless the series is sparse."""
     runs: list[list[tuple[int, float]]] = [[]]
     for step, value in zip(steps, series.values, strict=True):
         if value is not None:
@@ -202,7 +202,7 @@ def _runs(steps: Sequence[int], series: Series) -> list[list[tuple[int, float]]]
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most MOST_POINTS points: the lowest and the highest of each run of neighbours, so that no spike is lost; first and last stay."""
+    """At most MOST_POINTS points: the lowest and the highest of each group of neighbours, so that no spike is lost, and first and last."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(2 * len(points) / (MOST_POINTS - 2))
@@ -214,7 +214,7 @@ def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _names(series: Sequence[Series], x: Scale, y: Scale) -> str:
-    """Each curve's name beside its last value; names that would overlap are moved apart."""
+    """Each curve's name next to its last value; names that would overlap are moved apart."""
     last = [(next(v for v in reversed(s.values) if v is not None), s) for s in series if any(v is not None for v in s.values)]
     parts, free = [], HEIGHT - BOTTOM - 2.0
     room = {id(s): place for place, (_, s) in enumerate(sorted(last, key=lambda item: -item[0]))}
@@ -226,7 +226,7 @@ def _names(series: Sequence[Series], x: Scale, y: Scale) -> str:
 
 
 def _bands(steps: Sequence[int], series: Sequence[Series], x: Scale, y: Scale, form: Format, unit: str) -> str:
-    """Invisible bands, one a step shown, that answer the pointer with a cursor, dots and a tooltip."""
+    """Invisible bands, one per step shown, that show a cursor, dots and a tooltip on hover."""
     stride = math.ceil(len(steps) / MOST_BANDS)
     shown = sorted({*range(0, len(steps), stride), len(steps) - 1})
     half = (x.end - x.start) / max(len(shown) - 1, 1) / 2

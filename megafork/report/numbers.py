@@ -1,4 +1,4 @@
-"""How numbers are written for people: in the report, on the live line, in tables. A missing number is an en dash."""
+"""Number formats for the report, the live line and tables. A missing number is an en dash."""
 
 from __future__ import annotations
 

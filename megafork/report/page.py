@@ -1,6 +1,6 @@
-"""The page around the figures: its skeleton, and the few building blocks that sections are made of.
+"""The HTML page: its skeleton, and the few building blocks of its sections.
 
-One file, no script, no font and no picture from elsewhere: the content security policy forbids all of them.
+A single file without scripts or external fonts and pictures: the content security policy forbids all of them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megafork.report.style import STYLE
 CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
     (0x7F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)), 0xFFFD
 )
-"""Control characters by their pictures; text direction overrides and halves of surrogate pairs by the replacement character."""
+"""Maps control characters to their pictures; text direction overrides and halves of surrogate pairs to the replacement character."""
 
 
 def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer: str, refresh: float | None = None) -> str:
-    """The whole document. `sections` are (heading, HTML) in order; those without HTML are left out.
+    """The whole document. `sections` are (heading, HTML) in order; those without HTML are omitted.
 
-    Titles and headings are escaped here; `header`, `footer` and the sections' HTML must be safe already. Control characters, which
-    could hide or reorder the text around them, are made visible wherever they stand. `refresh`: seconds after which a browser loads the
-    page again, whole ones and at least 1; None never.
+    Titles and headings are escaped here; `header`, `footer` and the sections' HTML must already be safe. Control characters, which could
+    hide or reorder the text around them, are made visible everywhere. `refresh`: seconds after which a browser reloads the page, rounded,
+    at least 1; None: never.
     """
     shown = [(f"s{number}", heading, body) for number, (heading, body) in enumerate(sections) if body]
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in shown)
@@ -51,7 +51,7 @@ def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer
 
 
 def write(path: Path, document: str) -> Path:
-    """Replace the file in one piece, so that a reader never sees half a page."""
+    """Replace the file atomically, so that a reader never sees half a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path, alone=False) as unfinished:  # a run that ends and a command that watches it may both write
         unfinished.write_text(document, encoding="utf-8")
@@ -59,7 +59,7 @@ def write(path: Path, document: str) -> Path:
 
 
 def numbers_row(items: Sequence[tuple[str, str, str]]) -> str:
-    """The headline numbers from (label, value, remark), the first in large; an arrow in a value parts before from after."""
+    """The headline numbers from (label, value, remark), the first one large; an arrow in a value separates before from after."""
     cells = []
     for place, (label, value, remark) in enumerate(items):
         shown = escape(value).replace("→", "<i>→</i>")
@@ -69,13 +69,13 @@ def numbers_row(items: Sequence[tuple[str, str, str]]) -> str:
 
 
 def figure(heading: str, note: str, svg: str, key: Sequence[tuple[str, str]] = ()) -> str:
-    """A card with a heading, a line of explanation, an optional key of (colour class, text), and the drawing."""
+    """A card with a heading, a line of explanation, an optional legend of (colour class, text), and the drawing."""
     caption = f'<figcaption><h3>{escape(heading)}</h3><p class="note">{escape(note)}</p></figcaption>'
     return f"<figure>{caption}{legend(key)}{svg}</figure>"
 
 
 def legend(key: Sequence[tuple[str, str]]) -> str:
-    """What each colour stands for, from (colour class, text)."""
+    """The legend of a figure, from (colour class, text)."""
     entries = "".join(f'<li><i class="{style}"></i>{escape(text)}</li>' for style, text in key)
     return f'<ul class="key">{entries}</ul>' if key else ""
 
@@ -85,7 +85,7 @@ def charts(figures: Sequence[str]) -> str:
 
 
 def share_strip(parts: Sequence[tuple[str, str, float]]) -> str:
-    """A strip cut in proportion to (colour class, text, share), with the list of shares below it."""
+    """A strip divided in proportion to (colour class, text, share), with the list of shares below it."""
     strip = "".join(f'<i class="{style}" style="flex:{share:.5f}" title="{escape(text)}: {share:.1%}"></i>' for style, text, share in parts)
     rows = "".join(f'<li><i class="{style}"></i><span>{escape(text)}</span><b>{share:.1%}</b></li>' for style, text, share in parts)
     return f'<div class="strip" aria-hidden="true">{strip}</div><ul class="share">{rows}</ul>'

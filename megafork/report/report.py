@@ -1,6 +1,6 @@
-"""report.html: what a run did, on one page that needs nothing else.
+"""report.html: a run's report on one self-contained page.
 
-Each section is a function from what was read to HTML; one without data gives "" and is left out.
+Each section is a function from the data read to HTML; a section without data is "" and omitted.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ PERCENTILES = ("mean", "p50", "p80", "p95")
 
 
 def write_report(run_folder: Path, path: Path | None = None, *, refresh: float | None = None) -> Path:
-    """Write a run's page to `path`, by default `report.html` in its folder, and return the path. What the run has not written is left out.
+    """Write a run's page to `path`, by default `report.html` in its folder, and return the path. Sections without data are omitted.
 
-    `refresh`: seconds after which an open page loads itself again. Raises RecipeError, in one line, for a folder without metrics or with
-    a damaged file. The page is replaced in one piece.
+    `refresh`: seconds after which an open page reloads. Raises RecipeError, in one line, for a folder without metrics or with a damaged
+    file. The page is replaced atomically.
     """
     return page.write(path or run_folder / "report.html", report_html(run_folder, refresh))
 
@@ -74,7 +74,7 @@ def _header(metrics: list[Metrics], recipe: dict[str, Any], folder: Path) -> str
 
 
 def _summary(metrics: list[Metrics], recipe: dict[str, Any]) -> str:
-    """One or two sentences: which model, trained how, for how long."""
+    """One or two sentences: which model was trained, how, and for how long."""
     model, done, planned = setting(recipe, "model", "path"), metrics[-1]["step"], setting(recipe, "train", "steps")
     supervised = bool(known_values(metrics, "loss/sft"))
     words = ["/".join(Path(str(model)).parts[-2:]) if model else "A model", f"trained for {done:,} steps"]
@@ -85,7 +85,7 @@ def _summary(metrics: list[Metrics], recipe: dict[str, Any]) -> str:
     layout = ", ".join(f"{name.upper()} {size}" for name, size in sizes if isinstance(size, int) and size > 1)
     sentence = " ".join(word for word in words if word) + (f", with {layout}." if layout else ".")
     prompts, samples = setting(recipe, "rollout", "prompts"), setting(recipe, "rollout", "samples")
-    return sentence if supervised or not (prompts and samples) else f"{sentence} A step is {prompts} prompts with {samples} responses each."
+    return sentence if supervised or not (prompts and samples) else f"{sentence} {prompts} prompts per step, with {samples} responses each."
 
 
 def _selection(recipe: dict[str, Any]) -> str:
@@ -100,9 +100,9 @@ def _selection(recipe: dict[str, Any]) -> str:
 
 
 def _rollouts(run_folder: Path, metrics: list[Metrics]) -> tuple[str, str]:
-    """The histogram and the coloured responses of the last roll-out file, "" for each that it cannot fill.
+    """The histogram and the coloured responses of the last roll-out file, "" for each without data.
 
-    Files of later steps than the metrics were left by a run that was killed, and will be written again.
+    Files of steps beyond the metrics were left by a killed run and will be overwritten.
     """
     files = [file for file in rollout_files(run_folder) if step_of(file) <= metrics[-1]["step"]]
     if not files:
@@ -142,9 +142,9 @@ def _responses(groups: list[list[dict[str, Any]]], step: int) -> str:
     if not blocks:
         return ""
     note = (
-        f"From step {step}: the same prompt answered rightly and wrongly where there are both. The stronger the tint, the less certain the "
-        "model was of what comes next; underlined tokens are those that the update learned from. Point at a token, or reach an underlined "
-        "one with Tab, for its numbers."
+        f"From step {step}: a right and a wrong answer to the same prompt, if there are both. The stronger the tint, the less certain the "
+        "model was about the next token; the update learned from the underlined tokens. Hover over a token, or Tab to an underlined one, "
+        "for its numbers."
     )
     return f"<p>{note}</p>{legend_html()}{''.join(blocks)}"
 

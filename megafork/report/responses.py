@@ -1,6 +1,6 @@
-"""Responses as HTML: every token tinted by its entropy, the selected ones (forks) underlined, the facts of each in its tooltip.
+"""Responses as HTML: every token tinted by its entropy, the selected ones (forks) underlined, and each token's numbers in a tooltip.
 
-Tinted in fixed steps of nats, so that two reports can be compared by eye. The text content of the markup is the response itself.
+Tints change at fixed entropies, so that reports can be compared by eye. The text content of the markup is the response itself.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import pyarrow.parquet as parquet
 from megafork.report import numbers
 
 TINTS = (0.05, 0.2, 0.5, 1.0, 1.5)
-"""Entropies in nats at which the tint grows stronger: class h0 below the first, h5 from the last on."""
+"""Entropies in nats at which the tint gets stronger: class h0 below the first, h5 from the last one up."""
 
 MOST_TOKENS = 800
-"""Tokens of a response that are shown."""
+"""Tokens shown per response."""
 
 Row = dict[str, Any]
 """One response as read from rollouts/step_*.parquet."""
 
 
 def choose_rows(file: parquet.ParquetFile, *, prompts: int = 3, each: int = 1) -> list[list[int]]:
-    """Row indices to show, a list a prompt: for prompts with right and wrong responses, the first `each` of both, right before wrong.
+    """Row indices to show, one list per prompt: of prompts with right and wrong responses, the first `each` of both, right ones first.
 
-    Prompts nearest to half right come first, those without contrast last; they are shown only if no prompt has any.
+    Prompts closest to half right come first. Prompts without contrast are shown only if no prompt has any.
     """
     table = file.read(columns=["prompt_index", "accuracy"]).to_pydict()
     groups: dict[int, list[int]] = {}
@@ -48,7 +48,7 @@ def choose_rows(file: parquet.ParquetFile, *, prompts: int = 3, each: int = 1) -
 
 
 def response_html(row: Row) -> str:
-    """One response as an <article>: verdict, a line of facts, and its tokens."""
+    """One response as an <article>: the verdict, a line of numbers, and its tokens."""
     right = (row["accuracy"] or 0) >= 0.5
     length, forks = len(row["tokens"]), sum(row["mask"])
     facts = [f"{length:,} tokens", f"{forks:,} selected", f"advantage {_signed(row['advantage'])}"]
@@ -65,13 +65,13 @@ def response_html(row: Row) -> str:
 
 
 def tokens_html(row: Row) -> str:
-    """The response's first tokens, a <span> each. Forks can be reached by Tab, every token by a tap; both show the tooltip's text."""
+    """The response's first tokens, one <span> each. Tab moves to forks, a tap to any token; both show the tooltip's text."""
     columns = (row["pieces"], row["entropies"], row["log_probs"], row["mask"])
     return "".join(_token(*token, row["advantage"]) for token in list(zip(*columns, strict=True))[:MOST_TOKENS])
 
 
 def legend_html() -> str:
-    """The scale of tints and the mark of a fork."""
+    """The legend: the scale of tints and the mark of a fork."""
     names = [f"< {TINTS[0]}", *(f"{low} to {high}" for low, high in pairwise(TINTS)), f"≥ {TINTS[-1]}"]
     tints = "".join(f'<span class="h{level}">{name}</span>' for level, name in enumerate(names))
     return f'<p class="scale"><span>entropy, nats</span>{tints}<span class="fork">selected</span></p>'

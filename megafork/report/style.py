@@ -1,7 +1,7 @@
-"""The report's style sheet: light and dark by the reader's setting, one column on a phone, no font or picture from elsewhere."""
+"""The report's style sheet: light or dark by the reader's setting, one column on a phone, no external fonts or pictures."""
 
 COLOURS = ("blue", "orange", "green", "violet", "sky", "sand", "grey", "ink")
-"""Classes that curves, bars and keys may use. Blue stands for all tokens, orange for forks; told apart with any colour vision."""
+"""Classes for curves, bars and keys. Blue means all tokens, orange forks; distinguishable with any colour vision."""
 
 _SHEET = """
 :root {

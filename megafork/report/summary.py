@@ -1,4 +1,4 @@
-"""A run in a few numbers and words, for the heads of reports."""
+"""A run in a few numbers and words, for the headers of reports."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megafork.run_folder import Metrics
 
 
 def setting(recipe: dict[str, Any], section: str, key: str) -> Any:
-    """A key's value, None where the recipe lacks it."""
+    """A key's value, None if the recipe does not have it."""
     values = recipe.get(section)
     return values.get(key) if isinstance(values, dict) else None
 
 
 def run_name(recipe: dict[str, Any], folder: Path) -> str:
-    """As the recipe says, else the folder's."""
+    """The run's name in the recipe, else the folder's."""
     return str(setting(recipe, "run", "name") or folder.resolve().name)
 
 
 def headline(metrics: list[Metrics]) -> list[tuple[str, str, str]]:
-    """(label, value, remark) of the numbers at the top; what was measured before and after comes first, and the first says when."""
+    """(label, value, remark) of the headline numbers: first those with a value before and after, the very first with its steps."""
     items: list[tuple[str, str, str]] = []
     for key, label, form in (
         ("eval/accuracy", "held-out accuracy", numbers.percent),
@@ -47,7 +47,7 @@ def headline(metrics: list[Metrics]) -> list[tuple[str, str, str]]:
 
 
 def warnings(metrics: list[Metrics], recipe: dict[str, Any]) -> list[str]:
-    """What a reader should know before trusting the curves."""
+    """Caveats that a reader should know before trusting the curves."""
     notes = []
     planned = setting(recipe, "train", "steps")
     if isinstance(planned, int) and metrics[-1]["step"] < planned:

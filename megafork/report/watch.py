@@ -1,4 +1,4 @@
-"""A page that follows its runs: written again and again while they go on."""
+"""Keeps a report page up to date while its runs are in progress."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megafork.run_folder import read_metrics, read_recipe
 
 
 def write_page(folders: Sequence[Path], path: Path | None = None, *, refresh: float | None = None) -> Path:
-    """The report of one run, or the comparison of several. `refresh`: seconds after which an open page loads itself again, None never."""
+    """Write the report of one run, or the comparison of several. `refresh`: seconds after which an open page reloads; None: never."""
     if len(folders) == 1:
         return write_report(folders[0], path, refresh=refresh)
     return write_comparison(folders, path, refresh=refresh)
 
 
 def watch(folders: Sequence[Path], path: Path | None = None, *, seconds: float) -> Path:
-    """Write the page every `seconds` until each run has its last step, or until Ctrl-C; returns where it is.
+    """Write the page every `seconds` until each run has its last step, or until Ctrl-C; returns its path.
 
-    Waits for a run that has not written a step yet, and for one that is continued after a kill. The last page loads itself no more.
-    Raises RecipeError as `write_page` does, for what waiting does not mend.
+    Waits for a run that has not written a step yet, and for a killed run to resume. The final page no longer reloads.
+    Raises RecipeError as `write_page` does, for errors that waiting does not fix.
     """
     stopped: list[int] = []
-    # An exception of Python's own handler would be lost where it comes in a callback or a finalizer.
+    # Python's own handler raises an exception, which would be lost if raised in a callback or a finalizer.
     before = signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     try:
         while not (stopped or all(map(_finished, folders))):
@@ -47,6 +47,6 @@ def _begun(folder: Path) -> bool:
 
 
 def _finished(folder: Path) -> bool:
-    """Whether the run has written its last step. One without a recipe, which says how many there are, is not waited for."""
+    """Whether the run has written its last step. A run without a recipe, whose number of steps is unknown, counts as finished."""
     steps = setting(read_recipe(folder), "train", "steps")
     return _begun(folder) and (not isinstance(steps, int) or read_metrics(folder / "metrics.jsonl")[-1]["step"] >= steps)

@@ -30,7 +30,7 @@ def reward_of(response: Response, reward: Reward, max_length: int) -> float:
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """0 up to max_length - buffer tokens, then linear down to -1 at max_length (DAPO eq. 13)."""
+    """0 up to max_length - buffer tokens, then falling linearly to -1 at max_length (DAPO eq. 13)."""
     return min(0.0, (max_length - buffer - length) / buffer)
 
 
@@ -48,6 +48,6 @@ def group_advantages(rewards: torch.Tensor, normalize: bool) -> torch.Tensor:
 
 
 def is_mixed(accuracies: Iterable[float]) -> bool:
-    """Dynamic sampling keeps a group whose accuracies differ: a group all right or all wrong has nothing to tell."""
+    """Whether accuracies differ. Dynamic sampling keeps only such groups: one that is all right or all wrong carries no signal."""
     values = list(accuracies)
     return any(value != values[0] for value in values)

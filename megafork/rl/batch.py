@@ -1,4 +1,4 @@
-"""What travels through a step: responses on the host, and the packed micro-batches that they become."""
+"""The data of a step: responses on the host, and the micro-batches that they are packed into."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Response:
     log_probs: Tensor
     """fp32 [n], the roll-out engine's log-probs at the temperature that drew each token."""
     truncated: bool
-    """It reached max_response_length without an end."""
+    """The response reached max_response_length without ending."""
     text: str = ""
     """Decoded response; only on the rank that sampled it."""
     accuracy: float = 0.0
@@ -35,7 +35,7 @@ class Response:
     reward: float = 0.0
     advantage: float = 0.0
     versions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
-    """int32 [n], the step that made the weights that wrote each token; empty where nobody wrote it for this run."""
+    """int32 [n], the step whose weights sampled each token; empty if the response was not sampled in this run."""
 
     @property
     def length(self) -> int:
@@ -45,9 +45,9 @@ class Response:
 
 @dataclass
 class MicroBatch:
-    """Responses packed one behind the other, as one CP rank sees them.
+    """Responses packed back to back, as one CP rank sees them.
 
-    P counts the positions of this CP rank that predict a response token. Vectors of length P lie in the order of the responses and of
+    P counts the positions of this CP rank that predict a response token. Vectors of length P follow the order of the responses and of
     their tokens. `old_log_prob`, `entropy` (after scoring) and `mask` (after selection) exist on the last pipeline stage.
     """
 
@@ -69,9 +69,9 @@ class MicroBatch:
     advantage: Tensor
     """fp32 [P]."""
     temperature: Tensor
-    """fp32 [P], that drew each token: log-probs are taken at it. Under `rollout.fork_temperature` it is 1 until scoring finds it."""
+    """fp32 [P], at which each token was drawn and its log-prob is taken. Under `rollout.fork_temperature` it is 1 until scoring."""
     entropy_temperature: float
-    """At which entropies are taken: that of the roll-out; under `rollout.fork_temperature` 1."""
+    """Temperature at which entropies are taken: the roll-out's, or 1 under `rollout.fork_temperature`."""
     old_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], log-prob under the policy that starts the step."""
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -79,12 +79,12 @@ class MicroBatch:
     mask: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     """bool [P], the forks."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], what each position's loss counts; 0 outside the mask."""
+    """fp32 [P], weight of each position's loss; 0 outside the mask."""
 
     def by_response(self, values: Tensor, context: dist.ProcessGroup | None = None) -> list[Tensor]:
-        """Values of this rank's positions [P] as one vector a response, over the tokens of the response.
+        """Values of this rank's positions [P] as one fp32 vector per response, over the tokens of the response.
 
-        With context parallelism all ranks of the `context` group must call; the dtype comes back as fp32.
+        With context parallelism all ranks of the `context` group must call.
         """
         ends = torch.tensor([0, *(len(response.tokens) for response in self.responses)]).cumsum(0)
         flat = torch.zeros(int(ends[-1]), dtype=torch.float32, device=values.device)

@@ -1,6 +1,6 @@
-"""Fork-aware decoding: one temperature where the next token's entropy is high, another where it is low (arXiv 2506.01939).
+"""Fork-aware decoding: one temperature if the next token's entropy is high, another if it is low (arXiv 2506.01939).
 
-The rule and its arithmetic; `logits_processor.py` hands them to vLLM.
+The rule and its arithmetic; `logits_processor.py` plugs them into vLLM.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ PAPER_GRID = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 PAPER_THRESHOLD = 0.672
 """Nats: the 80th percentile of the paper's chains of thought."""
 ARGUMENT = "fork_temperature"
-"""Of a request, to the logits processor."""
+"""Request argument read by the logits processor."""
 _LOWEST, _HIGHEST = 0.01, 100.0
 
 
 @dataclass(frozen=True)
 class ForkTemperature:
-    """`high` where the entropy of the next token is above `threshold` nats, `low` elsewhere; 0 takes the most likely token there.
+    """Temperature `high` where the next token's entropy is above `threshold` nats, `low` elsewhere; 0 is greedy decoding.
 
-    The entropy is that of the model's whole distribution at temperature 1, whatever the temperatures.
+    The entropy is that of the model's full distribution at temperature 1, whatever `low` and `high` are.
     """
 
     low: float
@@ -55,12 +55,12 @@ class ForkTemperature:
 
 
 def fork_temperature(rollout: Rollout) -> ForkTemperature | None:
-    """A recipe's, for its roll-outs."""
+    """The recipe's fork temperature, or None."""
     return None if rollout.fork_temperature is None else ForkTemperature(*rollout.fork_temperature)
 
 
 def sweep(threshold: float = PAPER_THRESHOLD) -> list[ForkTemperature]:
-    """The paper's experiment: each of the two temperatures over the grid while the other is 1. Both at 1 comes once."""
+    """The paper's experiment: each of the two temperatures over the grid while the other is 1. The pair (1, 1) appears once."""
     low = [ForkTemperature(low=t, high=1.0, threshold=threshold) for t in PAPER_GRID]
     return low + [ForkTemperature(low=1.0, high=t, threshold=threshold) for t in PAPER_GRID if t != 1.0]
 
@@ -73,11 +73,11 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def scale_logits(logits: Tensor, settings: Tensor, *, at_once: int = 1 << 24) -> Tensor:
-    """Divide each row by the temperature that its entropy asks for; in place, and returned.
+    """Divide each row by the temperature for its entropy, in place; returns `logits`.
 
     `logits` [N, V], not yet scaled; `settings` [N, 3]: low, high, threshold. At temperature 0 the first of the largest logits keeps its
-    value and all others become -inf, which is the limit. A row whose temperatures are both 1 stays as it is to the last bit.
-    About `at_once` logits are taken at once, so that the soft-max of a large batch needs 64 MiB and not gigabytes.
+    value and all others become -inf, which is the limit. A row whose temperatures are both 1 stays bit-identical.
+    About `at_once` logits are processed at a time, so that the soft-max of a large batch needs 64 MiB and not gigabytes.
     """
     import torch
 

@@ -20,7 +20,7 @@ NEAR = 0.01
 
 @dataclass(frozen=True)
 class ForkGroups:
-    """Over which ranks tokens are spread: `tokens` (DP x CP) a whole batch, `context` (CP) a micro-batch or response. None: this rank."""
+    """Groups that tokens are spread over: `tokens` (DP x CP) for a batch, `context` (CP) for a micro-batch or response. None: this rank."""
 
     tokens: Group = None
     context: Group = None
@@ -31,7 +31,7 @@ class Selection:
     """What a threshold selected, counted over all ranks."""
 
     tau: float
-    """Nats. Of many thresholds their mean; NaN where nothing is compared."""
+    """Nats. The mean if there are many thresholds; NaN if entropies are not compared."""
     selected: int
     total: int
     ties: int
@@ -43,7 +43,7 @@ class Selection:
 def select_forks(micros: list[MicroBatch], forks: Forks, groups: ForkGroups, *, seed: int, step: int) -> Selection:
     """Set `mask` of every micro-batch of a batch or mini-batch (`forks.scope`).
 
-    Every rank of `groups.tokens` on the last pipeline stage must call with its micro-batches, and with equally many of them. No gradient.
+    Every rank of `groups.tokens` on the last pipeline stage must call with its micro-batches, all with equally many. No gradient.
     """
     if forks.select == "all":
         for micro in micros:
@@ -66,7 +66,7 @@ def select_forks(micros: list[MicroBatch], forks: Forks, groups: ForkGroups, *, 
 
 
 def _many_thresholds(micros: list[MicroBatch], keys: list[Tensor], forks: Forks, groups: ForkGroups) -> Selection:
-    """A threshold of its own for each micro-batch (as the official code has it) or each response."""
+    """Select with a separate threshold for each micro-batch (as the official code does) or each response."""
     taus = []
     for micro, key in zip(micros, keys, strict=True):
         micro.mask = torch.zeros_like(key, dtype=torch.bool)
@@ -95,9 +95,9 @@ def _entropy(tau: float, select: str) -> float:
 
 
 def _uniform(micro: MicroBatch, seed: int, step: int) -> Tensor:
-    """A number in [0, 1) a token that depends only on (seed, step, group, sample, offset): the same choice for every layout.
+    """A number in [0, 1) per token that depends only on (seed, step, group, sample, offset): the same choice for every layout.
 
-    The mixer is splitmix64's finaliser.
+    Mixed with splitmix64's finaliser.
     """
     names = torch.tensor([[r.group, r.sample] for r in micro.responses] or [[0, 0]], dtype=torch.int64, device=micro.offset.device)
     mixed = _mix(torch.full_like(micro.offset, seed) ^ (step << 32))
@@ -125,7 +125,7 @@ def _signed(constant: int) -> int:
 def _selection(micros: list[MicroBatch], tau: float, group: Group, *, ties: int = 0) -> Selection:
     selected = sum(int(micro.mask.sum()) for micro in micros)
     total = sum(micro.mask.numel() for micro in micros)
-    near = sum(int(((micro.entropy - tau).abs() <= NEAR * tau).sum()) for micro in micros)  # none where tau is NaN
+    near = sum(int(((micro.entropy - tau).abs() <= NEAR * tau).sum()) for micro in micros)  # none if tau is NaN
     sums = _all_sum(torch.tensor([selected, total, near], dtype=torch.int64), group)
     return Selection(tau, int(sums[0]), int(sums[1]), ties, int(sums[2]))
 

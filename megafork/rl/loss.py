@@ -1,7 +1,7 @@
 """The loss of a mini-batch: an objective (`objectives.py`) at the forks, with exact global denominators (arXiv 2506.01939, eq. 6).
 
-The loss of a mini-batch is sum(weight * per-token loss). The weights carry the mask and the denominator, are known before the forward,
-and are the only place where the reductions differ. So the loss and its gradient are sums over tokens, and do not depend on how tokens are
+The loss of a mini-batch is sum(weight * per-token loss). The weights contain the mask and the denominator, are known before the forward,
+and are the only place where the reductions differ. So the loss and its gradient are sums over tokens and independent of how tokens are
 spread over ranks and micro-batches.
 """
 
@@ -34,15 +34,15 @@ def policy_loss(
 
 
 def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy that starts the step against the one that
-    wrote the response (truncated importance sampling, Ionides 2008)."""
+    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step over the policy
+    that sampled the response (truncated importance sampling, Ionides 2008)."""
     return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
 
 
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:
     """Set `weight` of every position of a mini-batch from its mask.
 
-    Every rank of `groups.tokens` on the last pipeline stage must call. A mini-batch or response without any selected token weighs 0.
+    Every rank of `groups.tokens` on the last pipeline stage must call. A mini-batch or response without selected tokens has weight 0.
     """
     counted = [micro.mask if forks.normalize_by == "selected" else torch.ones_like(micro.mask) for micro in micros]
     match loss.reduction:

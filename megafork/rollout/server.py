@@ -12,19 +12,20 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import aiohttp
 import torch.distributed as dist
-from torch import Tensor
 
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe, RecipeError
+from megafork.parallel.reduce import over_world
+from megafork.recipe import RecipeError
 from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost, WrongSecret
-from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
 from megafork.rollout.guard import credentials
 from megafork.rollout.transfer import Lane, buckets
 
@@ -40,31 +41,35 @@ class NoServer(RuntimeError):
     """No server is left, or none does what it is asked. The same command continues the run."""
 
 
-class ServerEngine:
-    """The servers of `rollout.servers`. Every rank of the world makes one; rank 0 answers for the engine.
-
-    Weights must be iterable again and again, each pass together on all ranks: a server may come back at any time.
-    """
+class ServerEngine(Engine):
+    """The servers of `rollout.servers`. Every rank of the world makes one; rank 0 answers for the engine."""
 
     number = 0
     engines = 1
+    draws_in_background = True
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, limits: Limits | None = None) -> None:
-        """Waits for all servers; raises RecipeError when one is not there in `limits.server_s`, or is not set up as the recipe needs."""
-        spec = recipe.rollout
+    def __init__(self, config: EngineConfig, mesh: Mesh, weights: Weights, urls: Sequence[str], limits: Limits) -> None:
+        """Waits for all servers; raises RecipeError when one is not there in `limits.server_s`, or is not set up as the recipe needs.
+
+        `weights` must be iterable again and again, each pass together on all ranks: a server may come back at any time.
+        """
+        if iter(weights) is weights:
+            raise TypeError("the weights can be iterated only once: a server that comes back later needs them again")
+        self._config = config
+        self._mesh = mesh
+        self._weights = config.loaded(weights)
+        self._limits = limits
         self.rank = mesh.rank
-        self._limits = limits or Limits(in_flight=spec.max_running, request_s=spec.request_limit_s, server_s=spec.server_limit_s)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._session = self._run(_open_session())
-        forks = spec.fork_temperature is not None
-        self._servers = [Server(url, self._session, self._limits, fork_decoding=forks) for url in spec.servers]
+        self._servers = [Server(url, self._session, limits, fork_decoding=config.fork_decoding) for url in urls]
         # servers are spread over the ranks, and so over the nodes
         self._lanes = {
-            n: Lane(server, mesh.device, self._limits.server_s)
+            n: Lane(server, mesh.device, limits.server_s)
             for n, server in enumerate(self._servers)
-            if n * mesh.world // len(spec.servers) == mesh.rank
+            if n * mesh.world // len(urls) == mesh.rank
         }
         self._up: set[int] = set()
         """Servers that hold the current weights and answer; rank 0 knows best."""
@@ -72,18 +77,17 @@ class ServerEngine:
         """Rank 0: those that are well again, and have no weights yet."""
         self._failed: set[int] = set()
         """Those that could not take the current weights: they stay out until the next."""
-        self._weights: Iterable[tuple[str, Tensor]] = ()
         self._version = -1
         self.bytes_sent = 0
         """Since the last refit began, by this rank."""
-        self._from_rank_zero(lambda: self._run(self._check(recipe)))
+        self._from_rank_zero(lambda: self._run(self._check()))
 
     @property
     def serving(self) -> int:
         """Servers that hold the current weights and answer, as far as is known; the same on every rank after a refit."""
         return len(self._up)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
         """On rank 0 one completion a request, in order; on other ranks nothing, whatever they pass.
 
         Rank 0 blocks until all are there, and needs the other ranks' help where servers come back: call it in a thread, one call at a
@@ -91,7 +95,7 @@ class ServerEngine:
         """
         if self.rank != 0:
             return []
-        batch = Batch(requests, sampling, self._version)
+        batch = Batch(requests, sampling, self._version, ended)
         self._run(self._answer(batch))
         return batch.completions
 
@@ -106,14 +110,12 @@ class ServerEngine:
                 self._feed(back)
         return work.result()
 
-    def refit(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def refit(self, version: int) -> None:
         """Give the weights to every server that is well; returns when all ranks know who has them. Raises NoServer when none has.
 
         Responses that are being written are held up, their caches dropped, and go on with the new weights.
         """
-        if iter(weights) is weights:
-            raise TypeError("the weights can be iterated only once: a server that comes back later needs them again")
-        self._weights, self._version, self._failed = weights, version, set()
+        self._version, self._failed = version, set()
         self.bytes_sent = 0
         for _ in range(_TRIES):
             targets = self._from_rank_zero(lambda: self._run(self._healthy()))
@@ -123,11 +125,10 @@ class ServerEngine:
                 return
         raise NoServer(f"none of the servers in rollout.servers took weights {version}: {next(iter(failed.values()))}")
 
-    def sleep(self) -> None:
-        """The servers' memory is their own."""
-
-    def wake(self) -> None:
-        pass
+    def refit_metrics(self) -> dict[str, float]:
+        """Bytes that the busiest rank sent, and how many servers have the weights."""
+        sent, serving = over_world([self.bytes_sent, self.serving], self._mesh, "max")
+        return {"refit/sent_mb": sent / 1e6, "refit/servers": serving}
 
     def close(self) -> None:
         """Leave the servers alone; they go on. Every rank calls."""
@@ -168,11 +169,11 @@ class ServerEngine:
 
     # ---- servers
 
-    async def _check(self, recipe: Recipe) -> None:
+    async def _check(self) -> None:
         """That every server is there, and what this run needs."""
-        await asyncio.gather(*(self._check_one(server, recipe) for server in self._servers))
+        await asyncio.gather(*(self._check_one(server) for server in self._servers))
 
-    async def _check_one(self, server: Server, recipe: Recipe) -> None:
+    async def _check_one(self, server: Server) -> None:
         mend = "start it by `python -m megafork.rollout.serve RECIPE --port PORT`"
         try:
             await asyncio.wait_for(server.until_healthy(), self._limits.server_s)
@@ -184,8 +185,8 @@ class ServerEngine:
             raise RecipeError(f"rollout.servers: {error}: give both the same") from None
         except (ServerLost, RequestRefused) as error:
             raise RecipeError(f"rollout.servers: {error}; {mend}") from error
-        if longest < recipe.longest_sequence:
-            raise RecipeError(f"rollout.servers: {server.url} takes {longest} tokens, the recipe needs {recipe.longest_sequence}; {mend}")
+        if longest < (needed := self._config.longest_sequence):
+            raise RecipeError(f"rollout.servers: {server.url} takes {longest} tokens, the recipe needs {needed}; {mend}")
 
     async def _healthy(self) -> list[int]:
         """Servers that are well now; waits for one."""
@@ -292,10 +293,11 @@ class ServerEngine:
 class Batch:
     """Requests, those that wait for a server, and the answers so far. Each request is answered once, whoever is asked, and how often.
 
-    `version`: of the oldest weights that may answer.
+    `version`: of the oldest weights that may answer. `ended` is called with each answer.
     """
 
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int) -> None:
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int, ended: Ended | None) -> None:
+        self.ended = ended
         self.requests = requests
         self.sampling = sampling
         self.version = version
@@ -319,7 +321,7 @@ class Batch:
         number = await self._waiting.get()
         self._tries[number] += 1
         try:
-            self._answers[number] = await server.complete(self.requests[number], self.sampling, self.version)
+            answer = self._answers[number] = await server.complete(self.requests[number], self.sampling, self.version)
         except ServerLost as error:
             if self._tries[number] == _TRIES:
                 raise NoServer(f"one request was tried {_TRIES} times, the last time: {error}") from error
@@ -327,6 +329,8 @@ class Batch:
         finally:
             if self._answers[number] is None:
                 self._waiting.put_nowait(number)
+        if self.ended is not None:
+            self.ended(number, answer)
         self._left -= 1
         if self._left == 0:
             self.finished.set()

@@ -1,4 +1,4 @@
-"""The training step and what it is made of."""
+"""The training step and its parts."""
 
 from megafork.compat import cpu
 

@@ -1,7 +1,7 @@
-"""A run inside of a batch job: it says that it lives, hears that it shall stop, and says that it did.
+"""A run within a batch job: it sends a heartbeat, sees a request to stop, and confirms that it stopped.
 
-All by files in one folder that the batch script and every rank see: a signal would also reach the processes that a rank has started
-(verifiers, engines), end those that do not expect it, and change its meaning on the way through launchers and containers.
+All communication is by files in a folder shared by the batch script and every rank: a signal would also reach the processes that a rank has
+started (verifiers, engines), kill those that do not expect it, and be altered by launchers and containers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 
 JOB_FOLDER = "MEGAFORK_JOB"
-"""Environment variable that names the folder; `slurm/common.sh` sets it. Empty or absent: the run is not part of a batch job."""
+"""Environment variable with the folder's path, set by `slurm/common.sh`. Unset or "": the run is not part of a batch job."""
 
 
 class BatchJob:
-    """Every rank makes one. Only rank 0 reads and writes the files, so that a slow file system can't divide the ranks."""
+    """Created by every rank. Only rank 0 accesses the files, so that a slow file system can't make ranks disagree."""
 
     def __init__(self, mesh: Mesh, folder: Path | None = None) -> None:
-        """`folder`: that of the environment by default."""
+        """`folder`: by default the one in the environment."""
         named = os.environ.get(JOB_FOLDER)
         self._mesh = mesh
         self._folder = (folder or (Path(named) if named else None)) if mesh.is_rank_zero else None
 
     def beat(self, step: int) -> None:
-        """Say that the run is alive and has done `step`. The batch script takes a run for hanging that says nothing new for long."""
+        """Report that the run is alive and has finished `step`. The batch script assumes that a run without news for long has hung."""
         self._write("heartbeat", f"step {step} at {time.time():.3f}")
 
     def wants_stop(self) -> bool:
@@ -37,11 +37,11 @@ class BatchJob:
         return over_world([float(asked)], self._mesh, "max")[0] > 0
 
     def stopped(self, step: int) -> None:
-        """Say that the run ends because it was asked to, and that its checkpoint of `step` is complete. The job is queued again."""
+        """Report that the run ends on request with a complete checkpoint of `step`. The job is then queued again."""
         self._write("stopped", f"step {step}")
 
     def _write(self, name: str, text: str) -> None:
-        """The batch script never reads half a file."""
+        """Write atomically: the batch script never reads half a file."""
         if self._folder is not None:
             with whole(self._folder / name) as unfinished:
                 unfinished.write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""Where a run's metrics are drawn while it goes on: TensorBoard, and Weights & Biases for those who ask for it. Rank 0 only."""
+"""Live dashboards of a run's metrics: TensorBoard and, on request, Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, int | float | None]
 
 
 class Board(Protocol):
-    """Draws what `write` is given, step by step, until `close`. None is left out."""
+    """Plots the metrics passed to `write`, step by step, until `close`. None values are skipped."""
 
     def write(self, row: Row) -> None: ...
 
@@ -26,14 +26,14 @@ class Board(Protocol):
 
 
 def check_boards(log: Log) -> None:
-    """Raises RecipeError where Weights & Biases is asked for and cannot be had. At a terminal wandb asks for the key that it lacks."""
+    """Raise RecipeError if Weights & Biases is requested but unavailable. At a terminal, wandb prompts for a missing key."""
     if log.wandb is None:
         return
     if not re.fullmatch(r"[^/\\#?%:]{1,128}", log.wandb):
         raise RecipeError(f"log.wandb is {log.wandb!r}: it names a project, use up to 128 characters, and none of / \\ # ? % :")
     if importlib.util.find_spec("wandb") is None:
         raise RecipeError(
-            f"log.wandb is {log.wandb!r} but the package wandb is not installed: pip install 'megafork[wandb]', or leave log.wandb empty"
+            f"log.wandb is {log.wandb!r} but the package wandb is not installed: pip install 'megafork[wandb]', or leave log.wandb unset"
         )
     if os.environ.get("WANDB_MODE", "online") != "online":
         return
@@ -51,7 +51,7 @@ def check_boards(log: Log) -> None:
 
 
 def open_boards(recipe: Recipe, resume_step: int) -> list[Board]:
-    """Those that the recipe asks for. `resume_step`: the last step that the checkpoint holds, 0 for a run from the start."""
+    """Open the dashboards that the recipe requests. `resume_step`: the last step in the checkpoint, 0 for a new run."""
     boards: list[Board] = [TensorBoard(recipe.run_folder / "tensorboard", resume_step)] if recipe.log.tensorboard else []
     return [*boards, *([WeightsAndBiases(recipe, resume_step)] if recipe.log.wandb is not None else [])]
 
@@ -75,10 +75,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `log.wandb`, with the recipe as its config; its files lie in the run folder's wandb/.
+    """A run in the project `log.wandb`, with the recipe as its config; its files are in the run folder's wandb/.
 
-    A run that goes on after a kill is the same run there, by the id in wandb/id. Steps cannot be taken back: those that are run again
-    keep the numbers of the first time, which are the same but for times. WANDB_MODE=offline keeps all in wandb/ for `wandb sync`.
+    A resumed run continues the same W&B run, by the id in wandb/id. Logged steps cannot be undone: repeated steps keep their first numbers,
+    which differ only in times. WANDB_MODE=offline keeps everything in wandb/ for `wandb sync`.
     """
 
     def __init__(self, recipe: Recipe, resume_step: int = 0) -> None:
@@ -108,4 +108,4 @@ class WeightsAndBiases:
         import wandb
 
         self._run.finish()
-        wandb.teardown()  # its own process may still be writing; a rank ends without its exit handlers
+        wandb.teardown()  # its own process may still be writing; ranks exit without running exit handlers

@@ -1,4 +1,4 @@
-"""Seconds of a step's phases, tokens a second, and memory."""
+"""Seconds of a step's phases, tokens per second, and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Clock:
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - before
 
     def metrics(self, tokens: int, mesh: Mesh) -> dict[str, float | None]:
-        """`time/*`, sampled response tokens a second over the whole step, and the largest memory peak of any rank."""
+        """`time/*`, sampled response tokens per second over the whole step, and the highest memory peak of any rank."""
         whole = time.perf_counter() - self.started
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         times: dict[str, float | None] = {f"time/{phase}": seconds for phase, seconds in self.times.items()}

@@ -1,4 +1,4 @@
-"""What a run reads: model folder, tokenizer and data, checked against each other and against the run's checkpoint. No ranks needed."""
+"""A run's inputs: model folder, tokenizer and data, checked against each other and against the run's checkpoint. No ranks needed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Inputs:
     train: list[Prompt]
     held_out: list[Prompt]
     remarks: list[str] = field(default_factory=list)
-    """What was left out of the data, a line each."""
+    """Lines about rows that were dropped from the data."""
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must stay the same from a run's start to its end. Reads all prompts, so once a process."""
+        """Properties that must not change during a run. Cached, as it reads all prompts."""
         return {"supervised": self.supervised, "shape": asdict(self.shape), "data": fingerprint(self.train)}
 
 
 def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
-    """Read and check model folder, tokenizer and data. Raises RecipeError. No process group is needed."""
+    """Read and check model folder, tokenizer and data. Raises RecipeError. Needs no process group."""
     folder = Path(recipe.model.path)
     shape = read_shape(folder)
     check_layout(shape, recipe.parallel)
@@ -64,27 +64,27 @@ def _check_rollout(shape: Shape, recipe: Recipe) -> None:
     if recipe.longest_sequence > shape.max_positions:
         raise RecipeError(
             f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "
-            "positions (max_position_embeddings, or what YaRN makes of them): shorten one of them"
+            "positions (max_position_embeddings, extended by YaRN if set): shorten one of them"
         )
 
 
 def check_resume(recipe: Recipe, inputs: Inputs) -> int:
-    """The step that the run's newest checkpoint holds, 0 without any. Needs no process group.
+    """The step of the run's newest checkpoint, 0 without one. Needs no process group.
 
-    Raises RecipeError when it is damaged, or when the recipe now names another model or other data than the run was started with.
+    Raises RecipeError if it is damaged, or if the recipe now names a different model or different data than at the run's start.
     """
     found = checkpoint.complete(recipe.run_folder / "checkpoints")
     if not found:
         return 0
     step, folder = found[-1]
     state, mine = checkpoint.read_state(folder), inputs.identity
-    mend = f"the run {recipe.run.name!r} was started with: restore it, or choose another run.name"
+    fix = f"the run {recipe.run.name!r} was started with: restore it, or choose another run.name"
     if state["supervised"] != inputs.supervised:
         other = "megafork sft" if state["supervised"] else "megafork train"
         raise RecipeError(f"run.name is {recipe.run.name!r}, which is a run of `{other}`: choose another run.name")
     for name, value in mine["shape"].items():
         if (before := state["shape"].get(name)) != value:
-            raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {before} that {mend}")
+            raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {before} that {fix}")
     if state["data"] != mine["data"]:
-        raise RecipeError(f"data.train is {recipe.data.train!r}, which is not what {mend}")
+        raise RecipeError(f"data.train is {recipe.data.train!r}, which is not what {fix}")
     return step

@@ -21,22 +21,22 @@ from megafork.rl.batch import MicroBatch
 from megafork.rl.fork_temperature import fork_temperature
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
-"""(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' counts `micro.mask`."""
+"""(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' is the number of selected positions."""
 
 
 class Learner:
-    """The policy under Megatron's DDP and its distributed optimizer. Every rank makes one and calls each method together."""
+    """The policy in Megatron's DDP, and its distributed optimizer. Every rank creates one, and all ranks call each method together."""
 
     def __init__(self, chunks: list[Policy], recipe: Recipe, mesh: Mesh, *, updates: int) -> None:
-        """`chunks` must hold their weights already. `updates`: optimizer updates of the whole run, for the decay of the rate."""
+        """`chunks` must already hold their weights. `updates`: optimizer updates in the whole run, for the learning-rate decay."""
         self.chunks = chunks
         self.recipe = recipe
         self.mesh = mesh
         self.updates = updates
         self.update = 0
-        """Optimizer updates done, skipped ones included."""
+        """Optimizer updates done, including skipped ones."""
         self.skips_in_a_row = 0
-        """Updates up to the last one that were skipped because a gradient was not finite."""
+        """Latest consecutive updates that were skipped because a gradient was not finite."""
         self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
         adam = _optimizer_config(recipe)
         self.optimizer = get_megatron_optimizer(
@@ -48,8 +48,8 @@ class Learner:
         megatron_fixes.fix_optimizer_state(self.optimizer)
 
     def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
-        """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only); under
-        fork-aware decoding also the `temperature` that drew each token."""
+        """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only). Under
+        fork-aware decoding also set the `temperature` at which each token was drawn."""
         forks = None if entropy_only else fork_temperature(self.recipe.rollout)
 
         def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
@@ -66,8 +66,8 @@ class Learner:
         """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.
 
         The loss is sum(weight * token_loss) over the mini-batch's selected positions on all ranks; gradients are its exact sum.
-        Without finite gradients everywhere, every rank skips the update. Returns `loss`, `grad_norm`, `lr`, `skipped` (0 or 1) and the
-        sums that `token_loss` reports, the same on every rank.
+        Unless gradients are finite everywhere, every rank skips the update. Returns `loss`, `grad_norm`, `lr`, `skipped` (0 or 1) and the
+        sums reported by `token_loss`, the same on every rank.
         """
         sums: dict[str, Tensor] = {}
 
@@ -96,8 +96,8 @@ class Learner:
         return {**over_tokens(sums, self.mesh), "grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
 
     def settle(self) -> None:
-        """Make every rank's weights current, before they are read other than by a forward: with overlap the optimizer leaves it to the
-        next forward to gather them."""
+        """Make every rank's weights current, before anything but a forward reads them: with overlap the optimizer leaves gathering them to
+        the next forward."""
         if self.recipe.optimizer.overlap:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
@@ -123,7 +123,7 @@ def _data_parallel(chunks: list[Policy], *, overlap: bool) -> list[DistributedDa
 
 
 def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """The loss carries its global denominator, so Megatron must not divide by a number of tokens of its own."""
+    """Finalize gradients without dividing by Megatron's own token count: the loss already has its global denominator."""
     finalize_model_grads(model, None, **kwargs)
 
 
@@ -147,7 +147,7 @@ def _optimizer_config(recipe: Recipe) -> OptimizerConfig:
 
 
 def learning_rate(update: int, updates: int, spec: Optimizer) -> float:
-    """The rate of optimizer update number `update` (from 0): linear warm-up that starts above 0, then the decay down to `min_lr`."""
+    """Learning rate of optimizer update number `update` (from 0): linear warm-up from above 0, then decay to `min_lr`."""
     if update < spec.warmup_steps:
         return spec.lr * (update + 1) / spec.warmup_steps
     if spec.decay == "constant":

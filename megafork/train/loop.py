@@ -10,16 +10,14 @@ import torch
 import torch.distributed as dist
 
 from megafork.data.reward import Verifiers
-from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.packing import packer, placement
-from megafork.rollout.colocated import ColocatedEngine
-from megafork.rollout.server import ServerEngine
 from megafork.run_folder import is_evaluated
 from megafork.train.clock import Clock
+from megafork.train.engines import BuildEngine, build_engine
 from megafork.train.inputs import Inputs
 from megafork.train.learner import Learner
 from megafork.train.offload import Offload
@@ -31,30 +29,21 @@ from megafork.train.run import Metrics, Run, Stopped, build_learner
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import staleness
 from megafork.train.update import update_policy
-from megafork.weights.policy_weights import WholeWeights
-from megafork.weights.refit import Bridge
 
 
 class Trainer:
     """A run's parts, and its step. Every rank makes one and calls each method together."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner) -> None:
-        """`learner`: as the last step left it."""
+    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner, build: BuildEngine = build_engine) -> None:
+        """`learner`: as the last step left it. `build`: makes the roll-out engine, as `build_engine` does."""
         self.recipe = recipe
         self.mesh = mesh
         self.inputs = inputs
         self.learner = learner
         self.offload = Offload(learner.model, learner.optimizer, mesh.device)
         if recipe.rollout.park_training:
-            self.offload.to_host()  # vLLM takes its memory when it is made
-        self.engine: ServerEngine | ColocatedEngine
-        self.weights: WholeWeights | Bridge
-        """What a refit hands over."""
-        if recipe.rollout.servers:
-            self.engine, self.weights = ServerEngine(recipe, mesh), WholeWeights(self.learner.chunks, inputs.shape, mesh)
-        else:
-            self.engine = ColocatedEngine(recipe, mesh, fork_decoding=recipe.rollout.fork_temperature is not None)
-            self.weights = Bridge(self.learner.chunks, inputs.shape, mesh, recipe.rollout.tp)
+            self.offload.to_host()  # an engine takes its memory when it is made
+        self.engine = build(recipe, mesh, learner.chunks, inputs.shape)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
         self.prefetch = Prefetch(self.sampler)
@@ -89,7 +78,7 @@ class Trainer:
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
             write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
         metrics = self.sample_metrics(collected, everything) | staleness(collected.responses, step, self.mesh)
-        metrics |= updated | self.refit_metrics()
+        metrics |= updated | self.engine.refit_metrics()
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
@@ -99,12 +88,12 @@ class Trainer:
         dp_rank_of: dict[tuple[int, int], int] = {}
         for groups in _split(collected.groups, self.recipe.train.minibatches):
             outcomes = [outcome for outcome in collected.outcomes if outcome.group in groups]
-            placed = placement([o.prompt_tokens + o.tokens - 1 for o in outcomes], self.recipe, self.mesh)
+            placed = placement([o.prompt_tokens + o.tokens - 1 for o in outcomes], self.recipe.micro_batch_tokens, self.mesh)
             for rank, micros in enumerate(placed):
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
         mine = {(r.group, r.sample): r for r in redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
-        packed = packer(self.recipe, self.mesh, temperature=self.recipe.rollout.temperature)
+        packed = packer(self.mesh, whole=self.recipe.micro_batch_padding, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def compare(self, metrics: Mapping[str, float], step: int) -> None:
@@ -116,18 +105,8 @@ class Trainer:
     def refit(self, version: int) -> None:
         """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
         self.learner.settle()
-        self.engine.refit(Quantized(self.weights, self.inputs.shape) if self.recipe.precision.rollout_fp8 else self.weights, version)
+        self.engine.refit(version)
         dist.barrier()  # no rank asks a neighbour's engine for tokens of new weights before it has them
-
-    def refit_metrics(self) -> Metrics:
-        """Largest over the ranks: bytes received from other ranks and the most held for a layer; or bytes sent to servers, and how many
-        of these have the weights."""
-        if isinstance(self.weights, Bridge):
-            received, buffer = over_world([self.weights.received, self.weights.buffer], self.mesh, "max")
-            return {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
-        assert isinstance(self.engine, ServerEngine)
-        sent, serving = over_world([self.engine.bytes_sent, self.engine.serving], self.mesh, "max")
-        return {"refit/sent_mb": sent / 1e6, "refit/servers": serving}
 
     def sample_metrics(self, collected: Collected, micros: list[MicroBatch]) -> Metrics:
         outcomes = collected.outcomes

@@ -1,4 +1,4 @@
-"""What a run writes down each step: a line of metrics.jsonl, a line to read, and what boards draw. Rank 0 only."""
+"""A run's output per step: a line of metrics.jsonl, a live line, and the dashboards' data. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADING_EVERY = 25  # lines
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the live lines. `wide` ones are left out below 100 columns of terminal."""
+    """One column of the live lines. `wide` ones are omitted in terminals with fewer than 100 columns."""
 
     key: str
     heading: str
@@ -56,12 +56,12 @@ COLUMNS = (
 class RunLog:
     """The log of one run, written by rank 0.
 
-    `steps`: how many the run has. `resume_step`: the last step that the checkpoint holds; metrics of later steps, and a half-written
-    last line, are dropped from metrics.jsonl, because those steps are run again. 0 starts the file anew. Every line is flushed to the
-    disk when `write` returns. `boards`: are given each step as well, and closed with the log. `text`: write the live lines to log.txt, too.
-    `show_every`: steps a live line stands for. `console`: where the live lines go, standard output by default.
+    `steps`: steps in the whole run. `resume_step`: the last step in the checkpoint; metrics of later steps, and a half-written last line,
+    are dropped from metrics.jsonl, because those steps are repeated. 0 starts a new file. Every line is on disk when `write` returns.
+    `boards`: also receive each step, and are closed with the log. `text`: also write the live lines to log.txt. `show_every`: steps per
+    live line. `console`: destination of the live lines, by default standard output.
 
-    Raises RecipeError when an existing metrics.jsonl is damaged in another place than its end.
+    Raises RecipeError if an existing metrics.jsonl is damaged anywhere but at its end.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class RunLog:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log one step. `metrics` maps names to numbers (Python, or one-element tensors and arrays) or None; "step" is required.
 
-        Keys are written in alphabetical order after "step"; a number that is not finite is written as null. Raises ValueError when
-        "step" is not above the last one written, TypeError for what is not a number.
+        Keys are written in alphabetical order after "step"; a non-finite number is written as null. Raises ValueError if "step" is not
+        above the last one written, TypeError for a value that is not a number.
         """
         row = _clean(metrics)
         if row["step"] <= self._last_step:
@@ -108,7 +108,7 @@ class RunLog:
             lines.show(row)
 
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add to the line of `step`, the last that a run before has written; where that line is lost, to one of its own."""
+        """Add metrics to the line of `step`, the last one of the previous process, or write a new line if that one is lost."""
         kept = read_metrics(self._path)
         before = kept.pop() if kept and kept[-1]["step"] == step else {}
         self._file.close()
@@ -118,12 +118,12 @@ class RunLog:
         self.write({**before, **metrics, "step": step})
 
     def note(self, text: str) -> None:
-        """Print a line between the steps'."""
+        """Print a line between those of the steps."""
         for lines in self._lines:
             lines.note(text)
 
     def close(self) -> None:
-        """May be called again."""
+        """Close the log and its boards. Idempotent."""
         self._file.close()
         if self._text is not None:
             self._text.close()
@@ -138,7 +138,7 @@ class RunLog:
 
 
 class LiveLines:
-    """One line a step, under a heading that comes again from time to time; plain text where the output is no terminal."""
+    """One line per step, under a heading repeated from time to time; plain text if the output is not a terminal."""
 
     def __init__(self, steps: int, console: Console, *, every: int = 1, first_accuracy: float | None = None) -> None:
         self._steps, self._console, self._every = steps, console, every
@@ -180,7 +180,7 @@ class LiveLines:
         self._print(Text(f"{' ' * self._step_width} held-out accuracy {numbers.percent(accuracy)} {when}{change}", style="bold green"))
 
     def _left(self, step: int) -> str:
-        """Time left by the pace of the last ten steps, whatever they spent it on."""
+        """Time left, extrapolated from the wall-clock pace of the last ten steps."""
         if step >= self._steps:
             return "done"
         (start, first), (end, last) = self._ends[0], self._ends[-1]
@@ -195,7 +195,7 @@ class LiveLines:
 
 
 def gap(path: Path, step: int) -> str | None:
-    """Which steps up to `step`, that a checkpoint holds, have no line in a metrics.jsonl, as a line to read; None when none is missing."""
+    """A remark naming the steps up to `step`, the checkpoint's, that a metrics.jsonl lacks; None if it lacks none."""
     return _gap(_kept(path, step), step)
 
 
@@ -206,11 +206,11 @@ def _gap(kept: list[dict[str, Any]], step: int) -> str | None:
     starts = [number for number in sorted(lost) if number - 1 not in lost]
     ends = [number for number in sorted(lost) if number + 1 not in lost]
     named = ", ".join(f"{start} to {end}" if end > start else str(start) for start, end in zip(starts, ends, strict=True))
-    return f"metrics.jsonl has no line of {'steps' if len(lost) > 1 else 'step'} {named}, which the checkpoint holds: curves lack them"
+    return f"metrics.jsonl has no line for {'steps' if len(lost) > 1 else 'step'} {named}, which the checkpoint includes: curves lack them"
 
 
 def _kept(path: Path, resume_step: int) -> list[dict[str, Any]]:
-    """The whole lines of steps up to `resume_step`; none at 0, whose evaluation is run again."""
+    """The complete lines of steps up to `resume_step`; none if it is 0, as the initial evaluation is repeated."""
     return [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step and path.exists() else []
 
 
@@ -222,14 +222,14 @@ def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _plain(file: TextIO) -> Console:
-    """Whatever the environment says of colours and widths."""
+    """A plain-text console, whatever colours and width the environment sets."""
     return Console(file=file, width=120, force_terminal=False, color_system=None, highlight=False)
 
 
 def _clean(metrics: Mapping[str, Any]) -> dict[str, Any]:
     step = _number("step", metrics.get("step"))
     if not isinstance(step, int):
-        raise TypeError(f"step is {step!r}: it must be a whole number")
+        raise TypeError(f"step is {step!r}: it must be an integer")
     return {"step": step, **{key: _number(key, metrics[key]) for key in sorted(metrics) if key != "step"}}
 
 

@@ -1,4 +1,4 @@
-"""Gradients and optimizer state out of the way while vLLM has the GPU. What a refit reads, the weights, stays."""
+"""Moves gradients and optimizer state off the GPU while vLLM uses it. The weights, which a refit reads, stay."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Offload:
-    """Of one rank's DDP chunks and their optimizer. Nothing here is collective.
+    """Offloads one rank's DDP chunks and their optimizer. Nothing here is collective.
 
-    Parked, the optimizer's tensors are the same objects with their values in host memory, so that a checkpoint may be saved; gradients,
-    which the next update begins by zeroing, have no memory at all.
+    While offloaded, the optimizer's tensors are the same objects with their values in host memory, so that a checkpoint can be saved;
+    gradients, which the next update zeroes first, have no memory at all.
     """
 
     def __init__(self, model: Sequence[Any], optimizer: Any, device: torch.device) -> None:
@@ -24,11 +24,11 @@ class Offload:
         self._weights = {_place(buffer.param_data) for buffer in buffers}
         self._device = device
         self._homes: list[Tensor] = []
-        """Host memory of each tensor that moves, kept from one time to the next."""
+        """Host memory of each offloaded tensor, reused between calls."""
         self.on_host = False
 
     def to_host(self) -> None:
-        """Make room. Does nothing when there is room already."""
+        """Free the GPU memory. Does nothing if already offloaded."""
         if self.on_host:
             return
         state = list(self._state())
@@ -46,7 +46,7 @@ class Offload:
             torch.cuda.empty_cache()
 
     def to_device(self) -> None:
-        """Take the room back. Gradients are zero then."""
+        """Move the state back and allocate gradients, which are zero."""
         if not self.on_host:
             return
         for tensor in self._state():

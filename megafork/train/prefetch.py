@@ -1,4 +1,4 @@
-"""Responses for a step: drawn at once or, by servers, while the steps before it train."""
+"""Responses for a step: drawn at once or, by engines that can, while the steps before it train."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from functools import partial
 
 from megafork.data.prompts import Prompt
 from megafork.rollout.background import Background
-from megafork.rollout.server import ServerEngine
 from megafork.train.sampler import Collected, Evaluation, Sampler
 
 
 class Prefetch:
     """Every rank makes one and calls each method together.
 
-    With servers everything is drawn in one thread a rank, in the same order on every rank; only the sampler's own process group is used
-    there. Engines in the ranks' own processes draw when they are asked.
+    Where the engine draws in the background, everything is drawn in one thread per rank, in the same order on every rank; only the
+    sampler's own process group is used there. Other engines draw when they are asked.
     """
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
         self.recipe = sampler.recipe
+        ahead = self.recipe.rollout.staleness
+        assert sampler.engine.draws_in_background or not ahead, "rollout.staleness needs an engine that draws in the background"
         self._begun: dict[int, Future[Collected]] = {}
         self._background = Background()
 
@@ -30,7 +31,7 @@ class Prefetch:
         The weights of step - 1 are there by now, so a token of step s is written by those of step s - 1 - staleness, or by later ones.
         """
         engine = self.sampler.engine
-        if not isinstance(engine, ServerEngine):
+        if not engine.draws_in_background:
             return self.sampler.collect(step)
         for later in range(step, min(step + self.recipe.rollout.staleness, self.recipe.train.steps) + 1):
             if later not in self._begun:
@@ -40,6 +41,6 @@ class Prefetch:
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:
         """The sampler's `evaluate`, with the weights of now, after the steps that are being drawn."""
         engine = self.sampler.engine
-        if not isinstance(engine, ServerEngine):
+        if not engine.draws_in_background:
             return self.sampler.evaluate(prompts)
         return engine.attend(self._background.begin(partial(self.sampler.evaluate, prompts)))

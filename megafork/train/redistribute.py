@@ -1,4 +1,4 @@
-"""From the rank that sampled a response to the ranks that train on it: one all-to-all, and no rank ever holds more than its share."""
+"""Sends responses from the ranks that sampled them to those that train on them, by one all-to-all; no rank holds more than its share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def redistribute(
     """Send each response to every rank of the DP rank that trains on it; returns this rank's, in the order of `outcomes`.
 
     `outcomes` and `dp_rank_of` ((group, sample) -> DP rank) must be the same on every rank. Every rank must call. Sizes follow from the
-    outcomes, so nothing is exchanged but the responses: 32 bits each for a token, its log-prob, and its weights' version.
+    outcomes, so only the responses are exchanged: 32 bits each for a token, its log-prob, and its weights' version.
     """
     mine = {(response.group, response.sample): response for response in held}
     sends = [

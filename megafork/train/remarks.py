@@ -1,4 +1,4 @@
-"""What is worth a line on the screen besides a step's numbers, and why a run had better end before its last step."""
+"""Remarks printed in addition to a step's numbers, and reasons to end a run before its last step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from megafork.recipe import Recipe
 
 MISMATCH = {"fp32": 1e-4, "bf16": 0.01, "fp8": 0.05}
-"""KL between roll-out and trainer, nats per token, that a precision explains: several times what it was measured to be at equal weights."""
+"""KL between roll-out and trainer, nats per token, attributable to a precision: several times the KL measured at equal weights."""
 
 
 @dataclass
 class Remarks:
-    """The same on every rank, step by step."""
+    """Remarks on each step, the same on every rank."""
 
     recipe: Recipe
     stop: str | None = None
-    """Why the run should end now: nothing that comes would train the model."""
+    """Why the run should end now, as further steps would not train the model."""
     _empty: int = 0
-    """Steps in a row without a response to learn from."""
+    """Consecutive steps without a response to learn from."""
     _error: str | None = None
 
     def after(self, metrics: Mapping[str, float | None], *, first: bool, error: str | None, example: str) -> Iterator[str]:
-        """Remarks on a step; sets `stop`. `first`: of this process. `error`: why a response could not be judged. `example`: a response."""
+        """Remarks on a step; sets `stop`. `first`: of this process. `error`: why a response was not judged. `example`: a response."""
         if first and metrics.get("entropy/p80") is not None:
             low, p80 = metrics["entropy/share_below_0.05"], metrics["entropy/p80"]
             yield f"{low:.0%} of the tokens are under 0.05 nats, the 80th percentile is {p80:.2f}"
@@ -52,11 +52,11 @@ def _why_empty(accuracy: float) -> str:
         return "every response is wrong; look at the answers and the verifier, warm-start the model, or choose easier prompts"
     if accuracy == 1.0:
         return "every response is right; choose harder prompts"
-    return "no prompt has both right and wrong responses; raise rollout.samples, or choose prompts of another difficulty"
+    return "no prompt has both right and wrong responses; raise rollout.samples, or choose prompts of a different difficulty"
 
 
 def mismatch(metrics: Mapping[str, float], recipe: Recipe) -> str | None:
-    """Why the first step must not be trained on: at equal weights, roll-out and trainer differ by more than precision explains."""
+    """Why not to train on the first step: at equal weights, roll-out and trainer differ by more than precision explains. None if fine."""
     precision = recipe.precision
     kind = "fp8" if precision.rollout_fp8 or precision.train_fp8 else precision.dtype
     limit = MISMATCH[kind] if recipe.rollout.max_mismatch is None else recipe.rollout.max_mismatch

@@ -1,5 +1,5 @@
-"""What a run keeps of single responses: the roll-outs of a step as one parquet file (prompt, response, reward, and each token's entropy,
-log-prob and whether it is a fork), and how well each held-out prompt was answered."""
+"""A run's files about individual responses: a parquet file of each step's roll-outs (prompt, response, reward, and per token the entropy,
+the log-prob and whether it is a fork), and the accuracy on each held-out prompt."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ SCHEMA = pa.schema(
 
 
 def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inputs, mesh: Mesh) -> None:
-    """Write the step's responses from the ranks that trained on them. Every rank calls.
+    """Write the step's responses from the ranks that trained on them. Every rank must call.
 
-    Rank 0 writes, and receives one DP rank's rows at a time, so it never holds more than two shares of them. The file appears when whole.
+    Rank 0 writes, and receives one DP rank's rows at a time, so it never holds more than two shares of them. The write is atomic.
     """
     rows = _rows(step, micros, inputs, mesh) if mesh.is_last_stage else []
     sender = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0
@@ -63,8 +63,8 @@ def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inpu
 
 
 def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], held_out: Sequence[Prompt]) -> None:
-    """evaluations/step_000012.json: {"step", "accuracies", "problems"}: the accuracies in the order of the held-out prompts, and which
-    these are (`prompts.problems`). Appears when whole. Rank 0 only."""
+    """Write evaluations/step_000012.json, {"step", "accuracies", "problems"}: the accuracies in the order of the held-out prompts, and the
+    prompts' fingerprint (`prompts.problems`). The write is atomic. Rank 0 only."""
     file = evaluation_file(run_folder, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as unfinished:
@@ -72,7 +72,7 @@ def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], h
 
 
 def _receive(rows: list[dict[str, Any]], source: int, mesh: Mesh) -> list[dict[str, Any]]:
-    """Rank `source`'s rows, on rank 0."""
+    """Receive rank `source`'s rows on rank 0."""
     if source == 0 or mesh.rank not in (0, source):
         return rows if mesh.is_rank_zero else []
     box: list[Any] = [rows]

@@ -1,4 +1,4 @@
-"""The frame of a run, reinforcement learning or supervised, around its steps: resume, log, checkpoints, export."""
+"""The parts common to reinforcement learning and supervised runs: resuming, log, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megafork.files import whole
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
 from megafork.run_folder import ORIGIN, origin
@@ -24,18 +24,18 @@ from megafork.weights.policy_weights import export_policy, load_policy
 
 Metrics = dict[str, float | None]
 SKIPS_IN_A_ROW = 3
-"""Updates without finite gradients after which a run stops."""
+"""Consecutive updates without finite gradients after which a run stops."""
 
 
 class Stopped(RuntimeError):
-    """A run that ends before its last step, for a reason that needs no traceback. The same command continues it."""
+    """A run ends before its last step, for a reason that needs no traceback. The same command continues it."""
 
 
 class Run:
-    """Every rank makes one, after its learner, and calls each method together, `begin` first. Only rank 0 writes the log."""
+    """Every rank creates one, after its learner, and all ranks call each method together, `begin` first. Only rank 0 writes the log."""
 
     def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner) -> None:
-        """Continues from the newest checkpoint, if there is one. Raises what `check_resume` raises."""
+        """Resume from the newest checkpoint, if there is one. Raises as `check_resume` does."""
         self.recipe = recipe
         self.mesh = mesh
         self.inputs = inputs
@@ -44,23 +44,23 @@ class Run:
         self.checkpoints = Checkpoints(recipe.run_folder / "checkpoints", mesh, keep_last=spec.keep_last, asynchronous=spec.background)
         self.job = BatchJob(mesh)
         self.start = check_resume(recipe, inputs)
-        """The last step that was done before."""
+        """The last step done by previous processes."""
         self._done = self.start
         self.state: dict[str, Any] | None = None
-        """What `end_step` was last given, of the run that this one continues."""
+        """The `state` last passed to `end_step` by the process that this one resumes."""
         if self.start:
             self.state = self.checkpoints.load(self.start, learner.chunks, learner.optimizer)
             learner.update = self.state["update"]
         self._log: RunLog | None = None
 
     def begin(self, *, show_every: int = 1) -> None:
-        """Open the log, once everything has started that may fail to. Raises RecipeError when the log that is there is damaged."""
+        """Open the log, once everything that may fail has started. Raises RecipeError if an existing log is damaged."""
         if self.mesh.is_rank_zero:
             self._log = self._open_log(show_every)
 
     @property
     def steps(self) -> Iterable[int]:
-        """Those that are left."""
+        """The remaining steps."""
         return range(self.start + 1, self.recipe.train.steps + 1)
 
     def log(self, metrics: Metrics, remarks: Iterable[str] = ()) -> None:
@@ -70,15 +70,15 @@ class Run:
                 self._log.note(remark)
 
     def amend(self, metrics: Metrics) -> None:
-        """Add what was missing of the last step that was done before."""
+        """Add missing metrics to the last step done by a previous process."""
         if self._log is not None:
             self._log.amend(self.start, metrics)
 
     def end_step(self, metrics: Metrics, state: Mapping[str, Any], remarks: Iterable[str] = (), *, stop: str | None = None) -> None:
-        """Log the step, and save a checkpoint where one is due; `state`: what besides the weights and the optimizer the next step needs.
+        """Log the step, and save a checkpoint if one is due; `state`: needed by the next step in addition to weights and optimizer.
 
-        Raises Stopped, with a checkpoint, when gradients were not finite `SKIPS_IN_A_ROW` times, for the reason `stop`, or when the batch
-        job asks for it.
+        Raises Stopped, after saving a checkpoint, if gradients were not finite `SKIPS_IN_A_ROW` times, if there is a reason to `stop`, or
+        if the batch job requests it.
         """
         step, steps, every = int(metrics["step"] or 0), self.recipe.train.steps, self.recipe.checkpoint.every
         self._done = step
@@ -116,7 +116,7 @@ class Run:
         self.checkpoints.save(step, self.learner.chunks, self.learner.optimizer, run)
 
     def _export_hf(self) -> None:
-        """The trained model as the Hugging Face folder `hf/` of the run, written by rank 0."""
+        """Write the trained model to the run's Hugging Face folder `hf/`, by rank 0."""
         self.learner.settle()
         weights = export_policy(self.learner.chunks, self.inputs.shape, self.mesh)
         if self.mesh.is_rank_zero:
@@ -143,7 +143,7 @@ class Run:
 
 
 def build_learner(inputs: Inputs, recipe: Recipe, mesh: Mesh, *, updates: int) -> Learner:
-    """The model with its Hugging Face weights and its optimizer. Every rank calls."""
-    chunks = build_policy(inputs.shape, recipe, mesh)
+    """Build the model with its Hugging Face weights and its optimizer. Every rank must call."""
+    chunks = build_policy(inputs.shape, PolicyConfig.of(recipe), mesh)
     load_policy(chunks, inputs.weights, inputs.shape, mesh)
     return Learner(chunks, recipe, mesh, updates=updates)

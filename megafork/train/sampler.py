@@ -1,19 +1,20 @@
-"""Responses for a step: sampled, judged, and sampled again where a prompt's responses are all right or all wrong (dynamic sampling)."""
+"""Responses for a step: sampled, judged, and replaced if a prompt's responses are all right or all wrong (dynamic sampling)."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megafork.data.prompts import Prompt, PromptOrder
-from megafork.data.reward import Verifiers
+from megafork.data.reward import Verdict, Verifiers
 from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
@@ -21,11 +22,11 @@ from megafork.recipe.kinds import shown
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rl.fork_temperature import fork_temperature
-from megafork.rollout.engine import Engine, Request, Sampling, request_seed
+from megafork.rollout.engine import Completion, Engine, Request, Sampling, request_seed
 
 
 class Outcome(NamedTuple):
-    """What every rank knows of every response, wherever its tokens are."""
+    """A response's metadata, known to every rank, wherever its tokens are."""
 
     group: int
     sample: int
@@ -43,23 +44,23 @@ class Collected:
     """A step's responses. `outcomes` is the same on every rank, in the order of (group, sample)."""
 
     responses: list[Response] = field(default_factory=list)
-    """Those that this rank sampled and the step keeps."""
+    """The step's responses that were sampled on this rank."""
     outcomes: list[Outcome] = field(default_factory=list)
     sampled: int = 0
-    """Responses sampled in all, kept or not."""
+    """Total responses sampled, kept or not."""
     sampled_accuracy: float = 0.0
-    """Mean accuracy of all of them: dynamic sampling does not flatter it."""
+    """Mean accuracy of all sampled responses, unbiased by dynamic sampling."""
     sampled_tokens: int = 0
     sampled_truncated: int = 0
     example: str = ""
-    """The first prompt and the first response to it; empty on ranks that judge nothing."""
+    """The first prompt and the first response to it; "" on ranks that judge nothing."""
     refills: int = 0
     errors: int = 0
     """Responses whose verifier raised, hung or died; they count as wrong."""
     first_error: str | None = None
     reward_seconds: float = 0.0
     order: dict[str, int] = field(default_factory=dict)
-    """State of the prompts' order after it: where the next collection goes on."""
+    """State of the prompts' order afterwards, where the next collection continues."""
 
     @property
     def groups(self) -> list[int]:
@@ -72,14 +73,14 @@ class Evaluation:
 
     metrics: dict[str, float]
     accuracies: list[float]
-    """Each prompt's, in their order: the mean over its `eval.samples` responses."""
+    """Mean accuracy of each prompt's `eval.samples` responses, in the order of the prompts."""
     responses: int
     first_error: str | None
-    """Why a response could not be judged, for the first that this rank's verifiers failed on."""
+    """Why the first response that this rank's verifiers failed on could not be judged."""
 
 
 class Sampler:
-    """Draws a step's prompts and responses. Every rank makes one and calls `collect` together; only an engine's first rank judges."""
+    """Draws a step's prompts and responses. Every rank creates one, and all call `collect` together; only an engine's first rank judges."""
 
     def __init__(
         self, recipe: Recipe, prompts: list[Prompt], engine: Engine, verifiers: Verifiers | None, tokenizer: Tokenizer, mesh: Mesh
@@ -90,11 +91,11 @@ class Sampler:
         self.verifiers = verifiers
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # its own: it may be used in a thread beside the training
-        """Of all ranks. The timeout is long because engines take different times, and have limits of their own."""
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # separate: a thread may use it during training
+        """Group of all ranks. The timeout is long because engines take different times, and have their own limits."""
 
     def collect(self, step: int) -> Collected:
-        """Sample until `rollout.prompts` groups are kept or `rollout.max_refills` rounds were spent; their advantages are set."""
+        """Sample until `rollout.prompts` groups are kept or `rollout.max_refills` rounds are spent; sets the responses' advantages."""
         spec = self.recipe.rollout
         done = Collected()
         kept: list[Outcome] = []
@@ -105,7 +106,7 @@ class Sampler:
             missing = spec.prompts - len(kept) // spec.samples
             if missing == 0:
                 break
-            # later rounds ask for as many prompts as the share kept so far suggests
+            # later rounds sample enough prompts to fill the rest, judging by the share kept so far
             count = missing if round_ == 0 else min(spec.prompts, math.ceil(missing * asked * spec.samples / max(len(kept), 1)))
             prompts = self.order.take(count)
             held = self._sample(prompts, first_group, step, done)
@@ -123,19 +124,16 @@ class Sampler:
         return done
 
     def _sample(self, prompts: Sequence[Prompt], first_group: int, step: int, done: Collected) -> list[Response]:
-        """Responses of the prompts that fall to this rank's engine, judged; empty but on the engine's first rank."""
+        """Judged responses to the prompts assigned to this rank's engine; empty except on the engine's first rank."""
         spec, engine = self.recipe.rollout, self.engine
         ours = [(first_group + n, prompt) for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
         keys = [(group, prompt, sample) for group, prompt in ours for sample in range(spec.samples)]
         requests = [Request(p.tokens, request_seed(self.recipe.run.seed, step, group, p.index, sample)) for group, p, sample in keys]
         sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids, forks=fork_temperature(spec))
-        completions = engine.generate(requests, sampling)
+        completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
         if self.verifiers is None:
             return []
-        texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
-        started = time.perf_counter()
-        verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
-        done.reward_seconds += time.perf_counter() - started
+        done.reward_seconds += waited
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
         done.first_error = done.first_error or (failed[0] if failed else None)
@@ -156,6 +154,31 @@ class Sampler:
             for (group, prompt, sample), completion, verdict in zip(keys, completions, verdicts, strict=True)
         ]
 
+    def _judged(
+        self, requests: Sequence[Request], sampling: Sampling, rows: Sequence[dict[str, Any]]
+    ) -> tuple[list[Completion], list[str], list[Verdict], float]:
+        """Completions, their texts, verdicts, and the seconds waited for these; nothing but on the engine's first rank.
+
+        Each response is judged as soon as it ends, while others are still generated.
+        """
+        texts: dict[int, str] = {}
+        begun: dict[int, Future[Verdict]] = {}
+
+        def judge(place: int, completion: Completion) -> None:
+            assert self.verifiers is not None
+            texts[place] = self.tokenizer.decode(completion.tokens)
+            begun[place] = self.verifiers.begin((texts[place], rows[place]))
+
+        completions = self.engine.generate(requests, sampling, judge if self.verifiers else None)
+        if self.verifiers is None:
+            return [], [], [], 0.0
+        started = time.perf_counter()
+        for place in range(len(completions)):
+            if place not in begun:  # of an engine that tells only at the end
+                judge(place, completions[place])
+        verdicts = [begun[place].result() for place in range(len(completions))]
+        return completions, [texts[place] for place in range(len(completions))], verdicts, time.perf_counter() - started
+
     def _share(self, held: list[Response]) -> list[Outcome]:
         set_advantages(held, self.recipe)
         mine = [
@@ -172,25 +195,23 @@ class Sampler:
         return [outcome for outcome in outcomes if is_mixed(accuracies[outcome.group])]
 
     def _keep(self, done: Collected, kept: list[Outcome], mine: list[Response]) -> None:
-        """The first `rollout.prompts` groups; under `reward.overlong: filter` without their truncated responses."""
+        """Keep the first `rollout.prompts` groups; under `reward.overlong: filter`, without their truncated responses."""
         groups = set(sorted({outcome.group for outcome in kept})[: self.recipe.rollout.prompts])
         drop_truncated = self.recipe.reward.overlong == "filter"
         done.outcomes = [o for o in kept if o.group in groups and not (drop_truncated and o.truncated)]
         done.responses = [r for r in mine if r.group in groups and not (drop_truncated and r.truncated)]
 
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:
-        """Accuracy on held-out prompts over `eval.samples` responses each, with the same seeds at every call. Every rank must call."""
+        """Accuracy on held-out prompts over `eval.samples` responses each, with the same seeds on every call. Every rank must call."""
         spec, engine = self.recipe.eval, self.engine
         ours = [(n, prompt) for n, prompt in enumerate(prompts) if n % engine.engines == engine.number]
         keys = [(n, prompt, sample) for n, prompt in ours for sample in range(spec.samples)]
         requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for _, prompt, sample in keys]
         sampling = Sampling(self.recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=self.tokenizer.eos_ids)
-        completions = engine.generate(requests, sampling)
+        completions, _, verdicts, _ = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
         first_error = None
         sums, right_of = torch.zeros(5, dtype=torch.float64), torch.zeros(len(prompts), dtype=torch.float64)
         if self.verifiers is not None:
-            texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
-            verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
             for (n, _, _), verdict in zip(keys, verdicts, strict=True):
                 right_of[n] += verdict.accuracy
             sums[0] = len(completions)

@@ -1,4 +1,4 @@
-"""Supervised training on prompt-response rows, through the same Megatron stack and the same head: the warm start of a run."""
+"""Supervised training on prompt-response rows, with the same Megatron stack and head: the warm start of a run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from megafork.train.run import Metrics, Run, build_learner
 
 
 def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
-    """A supervised run, or what is left of it: `rollout.prompts` rows an update, cross-entropy of the response and its end.
+    """Run or resume supervised training: `rollout.prompts` rows per update, cross-entropy of the response and its end token.
 
-    Every rank calls. Returns the last step's metrics.
+    Every rank must call. Returns the last step's metrics.
     """
     rows = examples(inputs.train, inputs.tokenizer, recipe)
     learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps)
@@ -50,7 +50,7 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
 
 
 def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> list[Response]:
-    """Each row as a response that ends with one end-of-sequence token. Raises RecipeError for one that is too long."""
+    """Each row as a response that ends with one end-of-sequence token. Raises RecipeError if one is too long."""
     limit, end = recipe.rollout.max_response_length, last_token(recipe.data, tokenizer)
     rows = []
     for prompt in prompts:
@@ -58,7 +58,7 @@ def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> lis
         tokens = [*tokenizer.encode(text, first=()), end if own_end is None else own_end]
         if len(tokens) > limit:
             raise RecipeError(
-                f"data.train: {prompt.place} has a response of {len(tokens)} tokens with its end, "
+                f"data.train: {prompt.place} has a response of {len(tokens)} tokens with its end token, "
                 f"rollout.max_response_length is {limit}: raise the limit or shorten the row"
             )
         rows.append(
@@ -76,9 +76,9 @@ def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> lis
 
 
 def place(batch: list[Response], recipe: Recipe, mesh: Mesh) -> list[MicroBatch]:
-    """This rank's micro-batches, every response position selected and weighing one token of the whole batch."""
-    placed = placement([row.length for row in batch], recipe, mesh)[mesh.dp_rank]
-    packed = packer(recipe, mesh, temperature=1.0)
+    """This rank's micro-batches, with every response position selected and weighted by one over the tokens of the whole batch."""
+    placed = placement([row.length for row in batch], recipe.micro_batch_tokens, mesh)[mesh.dp_rank]
+    packed = packer(mesh, whole=recipe.micro_batch_padding, temperature=1.0)
     micros = [packed([batch[n] for n in members]) for members in placed]
     total = sum(len(row.tokens) for row in batch)
     for micro in micros:

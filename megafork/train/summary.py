@@ -1,4 +1,4 @@
-"""A step in numbers, the same on every rank and for every layout. Every rank calls."""
+"""A step's metrics, the same on every rank and for every layout. Every rank must call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megafork.rl.forks import ForkGroups, Selection
 
 
 def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
-    """Entropy of the step's response tokens and the engine's log-probs against the trainer's, before any update."""
+    """Entropy of the step's response tokens, and mismatch of the engine's and the trainer's log-probs, before any update."""
     shares: dict[str, float] = {}
     sums: dict[str, Tensor | float] = {}
     worst: dict[str, Tensor | float] = {}
@@ -40,7 +40,7 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
 
 
 def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, float]:
-    """By how many steps the weights that wrote the tokens are behind those that `step` starts with. `responses`: of this rank."""
+    """Number of steps by which the weights that sampled the tokens lag those at the start of `step`. `responses`: this rank's."""
     behind = [step - 1 - response.versions for response in responses if response.versions.numel()]
     late = torch.cat(behind).double() if behind else torch.zeros(0, dtype=torch.float64)
     steps, tokens = over_world([float(late.sum()), late.numel()], mesh)
@@ -49,7 +49,7 @@ def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, flo
 
 
 def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], updates: list[dict[str, float]], mesh: Mesh) -> dict[str, float]:
-    """The step's forks and its optimizer updates: `thresholds` of each selection, `updates` as `Learner.train` returned them."""
+    """Metrics of the step's forks and updates: `thresholds`, one per selection; `updates`, as returned by `Learner.train`."""
     sums: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
         sums = {"entropy": sum(float(micro.entropy[micro.mask].double().sum()) for micro in micros)}

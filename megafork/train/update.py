@@ -1,4 +1,4 @@
-"""One step's update of the policy: score, select the forks, weigh them, and train on each mini-batch."""
+"""One step's update of the policy: score, select and weight the forks, and train on each mini-batch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Check = Callable[[Mapping[str, float]], None]
 def update_policy(
     learner: Learner, minibatches: list[list[MicroBatch]], recipe: Recipe, *, step: int, clock: Clock, check: Check | None = None
 ) -> dict[str, float]:
-    """Update the policy once per mini-batch. Every rank calls, with as many mini-batches of as many micro-batches each.
+    """Update the policy once per mini-batch. Every rank must call, with equally many mini-batches and micro-batches in each.
 
-    minibatches: of this DP rank, with advantages; their old log-probs, entropies, masks and weights are set on the last stage.
-    check: is given the metrics of the scored responses before the first update; it may raise, on every rank alike.
+    minibatches: this DP rank's, with advantages; their old log-probs, entropies, masks and weights are set on the last stage.
+    check: called with the metrics of the scored responses before the first update; if it raises, it must do so on every rank.
     Returns the metrics of entropies, forks and updates, the same on every rank.
     """
     mesh = learner.mesh

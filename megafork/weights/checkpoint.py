@@ -16,8 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,6 +31,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
 from megafork.weights.checksums import SUMS, sum_of, sync, sync_name
+from megafork.weights.optimizer_state import load_optimizer, optimizer_content
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -73,7 +76,10 @@ class Checkpoints:
         dist.barrier()
         megatron_fixes.use_file_for_results()
         content = {**_sharded(chunks, optimizer, self.mesh, loading=False), "run": state}
-        request = dist_checkpointing.save(content, str(temporary), content_metadata=_content_metadata(), async_sharded_save=True)
+        everyone = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), self.mesh.token_group
+        )  # replicas share the weights
+        request = dist_checkpointing.save(content, str(temporary), everyone, content_metadata=_content_metadata(), async_sharded_save=True)
         request.add_finalize_fn(partial(self._publish, temporary, folder))
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, temporary, os.getpid()))
@@ -107,7 +113,7 @@ class Checkpoints:
         content = _sharded(chunks, optimizer, self.mesh, loading=True)
         loaded = _load(folder, content, pickles.CommonValues(), strict=StrictHandling.RAISE_ALL)
         _take(chunks, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
         return loaded["run"]
 
     def _publish(self, temporary: Path, folder: Path) -> None:
@@ -228,5 +234,4 @@ def _content_metadata() -> dict[str, Any]:
 def _sharded(chunks: list[Policy], optimizer: Any, mesh: Mesh, *, loading: bool) -> dict[str, Any]:
     metadata = {**_content_metadata(), "dp_cp_group": mesh.token_group}
     content: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
-    content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=loading, metadata=metadata)
-    return content
+    return {**content, "optimizer": optimizer_content(optimizer, content, loading=loading)}

@@ -41,6 +41,13 @@ class Transfer(NamedTuple):
         return area(self.rows, self.columns)
 
 
+class Route(NamedTuple):
+    """What one rank sends to whom and receives from whom, itself included."""
+
+    sends: dict[int, list[Transfer]]
+    receives: dict[int, list[Transfer]]
+
+
 @dataclass(frozen=True)
 class Reshard:
     """The plan for one model, training layout, number of ranks and engine size. `node`: ranks a node, whose links are the fast ones."""
@@ -66,20 +73,40 @@ class Reshard:
         return [(buckets[0], len(buckets)) for buckets in kinds.values()]
 
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
-        """Of all ranks, in an order that every rank knows; those of a rank to itself too."""
+        """The transfers of all ranks, in an order that every rank knows, including those of a rank to itself."""
         for parameter in bucket:
-            held = [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
+            held = self._held(parameter)
             for target in range(self.world):
                 yield from self._to(target, parameter, held)
+
+    def route(self, rank: int, bucket: list[Parameter]) -> Route:
+        """The transfers of one rank, found without enumerating those of others."""
+        tp_rank, stage = rank % self.layout.tp, self.stage(bucket[0])
+        receives: dict[int, list[Transfer]] = {}
+        sends: dict[int, list[Transfer]] = {}
+        for parameter in bucket:
+            held = self._held(parameter)
+            for transfer in self._to(rank, parameter, held):
+                receives.setdefault(transfer.source, []).append(transfer)
+            for target in self._served(rank) if rank // (self.world // self.layout.pp) == stage else ():
+                if sent := list(self._to(target, parameter, held, only=tp_rank)):
+                    sends.setdefault(target, []).extend(sent)
+        return Route(sends, receives)
 
     def full_shape(self, name: str) -> tuple[int, ...]:
         return full_shape(name, self.shape)
 
-    def _to(self, target: int, parameter: Parameter, held: list[list[Piece]]) -> Iterator[Transfer]:
-        """`held`: of each TP rank."""
+    def _held(self, parameter: Parameter) -> list[list[Piece]]:
+        """By TP rank."""
+        return [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
+
+    def _to(self, target: int, parameter: Parameter, held: list[list[Piece]], only: int | None = None) -> Iterator[Transfer]:
+        """`held`: the pieces of each TP rank; `only`: the one TP rank whose transfers are asked for."""
         own_tp, replicated = target % self.layout.tp, parameter.rule.kind == "replicated"
         wanted = {name: needed(name, self.shape, self.rollout_tp, target % self.rollout_tp) for name in parameter.huggingface()}
         for tp_rank in [own_tp] if replicated else range(self.layout.tp):
+            if only is not None and tp_rank != only:
+                continue
             source = self._source(target, self.stage(parameter), tp_rank)
             for piece in held[tp_rank]:
                 for part in wanted[piece.name]:
@@ -90,13 +117,25 @@ class Reshard:
 
     def _source(self, target: int, stage: int, tp_rank: int) -> int:
         """Among the ranks that hold this shard: the target, else one on its node, else one that serves about as many as the others."""
-        per_stage = self.world // self.layout.pp
-        holders = range(stage * per_stage + tp_rank, (stage + 1) * per_stage, self.layout.tp)
+        per_stage, tp = self.world // self.layout.pp, self.layout.tp
+        first = stage * per_stage + tp_rank
+        holders = range(first, (stage + 1) * per_stage, tp)
         if target in holders:
             return target
-        near = [rank for rank in holders if rank // self.node == target // self.node]
-        choice = near or holders
-        return choice[target // self.layout.tp % len(choice)]
+        begin, end = (max(0, -((first - edge) // tp)) for edge in (target // self.node * self.node, (target // self.node + 1) * self.node))
+        choice = holders[begin:end] or holders  # those on the target's node
+        return choice[target // tp % len(choice)]
+
+    def _served(self, rank: int) -> list[int]:
+        """The ranks that take from `rank` what it holds."""
+        if rank not in self._serves:
+            stage, tp_rank = rank // (self.world // self.layout.pp), rank % self.layout.tp
+            self._serves[rank] = [target for target in range(self.world) if self._source(target, stage, tp_rank) == rank]
+        return self._serves[rank]
+
+    @cached_property
+    def _serves(self) -> dict[int, list[int]]:
+        return {}
 
     def stage(self, parameter: Parameter) -> int:
         """The pipeline stage that holds it."""

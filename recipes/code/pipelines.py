@@ -1,4 +1,4 @@
-"""A tiny task of program synthesis, judged by running the programs (`reward.verifier: code`): name what is done to a number, write it down.
+"""A tiny program synthesis task, judged by running the programs (`reward.verifier: code`): the prompt names steps, the program does them.
 
     prompt    double, decrement, square:
     response  ```python
@@ -9,14 +9,14 @@
               print(x)
               ```
 
-How a step is written is free (x + x, x * 2, 2 * x): these are the forks. The rest of a program is forced.
+The model is free to choose how a step is written (x + x, x * 2, 2 * x): these are the forks. The rest of a program is forced.
 
 `python recipes/code/pipelines.py OUT` writes
 
     OUT/model/         a small Qwen3 with random weights and its tokenizer, as a Hugging Face folder
-    OUT/sft.jsonl      {"prompt", "response"}: the warm start's programs; in many of them a step does something else
-    OUT/train.jsonl    {"prompt", "input_output"}: problems with their tests, as APPS has them
-    OUT/heldout.jsonl  the same, of problems that occur in neither of the other files
+    OUT/sft.jsonl      {"prompt", "response"}: the warm start's programs; many of them contain a wrong step
+    OUT/train.jsonl    {"prompt", "input_output"}: problems with their tests, in the format of APPS
+    OUT/heldout.jsonl  the same, with problems that occur in neither of the other files
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ STEPS = {
     "negate": Step(lambda x: -x, ("- x", "0 - x"), ("x - 0", "1 - x")),
     "mirror": Step(lambda x: 10 - x, ("10 - x", "- x + 10"), ("x - 10", "10 + x")),
 }
-LENGTH = 3  # steps of a problem
+LENGTH = 3  # steps per problem
 INPUTS = (-3, 4, 9)
-RIGHT_SHARE = 0.7  # of the warm start's steps: a third of its programs is right
+RIGHT_SHARE = 0.7  # of the warm start's steps: a third of its programs are right
 SFT_ROWS, HELDOUT_ROWS = 12_800, 96
 
 
@@ -72,7 +72,7 @@ def row(names: Sequence[str]) -> dict[str, Any]:
 
 
 def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the files `sft`, `train` and `heldout`; no problem is in both of the last, nor a held-out one in the first."""
+    """Rows of the files `sft`, `train` and `heldout`; held-out problems occur in neither of the others."""
     choose = random.Random(seed)
     problems = list(itertools.product(STEPS, repeat=LENGTH))
     choose.shuffle(problems)
@@ -101,7 +101,7 @@ def vocabulary() -> list[str]:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """A Qwen3 of 0.4 million random parameters, and a tokenizer that knows the task's pieces, longest first."""
+    """A Qwen3 with 0.4 million random parameters, and a tokenizer that splits text into the task's pieces, longest first."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders
     from tokenizers.models import WordLevel
@@ -139,7 +139,7 @@ def write_model(folder: Path, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the model and data of the code task.")
     parser.add_argument("out", type=Path, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=1, help="of the problems, their split and the random weights")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the problems, their split and the random weights")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in make_rows(arguments.seed).items():

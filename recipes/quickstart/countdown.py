@@ -1,17 +1,17 @@
-"""The quickstart's task, and the pattern for bringing your own: combine three numbers until they make a target.
+"""The quickstart's task, and a template for your own: combine three numbers to reach a target.
 
     prompt    4 9 2 make 7 :
     response  9 - 4 = 5 left 2 5 ; 5 + 2 = 7
 
-Which two numbers come next, and whether to add or subtract, is free: these are the forks of the chain of thought. Every result,
-separator and remaining number follows from what stands before it.
+The model is free to choose the next two numbers, and whether to add or subtract: these are the forks of the chain of thought. Every result,
+separator and remaining number follows from the text before it.
 
 `python recipes/quickstart/countdown.py OUT` writes
 
     OUT/model/         a small Qwen3 with random weights and its tokenizer, as a Hugging Face folder
-    OUT/sft.jsonl      {"prompt", "response"}: the warm start's chains; a share of them reaches the target, the others miss it
+    OUT/sft.jsonl      {"prompt", "response"}: the warm start's chains; some reach the target, the others miss it
     OUT/train.jsonl    {"prompt", "answer", "numbers"}: problems for reinforcement learning
-    OUT/heldout.jsonl  the same, of problems that occur in neither of the other files, whatever the order of their numbers
+    OUT/heldout.jsonl  the same, with problems that occur in neither of the other files, in any order of their numbers
 
 A recipe names the verifier as `reward.verifier: recipes/quickstart/countdown.py:score`.
 """
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub}
-NUMBERS = 3  # of a problem
-HIGHEST = 10  # they are drawn from 1 .. HIGHEST
-RIGHT_SHARE = 0.5  # of the warm start's chains: enough to learn that the target matters, few enough to leave the rest to the reward
+NUMBERS = 3  # per problem
+HIGHEST = 10  # numbers are drawn from 1 .. HIGHEST
+RIGHT_SHARE = 0.5  # of the warm start's chains: enough to learn that the target matters, and the rest is left to the reward
 SFT_ROWS, HELDOUT_ROWS = 25_600, 128
 
 
@@ -41,18 +41,18 @@ class Step(NamedTuple):
     result: int
 
 
-# --- what a step is: shared by the verifier and the generator ---
+# --- steps: shared by the verifier and the generator ---
 
 
 def steps(left: Sequence[int]) -> Iterator[Step]:
-    """Every step that the numbers left allow, in either order of the two."""
+    """Every possible step on the remaining numbers, with each pair in both orders."""
     for a, b in itertools.permutations(left, 2):
         for name, operation in OPERATIONS.items():
             yield Step(a, name, b, operation(a, b))
 
 
 def after(left: Sequence[int], step: Step) -> list[int]:
-    """The numbers left after a step: the others in their order, then the result."""
+    """The numbers left after a step: the unused ones in their order, then the result."""
     rest = list(left)
     rest.remove(step.a)
     rest.remove(step.b)
@@ -69,10 +69,10 @@ def step_text(left: Sequence[int], step: Step) -> str:
 
 
 def score(response: str, row: dict[str, Any]) -> float:
-    """1.0 if `response` combines row["numbers"], each exactly once and by right arithmetic, into int(row["answer"]); else 0.0.
+    """1.0 if `response` combines row["numbers"], each exactly once and with correct arithmetic, into int(row["answer"]); else 0.0.
 
-    The text is compared with every step that may come next and never evaluated: wrong arithmetic, a number that is not there, or
-    the bare answer earns nothing, and no text raises.
+    The text is compared with every possible next step and never evaluated: wrong arithmetic, an unavailable number or the bare answer
+    earns nothing, and no text raises.
     """
     words, left = response.split(), [int(number) for number in row["numbers"]]
     while len(left) > 1:
@@ -95,7 +95,7 @@ class Problem(NamedTuple):
 
 
 def chains(left: Sequence[int]) -> Iterator[list[Step]]:
-    """Every chain of thought with the larger number first and results above zero: no two differ in the order of operands only."""
+    """Every chain of thought with the larger number first and results above zero: no two differ only in the order of operands."""
     if len(left) == 1:
         yield []
     for step in sorted(set(steps(left))):
@@ -104,7 +104,7 @@ def chains(left: Sequence[int]) -> Iterator[list[Step]]:
 
 
 def chains_by_problem() -> dict[Problem, tuple[list[list[Step]], list[list[Step]]]]:
-    """Of every solvable problem, the chains that reach the target and those that miss it (at least one of each)."""
+    """For every solvable problem, the chains that reach the target and those that miss it (at least one of each)."""
     table = {}
     for numbers in itertools.combinations_with_replacement(range(1, HIGHEST + 1), NUMBERS):
         every = list(chains(numbers))
@@ -161,12 +161,12 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 
 def vocabulary() -> list[str]:
-    """One token a word: special tokens, every number that a chain can hold, operations and separators."""
+    """One token per word: special tokens, every number that can occur in a chain, operations and separators."""
     return [*SPECIAL, *map(str, range(NUMBERS * HIGHEST + 1)), *OPERATIONS, "=", "left", ";", "make", ":"]
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """A Qwen3 of 1.1 million random parameters and its tokenizer, as transformers and vLLM read them."""
+    """A Qwen3 with 1.1 million random parameters and its tokenizer, as transformers and vLLM read them."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -191,7 +191,7 @@ def write_model(folder: Path, seed: int) -> None:
             head_dim=32,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            initializer_range=0.06,  # three times the usual: so small a model learns its arithmetic in half the updates
+            initializer_range=0.06,  # three times the usual: a model this small then learns its arithmetic in half the updates
             bos_token_id=None,
             eos_token_id=ids["<eos>"],
             pad_token_id=ids["<pad>"],
@@ -204,7 +204,7 @@ def write_model(folder: Path, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the quickstart's model and data.")
     parser.add_argument("out", type=Path, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=1, help="of the problems, their split and the random weights")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the problems, their split and the random weights")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in make_rows(arguments.seed).items():

@@ -1,9 +1,8 @@
-"""What can be seen on a GPU alone, in the order of its value: `make gpu`, or `python tools/gpu`; `--dry` takes tiny sizes and any machine,
-and multiplies in bf16 where FP8 would need Transformer Engine.
+"""Everything that only a GPU can show, most valuable first: `make gpu`, or `python tools/gpu`. `--dry` uses tiny sizes on any machine, and
+multiplies in bf16 instead of FP8, which would need Transformer Engine.
 
-Every part is processes of its own under one time limit. What it found is written at once to `benchmarks/results/gpu.json`, beside its
-commands and the machine; parts that are there already are not run again, so that a call goes on where the last one was stopped. A part that
-failed is tried again.
+Each part runs in separate processes under one time limit. Its results are written at once to `benchmarks/results/gpu.json`, with its
+commands and the machine; a later call skips finished parts, so it resumes where the last one stopped, and repeats failed parts.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ import typer
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/gpu.json"
 PYTHON = "python"
-"""Stands for this interpreter in what is written down."""
+"""Stands for this interpreter in recorded commands."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Commands, one after the other; the last line that the last one prints is JSON: the part's figures."""
+    """Commands, run one after another; the last line printed by the last command is JSON: the part's figures."""
 
     name: str
     limit_s: float
@@ -38,7 +37,7 @@ class Part:
 
 
 def parts(work: str, dry: bool) -> Iterator[Part]:
-    """`work`: a folder for models and runs."""
+    """The parts in order. `work`: a folder for models and runs."""
     flag, steps = (" --dry", 2) if dry else ("", 0)
     megafork, here = f"{PYTHON} -m megafork.cli", f"{PYTHON} tools/gpu"
     task = f"{work}/task"
@@ -68,7 +67,7 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
     large = f"{work}/qwen3-0.6b"
     lengths = "rollout.max_response_length=32 rollout.prompts=4" if dry else "rollout.max_response_length=4096 rollout.prompts=8"
     yield Part(
-        "Qwen3-0.6B, 4,096 tokens a response",
+        "Qwen3-0.6B, 4,096 tokens per response",
         420,
         [
             f"{here}/random_model.py {large} {'tiny' if dry else 'qwen3-0.6b'} {task}/model",
@@ -96,7 +95,7 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
         [
             f"{warm_up} {rows} run.name=blocks-sft model.path={work}/blocks precision.dtype=bf16{few}",
             f"{rounds} run.name=fp8 loss.importance_cap=2{few}",
-            f"{rounds} run.name=fp8-free loss.importance_cap=1e9{few}",  # as good as none: the recipe wants one
+            f"{rounds} run.name=fp8-free loss.importance_cap=1e9{few}",  # in effect no cap; the recipe requires one
             f"{here}/figures.py {work}/fp8 {work}/fp8-free",
         ],
     )
@@ -106,7 +105,7 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
 
 
 def run(part: Part, log: Path) -> dict[str, Any]:
-    """Run a part; whatever becomes of it is said in its result."""
+    """Run a part. Its result reports success or failure."""
     start, result = time.monotonic(), {"commands": part.commands, "ok": False}
     with log.open("w") as output:
         for command in part.commands:
@@ -117,10 +116,10 @@ def run(part: Part, log: Path) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 return {**result, "why": f"not done after {part.limit_s:g} s: {command}"}
             if code:
-                return {**result, "why": f"exit code {code}: {command}", "said": log.read_text().splitlines()[-15:]}
+                return {**result, "why": f"exit code {code}: {command}", "output": log.read_text().splitlines()[-15:]}
     last = log.read_text().rstrip()
     last = last[last.rfind("\n{") + 1 :]  # one line, or an indented file
-    figures = json.loads(last) if last.startswith("{") else {"said": last.splitlines()[-1]}
+    figures = json.loads(last) if last.startswith("{") else {"output": last.splitlines()[-1]}
     return {**result, "ok": True, "seconds": round(time.monotonic() - start, 1), "figures": figures}
 
 
@@ -129,10 +128,10 @@ def _environment() -> dict[str, str]:
 
 
 def main(
-    dry: Annotated[bool, typer.Option(help="Tiny sizes: does each part run? Their figures mean nothing.")] = False,
-    out: Annotated[Path, typer.Option(help="The results, written after each part.", show_default=False)] = RESULTS,
-    work: Annotated[Path, typer.Option(help="Folder of models, runs and logs.")] = Path("runs/gpu"),
-    only: Annotated[str, typer.Option(help="Parts whose name holds this.")] = "",
+    dry: Annotated[bool, typer.Option(help="Tiny sizes, to check that each part runs; the figures mean nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="File for the results, written after each part.", show_default=False)] = RESULTS,
+    work: Annotated[Path, typer.Option(help="Folder for models, runs and logs.")] = Path("runs/gpu"),
+    only: Annotated[str, typer.Option(help="Run only parts whose name contains this.")] = "",
 ) -> None:
     """Run the parts that have no result yet."""
     if not (dry or torch.cuda.is_available()):

@@ -1,4 +1,4 @@
-"""What runs say of themselves, as one line of JSON: `python tools/gpu/figures.py RUN...`."""
+"""The metrics of runs as one line of JSON: `python tools/gpu/figures.py RUN...`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from megafork.run_folder import read_steps
 
 MEANS = ("time/", "throughput/", "memory/", "refit/", "rollout_mismatch/", "loss/capped_fraction")
-"""Taken over all steps but the first, which also starts things."""
+"""Averaged over all steps but the first, which includes start-up."""
 ENDS = ("loss", "loss/policy", "accuracy/mean", "eval/accuracy", "entropy/mean", "grad_norm")
 
 

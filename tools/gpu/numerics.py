@@ -1,8 +1,8 @@
-"""Head, threshold, model and checkpoint on this device against float64, a sort, transformers, and themselves: one line of JSON of errors.
+"""Head, threshold, model and checkpoint on this device against float64, a sort, transformers, and themselves: errors as one line of JSON.
 
     python tools/gpu/numerics.py [--dry]
 
-Exit code 1 when one is over its limit.
+Exit code 1 if an error is over its limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import transformers
 from random_model import SIZES
 
 from megafork.model.attention import PackedSequences
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest, Policy
 from megafork.parallel.mesh import Mesh, build_mesh, join_world
 from megafork.parallel.quantile import top_threshold
@@ -33,7 +33,7 @@ from megafork.weights.policy_weights import export_policy, load_policy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"head": 1e-4, "head gradient": 2e-2, "threshold": 0.0, "log-prob fp32": 1e-3, "log-prob bf16": 0.5, "checkpoint": 0.0}
-"""By the beginning of a name. Products in fp32 may be TF32's only where torch is told so, which nobody does."""
+"""Limits by prefix of the name. fp32 products may use TF32 only if torch is told to, and it is not."""
 
 
 def head(device: torch.device, dtype: str, tokens: int, vocab: int) -> dict[str, float]:
@@ -64,7 +64,7 @@ def model(folder: Path, device: torch.device, dtype: str) -> dict[str, float]:
     """Log-probs of packed sequences against transformers in fp32, one at a time; and a checkpoint there and back."""
     spec = Recipe.model_validate({"model": {"path": str(folder)}, "data": {"train": "none"}, "precision": {"dtype": dtype}})
     mesh, shape = build_mesh(spec.parallel, seed=1, device=device), read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig(spec.precision), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     sequences = [torch.randint(shape.vocab, (length,), device=device) for length in (200, 3, 77)]
     lengths, packed = [len(sequence) for sequence in sequences], torch.cat(sequences)
@@ -78,7 +78,7 @@ def model(folder: Path, device: torch.device, dtype: str) -> dict[str, float]:
 
 
 def checkpoint(chunks: list[Policy], spec: Recipe, mesh: Mesh) -> float:
-    """How far weights are from what they were, after they were saved, spoilt and loaded."""
+    """Largest change of a weight after saving, overwriting and loading."""
     shape, learner = read_shape(Path(spec.model.path)), Learner(chunks, spec, mesh, updates=1)
     before = {name: tensor.clone() for name, tensor in export_policy(chunks, shape, mesh)}
     with tempfile.TemporaryDirectory() as folder:

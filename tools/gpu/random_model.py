@@ -11,7 +11,7 @@ import transformers
 NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 SIZES = {
     "tiny": dict(zip(NAMES, (64, 64, 96, 2, 4, 32), strict=True)),
-    "blocks": dict(zip(NAMES, (64, 256, 768, 2, 4, 64), strict=True)),  # the least that is whole blocks of 128 x 128 on both sides
+    "blocks": dict(zip(NAMES, (64, 256, 768, 2, 4, 64), strict=True)),  # the smallest with whole blocks of 128 x 128 on both sides
     "qwen3-0.6b": dict(zip(NAMES, (151_936, 1024, 3072, 28, 16, 128), strict=True)),
 }
 

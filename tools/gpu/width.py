@@ -1,8 +1,8 @@
-"""A training step of a few layers at Qwen3-32B's width, in bf16 and in FP8: seconds, FLOP a second and peak memory as one line of JSON.
+"""A training step of a few layers at Qwen3-32B's width, in bf16 and in FP8: seconds, FLOP/s and peak memory as one line of JSON.
 
     python tools/gpu/width.py FOLDER [--dry]
 
-FOLDER: where the random model goes. The vocabulary is small, so that the layers are what is timed.
+FOLDER: where to write the random model. The vocabulary is small, so that the layers dominate the time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from megafork.model import precision
-from megafork.model.build import build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh, join_world
 from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch, Response
@@ -38,7 +38,7 @@ def negative_log_prob(log_prob: torch.Tensor, micro: MicroBatch) -> tuple[torch.
 
 
 def measure(folder: Path, device: torch.device, *, fp8: bool, tokens: int, repeats: int) -> dict[str, Any]:
-    """Steps on one sequence of `tokens` tokens: their median time after two that are not counted, and the loss of each."""
+    """Steps on one sequence of `tokens` tokens: their median time after two uncounted steps, and the loss of each."""
     wanted = {"dtype": "bf16", "train_fp8": fp8}
     spec = Recipe.model_validate(
         {
@@ -51,11 +51,12 @@ def measure(folder: Path, device: torch.device, *, fp8: bool, tokens: int, repea
         }
     )
     mesh, shape = build_mesh(spec.parallel, seed=1, device=device), read_shape(folder)
-    chunks = build_policy(shape, spec, mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(chunks, HuggingFaceWeights(folder), shape, mesh)
     learner = Learner(chunks, spec, mesh, updates=repeats + 2)
     ids = torch.randint(shape.vocab, (tokens,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    micro = packer(spec, mesh, temperature=spec.rollout.temperature)([Response(0, 0, 0, ids[:1], ids[1:], torch.zeros(tokens - 1), False)])
+    pack = packer(mesh, whole=spec.micro_batch_padding, temperature=spec.rollout.temperature)
+    micro = pack([Response(0, 0, 0, ids[:1], ids[1:], torch.zeros(tokens - 1), False)])
     micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
     micro.weight = micro.mask / len(micro.positions)
     torch.cuda.reset_peak_memory_stats()

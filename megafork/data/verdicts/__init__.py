@@ -1,1 +1,1 @@
-"""Verdicts on responses nobody trusts: verifier processes, their sandbox, and programs run against tests."""
+"""Verdicts on untrusted responses: verifier processes, their sandbox, and programs run against tests."""

@@ -1,7 +1,7 @@
-"""`reward.verifier: code`: the program in a response against the tests of its row.
+"""`reward.verifier: code`: runs the program in a response against the tests of its row.
 
-Nothing that decides a verdict is left to the judged process: what it wrote or returned is compared here. Only asserts that are no plain
-equality run beside the program; they have passed if it then knows a token that it was given after it had run.
+The judged process decides nothing: its output or return value is compared here. Only asserts that are not plain equalities run inside it;
+they have passed if it then returns a token that it receives only after the program has run.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from megafork.data.verdicts.runner import Limits, Nursery, Outcome, Program
 
 _LANGUAGES = ("", "py", "python", "python3")
 _CLOCK_SHARE = 4
-"""Seconds by the clock for each of a test's seconds on a processor: a busy machine makes no program wrong."""
+"""Wall-clock seconds per CPU second of a test's limit, so that a busy machine does not fail a program."""
 _SHARE_OF_TIME = 0.9
-"""Of a verdict's time limit, for the tests: a program that takes too long is wrong, and not a verdict that failed."""
+"""Share of a verdict's time limit given to the tests: a program that takes too long is wrong rather than a failed verdict."""
 
 
 class Grader:
-    """Verdicts of (response, row). Make it before the first item is read."""
+    """Gives verdicts on (response, row). Create it before the first item is read."""
 
     def __init__(self, timeout_s: float, limits: Limits, channel: Sequence[socket.socket], *, partial: bool) -> None:
-        """`channel`: descriptors that the programs must not have."""
+        """`channel`: sockets that the programs must not inherit."""
         self._timeout_s = timeout_s * _SHARE_OF_TIME
         self._limits = limits
         self._partial = partial
@@ -70,7 +70,7 @@ class Grader:
         return self._run(Program(source, setup, script=test.code, token=token), end).value == (token,)
 
     def _value_of(self, expression: str, setup: str, end: float) -> tuple[Any] | None:
-        """Of the row's own, without the response: None if it needs the program's names or is not plain data."""
+        """Value of a row's expression, evaluated without the response; None if it needs the program's names or is not plain data."""
         try:
             return (ast.literal_eval(expression),)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -82,7 +82,7 @@ class Grader:
 
 
 def last_block(text: str) -> str | None:
-    """The last closed fenced block that is Python's or of no named language. In time linear in the text."""
+    """The last closed fenced block marked as Python or unmarked, or None. Takes time linear in the text."""
     found: str | None = None
     fence, lines, language = "", list[str](), ""
     for line in text.splitlines(keepends=True):
@@ -98,8 +98,8 @@ def last_block(text: str) -> str | None:
 
 
 def same_output(output: str, expected: str) -> bool:
-    """As LiveCodeBench compares: both stripped, then line by line, each stripped; a line that differs as text is the same if its words are
-    the same decimal numbers. No tolerance."""
+    """Whether outputs are equal by LiveCodeBench's rule: both stripped, then compared line by line, each stripped; lines that differ as
+    text are equal if their words are the same decimal numbers. No tolerance."""
     ours, theirs = (text.strip().split("\n") for text in (output, expected))
     return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
 

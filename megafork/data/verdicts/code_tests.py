@@ -1,13 +1,13 @@
-"""The tests of a row for `reward.verifier: code`, in the forms that the public sets have.
+"""The tests of a row for `reward.verifier: code`, in the forms used by public data sets.
 
-- `input_output` (APPS, TACO): JSON of {"inputs": [...], "outputs": [...]}, with "fn_name" where a function is called.
+- `input_output` (APPS, TACO): JSON of {"inputs": [...], "outputs": [...]}, with "fn_name" if a function is called.
 - `public_test_cases`, `private_test_cases` (LiveCodeBench): JSON of [{"input", "output", "testtype": "stdin" | "functional"}, ...], the
   private ones possibly compressed; the function's name is metadata.func_name.
 - `test` and `entry_point` (HumanEval): code that defines `check(candidate)`.
 - `test_list`, `test_cases` (MBPP, AceCode): asserts, after `test_imports` and `test_setup_code`.
 - `reward_model.ground_truth`, or `answer` (verl, PRIME): JSON of any of these, or of {"functional": asserts}, or a list of them.
 
-Every assert of the form LEFT == RIGHT is taken apart, so that RIGHT never reaches the judged program.
+Every assert of the form LEFT == RIGHT is split, so that RIGHT never reaches the judged program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LARGEST = 1 << 30  # bytes of unpacked tests
 
 @dataclass(frozen=True)
 class Output:
-    """What the program writes when it reads `stdin`."""
+    """The expected output of the program for the input `stdin`."""
 
     stdin: str
     expected: str
@@ -36,7 +36,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Call:
-    """What `function` returns for `arguments`, to be equal to one of `accepted`. All of it is JSON, where tuples are lists."""
+    """The return value of `function` for `arguments` must equal one of `accepted`. All are JSON values, so tuples are lists."""
 
     function: str
     arguments: Sequence[Any]
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Equal:
-    """`left == right`, two Python expressions: `left` in the program's names, `right` in those of the setup."""
+    """`left == right`, two Python expressions: `left` uses the program's names, `right` those of the setup."""
 
     left: str
     right: str
@@ -63,18 +63,18 @@ Test = Output | Call | Equal | Script
 
 @dataclass(frozen=True)
 class Tests:
-    """At least one. `setup` runs before the program."""
+    """At least one test. `setup` runs before the program."""
 
     tests: Sequence[Test]
     setup: str = ""
 
 
 def tests_of(row: dict[str, Any]) -> Tests:
-    """Raises ValueError, whose text continues `the row ...`, for a row without tests or with malformed ones."""
+    """The tests of a row. Raises ValueError, whose text continues `the row ...`, if there are none or they are malformed."""
     try:
         found = _tests_of(row)
     except (AttributeError, KeyError, TypeError, RecursionError, MemoryError, SyntaxError) as error:
-        raise ValueError(f"has tests of no known form ({type(error).__name__}: {error}): see docs/verifiers.md") from None
+        raise ValueError(f"has tests in an unknown form ({type(error).__name__}: {error}): see docs/verifiers.md") from None
     if found is None or not found.tests:
         raise ValueError(
             "has no tests: give it input_output, public_test_cases, test and entry_point, test_list, or reward_model.ground_truth "
@@ -130,7 +130,7 @@ def _ground_truth(truth: Any) -> Tests | None:
 def _pairs(found: dict[str, Any]) -> list[Test]:
     inputs, outputs, function = found["inputs"], found["outputs"], found.get("fn_name")
     if len(inputs) != len(outputs):
-        raise ValueError(f"has {len(inputs)} inputs and {len(outputs)} outputs: make them as many")
+        raise ValueError(f"has {len(inputs)} inputs and {len(outputs)} outputs: give equally many")
     if function:
         return [Call(function, _arguments(given), _accepted(expected)) for given, expected in zip(inputs, outputs, strict=True)]
     return [Output(_lines(given), _lines(expected)) for given, expected in zip(inputs, outputs, strict=True)]
@@ -148,12 +148,12 @@ def _case(case: dict[str, Any], metadata: dict[str, Any]) -> Test:
     metadata = {**metadata, **(case.get("metadata") or {})}
     function = metadata.get("func_name") or case.get("fn_name")
     if not function:
-        raise ValueError("has functional tests and no metadata.func_name: say which function they call")
+        raise ValueError("has functional tests and no metadata.func_name: name the function that they call")
     return Call(function, _arguments(case["input"]), (_value(case["output"]),))
 
 
 def _private(cases: Any) -> Any:
-    """LiveCodeBench packs them as base64 of zlib of a pickled text. Only a text is unpickled."""
+    """Unpack LiveCodeBench's private tests: base64 of zlib of a pickled string. Only a string is unpickled."""
     if not isinstance(cases, str) or cases.lstrip().startswith("["):
         return _json(cases, "private_test_cases")
     try:
@@ -170,11 +170,11 @@ class _TextUnpickler(pickle.Unpickler):
 
 
 def _arguments(given: Any) -> list[Any]:
-    """A list of them, or one JSON value a line."""
+    """Arguments given as a list, or as one JSON value per line."""
     if isinstance(given, str):
         return [_value(line) for line in given.splitlines() if line.strip()]
     if not isinstance(given, list):
-        raise TypeError("the input of a function is a list of arguments")
+        raise TypeError("the input of a function must be a list of arguments")
     return given
 
 
@@ -183,12 +183,12 @@ def _value(text: Any) -> Any:
 
 
 def _accepted(expected: Any) -> list[Any]:
-    """APPS and TACO wrap many a result into a list of one."""
+    """Accepted return values: APPS and TACO wrap many results in a list of one."""
     value = expected
     if isinstance(expected, str):
         try:
             value = json.loads(expected)
-        except ValueError:  # a text by itself
+        except ValueError:  # plain text
             value = expected
     return [value, expected, *(value if isinstance(value, list) and len(value) == 1 else [])]
 
@@ -203,12 +203,12 @@ def _json(value: Any, field: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"has {field} that is not JSON ({error}): write it again") from None
+        raise ValueError(f"has {field} that is not JSON ({error}): correct it") from None
 
 
 def _texts(value: Any, field: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"has {field} that is not a list of texts: make it one")
+        raise ValueError(f"has {field} that is not a list of strings: make it one")
     return value
 
 
@@ -216,7 +216,7 @@ def _texts(value: Any, field: str) -> list[str]:
 
 
 def _asserts(texts: Iterable[str], setup: str) -> Tests:
-    """Each assert is a test by itself, unless other statements than imports are among them."""
+    """Make each assert a separate test, unless there are statements other than asserts and imports."""
     ast.parse(setup)
     tests: list[Test] = []
     imports: list[str] = []
@@ -231,13 +231,13 @@ def _asserts(texts: Iterable[str], setup: str) -> Tests:
 
 
 def _human_eval(code: str, entry_point: str, setup: str) -> Tests:
-    """`check` taken apart if all it does is to assert; else it is called."""
+    """Split `check` into its asserts if it does nothing else; otherwise it is called as a whole."""
     module = ast.parse(code)
     checks = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check" and len(node.args.args) == 1]
     whole = Tests([Script(f"{code}\n\ncheck({entry_point})" if checks else code)], setup)
     if len(checks) != 1:
         return whole
-    statements = [node for node in checks[0].body if not _says_nothing(node)]
+    statements = [node for node in checks[0].body if not _is_no_op(node)]
     if not statements or not all(isinstance(node, ast.Assert) for node in statements):
         return whole
     name = checks[0].args.args[0].arg
@@ -264,8 +264,8 @@ def _is_literal(node: ast.expr) -> bool:
     return True
 
 
-def _says_nothing(node: ast.stmt) -> bool:
-    """A docstring, or `assert True`."""
+def _is_no_op(node: ast.stmt) -> bool:
+    """Whether the statement is a docstring or `assert True`."""
     value = node.test if isinstance(node, ast.Assert) else node.value if isinstance(node, ast.Expr) else None
     return isinstance(value, ast.Constant) and bool(value.value)
 
@@ -279,7 +279,7 @@ class _Rename(ast.NodeTransformer):
 
 
 def _as_code(prompt: Any, entry_point: str) -> str:
-    """HumanEval's prompt is itself a module, whose imports and other functions the tests use."""
+    """HumanEval's prompt, which is a module whose imports and other functions the tests use; "" for other prompts."""
     if not isinstance(prompt, str) or f"def {entry_point}" not in prompt:
         return ""
     try:

@@ -1,6 +1,6 @@
-"""What a process gives up before it runs what a model wrote: capabilities, system calls, and more than its share of the machine.
+"""Restricts a process before it runs model-written code: capabilities, system calls, and resource limits.
 
-All of it is inherited by what the process starts, and cannot be taken back.
+The restrictions are inherited by child processes and cannot be undone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one process. `memory_mb` is what it may map beyond what it has mapped when it is confined."""
+    """Limits of one process. `memory_mb` counts only memory mapped after the process is confined."""
 
     memory_mb: int
     cpu_s: float
@@ -32,7 +32,7 @@ class Limits:
 
 
 def hide() -> None:
-    """No other process of this user may read this one's memory or descriptors, or stop it with a debugger; inherited by a fork."""
+    """Keep the user's other processes from reading this one's memory or descriptors, or attaching a debugger; inherited by a fork."""
     _libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)
 
 
@@ -42,12 +42,12 @@ def show() -> None:
 
 
 def adopt_orphans() -> None:
-    """What descendants of this process leave behind becomes its child."""
+    """Make orphaned descendants of this process its children."""
     _libc.prctl(_SUBREAPER, 1, 0, 0, 0)
 
 
 def drop_capabilities() -> None:
-    """What root may do beyond other users; no program that is started brings it back."""
+    """Drop all of root's privileges for good: no program started later regains them."""
     for capability in range(64):
         _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0)
     _libc.prctl(_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0)
@@ -57,13 +57,13 @@ def drop_capabilities() -> None:
 
 
 def confine(limits: Limits, rules: seccomp.Rules | None, *, boxed: bool, own_file: bool = False) -> None:
-    """For code that a model wrote, inside a sandbox (`boxed`) or outside of one; `own_file`: for a verifier of the user's own.
+    """Restrict this process for model-written code, inside a sandbox (`boxed`) or outside; `own_file`: for a user's own verifier.
 
     Raises OSError if there are `rules` and the kernel has no system-call filters.
     """
     _limit(limits)
     if boxed:
-        show()  # nobody else is there to see it
+        show()  # no other process is in the sandbox to look
     elif os.getuid() == 0 and not own_file and _anybody_reads_python():
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
@@ -95,7 +95,7 @@ def _lower(kind: int, value: int) -> None:
 
 
 def _anybody_reads_python() -> bool:
-    """Whether a program that changes to another user can still import what it names."""
+    """Whether this Python's files are readable by every user, so that imports still work after switching to another user."""
     for root in {sys.prefix, sys.base_prefix, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix)}:
         path = root
         while path != "/":

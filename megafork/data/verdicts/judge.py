@@ -1,9 +1,9 @@
-"""The judge of a verifier process (`worker.py`): it reads items and answers each with its verdict.
+"""The judge of a verifier process (`worker.py`): it reads items and answers each with a verdict.
 
-What it runs itself decides nothing by what a model wrote but the verdict: `exact`, `math`, most tasks of reasoning-gym, and a file of the
-user's own under `reward.isolation: process`. Everything else runs in a child for that item alone, which has no descriptor of the trainer's
-channel and cannot read this process: a file of the user's own (nobody knows what it does with an answer) and the tasks of reasoning-gym
-that evaluate. Of `code`, each test's program runs in a process of its own (`runner.py`).
+It runs itself only verifiers that never execute what a model wrote (`exact`, `math`, most tasks of reasoning-gym), and a user's file under
+`reward.isolation: process`. Other verifiers run in a separate child for each item, without access to the trainer's channel or to this
+process: a user's file, which may do anything with an answer, and the tasks of reasoning-gym that evaluate it. For `code`, each test's
+program runs in its own process (`runner.py`).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Judging = Callable[[str, verifiers.Row], wire.Plain]
 
 @dataclass(frozen=True)
 class Options:
-    """Of a verifier process, from the recipe's section `reward`."""
+    """Options of a verifier process, from the recipe's `reward` section."""
 
     verifier: str
     boxed: bool
-    """In a sandbox."""
+    """Whether it runs in a sandbox."""
     lasting: bool
-    """A file of the user's own that is judged with in one process, loaded there."""
+    """Whether the judge itself loads and runs a user's file for all items."""
     timeout_s: float
     test_timeout_s: float
     memory_mb: int
     partial: bool
     kept: Sequence[str]
-    """Of the sandbox's view, what lies in its scratch folders."""
+    """Paths of the sandbox's view that are in its scratch folders."""
 
 
 def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.socket, verdicts: socket.socket) -> None:
-    """Until the trainer closes its end. `loaded`: the verifier, None if it is to be loaded here."""
+    """Judge items until the trainer closes its end. `loaded`: the verifier; None: load it here."""
     if not options.boxed:
         die_with_parent(os.getppid())
         confine.adopt_orphans()
@@ -81,12 +81,12 @@ def _judging(options: Options, loaded: verifiers.Verifier, channel: tuple[socket
 
 
 def verdict(verifier: verifiers.Verifier, response: str, row: verifiers.Row) -> wire.Plain:
-    """What the verifier says, or what went wrong."""
+    """The verifier's verdict, or its error."""
     try:
         accuracy = _number(verifier(response, row))
     except BaseException as error:  # noqa: BLE001 - one bad answer must not end the run
         return wire.Plain(0.0, describe(error))
-    if not 0.0 <= accuracy <= 1.0:  # NaN as well
+    if not 0.0 <= accuracy <= 1.0:  # also rejects NaN
         return wire.Plain(0.0, f"the verifier returned {accuracy}: an accuracy is between 0 and 1")
     return wire.Plain(accuracy)
 
@@ -96,7 +96,7 @@ def describe(error: BaseException) -> str:
 
 
 def _number(value: Any) -> float:
-    if not hasattr(value, "__float__"):  # text that float() would read is refused
+    if not hasattr(value, "__float__"):  # refuses text that float() would parse
         raise TypeError(f"the verifier returned {value!r:.100}: it must be a number or a bool")
     return float(value)
 
@@ -104,7 +104,7 @@ def _number(value: Any) -> float:
 def _in_child(
     options: Options, verifier: verifiers.Verifier, response: str, row: verifiers.Row, channel: tuple[socket.socket, ...]
 ) -> wire.Plain:
-    """The verdict of a process for this item alone, gone afterwards with all it started. If it is late, the trainer has both ended."""
+    """The verdict of a separate process, ended afterwards with all it started. If it is late, the trainer has both processes ended."""
     ours, theirs = wire.datagram_sockets()
     number = wire.new_number()
     with ours:
@@ -124,7 +124,7 @@ def _in_child(
     end_all_but_me(boxed=options.boxed)
     if not message:
         return wire.Plain(0.0, wire.how_it_ended(os.waitstatus_to_exitcode(status)))
-    return wire.unpack(message, number) or wire.Plain(0.0, "the verifier sent something that is no verdict")
+    return wire.unpack(message, number) or wire.Plain(0.0, "the verifier sent an invalid verdict")
 
 
 def _confine(options: Options, parent: int) -> None:
@@ -139,11 +139,11 @@ def _confine(options: Options, parent: int) -> None:
 
 
 def empty_scratch(options: Options) -> bool:
-    """Whether nothing of the last item is left for the next one."""
+    """Empty the scratch folders; returns whether nothing of the last item is left."""
     try:
         for folder in sandbox.SCRATCH if options.boxed else ():
             _empty(folder, options.kept)
-    except (OSError, RecursionError):  # folders without permissions, or thousands deep
+    except (OSError, RecursionError):  # folders without permissions, or nested thousands deep
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""The file system of a sandbox that `unshare` has made the namespaces of; bubblewrap makes its own. `sandbox.py` says what is in it.
+"""Builds the file system of a sandbox whose namespaces `unshare` made; bubblewrap builds its own. `sandbox.py` describes the contents.
 
-`python -m megafork.data.verdicts.mounts VIEW` tries it: exit code 0 if it can be had.
+`python -m megafork.data.verdicts.mounts VIEW` tries it: exit code 0 if it works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR = 442  # on every architecture, since Linux 5.12
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _INODES = 20_000
-_BASE = "/tmp"  # a folder that every system has, to build the new root in
+_BASE = "/tmp"  # a folder present on every system, in which the new root is built
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,9 +32,9 @@ class _Attributes(ctypes.Structure):
 
 
 def enter(view: str) -> None:
-    """Go into the file system of `view` (JSON of a `sandbox.View`; empty if bubblewrap has built it) and give up every capability.
+    """Enter the file system of `view` (JSON of a `sandbox.View`; "" if bubblewrap has built it) and drop every capability.
 
-    Call as process 1 of new user, mount and PID namespaces. Raises OSError where the kernel does not allow it.
+    Call as process 1 of new user, mount and PID namespaces. Raises OSError if the kernel does not allow it.
     """
     if view:
         seen = json.loads(view)
@@ -88,7 +88,7 @@ def _read_only_bind(source: str, path: str) -> None:
 
 
 def _make(file: bool, path: str) -> None:
-    """A mount point, unless there is something of that name."""
+    """Create a mount point unless the path exists."""
     place = f"/new{path}"
     if os.path.exists(place):
         return

@@ -1,4 +1,4 @@
-"""Values of Python's own types as JSON: what a program returned reaches the judge as data. No object of another type does."""
+"""Values of Python's built-in types as JSON, so that a program's return value reaches the judge as data. Other objects are refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _KINDS: dict[str, Callable[[Iterable[Any]], Any]] = {"tuple": tuple, "set": set,
 
 
 def dumps(value: Any) -> str:
-    """Raises TypeError for what is not plain, RecursionError for what is nested too deeply or contains itself."""
+    """Encode a value. Raises TypeError if it is not plain, RecursionError if it is nested too deeply or contains itself."""
     return json.dumps(_encode(value))
 
 
 def loads(text: bytes) -> Any:
-    """Of what may be anything. Raises ValueError, TypeError, LookupError or RecursionError if `dumps` has not written it."""
+    """Decode untrusted text. Raises ValueError, TypeError, LookupError or RecursionError if it is not output of `dumps`."""
     return _decode(json.loads(text))
 
 
@@ -33,7 +33,7 @@ def _encode(value: Any) -> Any:
     for name in ("tuple", "set", "frozenset"):
         if isinstance(value, _KINDS[name]):  # type: ignore[arg-type]
             return {name: [_encode(element) for element in value]}
-    for base in (int, float, str):  # a subclass, as of IntEnum
+    for base in (int, float, str):  # a subclass, such as IntEnum
         if isinstance(value, base):
             return base(value)
     raise TypeError(type(value).__name__)

@@ -1,4 +1,4 @@
-"""Processes within a verifier process: how a forked one leaves, and how all that came of one are ended."""
+"""Processes within a verifier process: how a forked one exits, and how all descendants are ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _END_LIMIT_S = 2.0
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """The life of a forked process: it ends here, whatever happens, and never returns into its parent's code."""
+    """Wrap the code of a forked process: it exits at the end of the block, whatever happens, and never runs its parent's code."""
     code = 1
     try:
         yield
@@ -27,7 +27,7 @@ def leaving() -> Iterator[None]:
 
 
 def silence(*descriptors: int) -> None:
-    """Nothing is read there, and what is written goes nowhere."""
+    """Redirect the descriptors to /dev/null."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in descriptors:
         os.dup2(nowhere, descriptor)
@@ -35,13 +35,13 @@ def silence(*descriptors: int) -> None:
 
 
 def end_all_but_me(*, boxed: bool) -> None:
-    """SIGKILL for all that came of this process. In a sandbox (`boxed`) for all that is there, this one and process 1 excepted, in one call
-    that no fork outruns."""
+    """Send SIGKILL to all descendants of this process. In a sandbox (`boxed`): to every process except this one and process 1, in one call
+    that no fork can outrun."""
     if boxed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
         return
-    import psutil  # it takes longer than the rest of a start in a sandbox
+    import psutil  # the import takes longer than the rest of a start in a sandbox
 
     me, end = psutil.Process(), time.monotonic() + _END_LIMIT_S
     while (running := list(filter(_runs, me.children(recursive=True)))) and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""What verifier processes print, brought to this process's stderr as text alone."""
+"""Copies the output of verifier processes to this process's stderr, as plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ _MOST_BYTES = 1 << 20
 
 
 def relay(messages: IO[bytes]) -> None:
-    """Until the other end closes. A response may have written them: nothing that moves a terminal's cursor, and no more than 1 MB."""
+    """Copy messages until the other end closes. A response may have written them, so unprintable characters become `?`, and at most 1 MB
+    passes."""
     left = _MOST_BYTES
     with messages:
         while part := messages.read1(65536):  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Run a program that a model wrote, in a process of its own, and give back what it wrote or returned.
+"""Runs a model-written program in a separate process and returns its output or return value.
 
-Each is forked from a nursery: a process with a warm interpreter that holds nothing of any row. A program can therefore not find expected
-outputs, or other responses, in its memory; it has no descriptor but of its input and its output. Programs and results travel in files in
-memory, so that neither side waits for the other.
+Each process is forked from a nursery: a process with a warm interpreter that has never seen a row. So a program cannot find expected
+outputs or other responses in its memory, and its only descriptors are its input and output. Programs and results are passed in in-memory
+files, so that neither side blocks the other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megafork.process import die_with_parent
 OUTPUT_MB = 16
 _RECURSION = 50_000
 _PROCESSORS = os.cpu_count() or 1
-_PROCESSOR_CLOCK = 2  # with a process id: the kernel's CPUCLOCK_SCHED, the time that all its threads have run (man 3 clock_getcpuclockid)
+_PROCESSOR_CLOCK = 2  # with a process id: the kernel's CPUCLOCK_SCHED, CPU time of all its threads (man 3 clock_getcpuclockid)
 _SHORTEST_WAIT_S = 0.01
 _LIMIT, _ENDED = struct.Struct("d"), struct.Struct("i?")
 _FILES = ("program", "stdin", "stdout", "value")
@@ -44,14 +44,14 @@ from bisect import *
 from math import *
 from builtins import *
 """
-"""Names that a program need not import, as the public sets suppose; `pow` stays Python's own."""
+"""Names that a program may use without importing them, as public data sets assume; `pow` stays Python's own."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """`setup` and then `source` run as `__main__`. Asked for is what it writes to its stdout, or else, in the names it has made, one of:
-    the value of `expression`; what `function` (of a `Solution`, if there is such a class) returns for `arguments`; `token`, once `script`
-    has run."""
+    """`setup` and then `source`, run as `__main__`. The result is its stdout or, evaluated with the names it has defined, one of: the
+    value of `expression`; the return value of `function` (of a class `Solution`, if defined) for `arguments`; `token`, once `script` has
+    run."""
 
     source: str
     setup: str = ""
@@ -64,7 +64,7 @@ class Program:
 
     @property
     def question(self) -> dict[str, Any] | None:
-        """What the program learns only when it has run."""
+        """The part of the task that the process receives only after the program has run."""
         if self.expression is not None:
             return {"expression": self.expression}
         if self.function is not None:
@@ -74,7 +74,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`ended`: it came to its end, in time and without an exception. `value`: alone in a tuple, if one was asked for and is plain data."""
+    """`ended`: it finished in time and without an exception. `value`: the requested value in a 1-tuple; None if none or not plain data."""
 
     ended: bool
     output: bytes
@@ -89,7 +89,7 @@ class Limits:
 
 
 class Nursery:
-    """Make it before the first item is read. `channel`: descriptors that it must not have."""
+    """Forks a process per program. Create it before the first item is read. `channel`: sockets that it must not inherit."""
 
     def __init__(self, limits: Limits, channel: Sequence[socket.socket]) -> None:
         self._limits = limits
@@ -103,7 +103,7 @@ class Nursery:
         theirs.close()
 
     def run(self, program: Program, limit_s: float) -> Outcome:
-        """Returns within `limit_s` and little more. Raises ConnectionError if the nursery is gone."""
+        """Run a program; returns shortly after `limit_s` at the latest. Raises ConnectionError if the nursery is gone."""
         question = program.question
         first = {"setup": program.setup, "source": program.source, "asked": question is not None}
         second = program.stdin if question is None else json.dumps(question)
@@ -114,7 +114,7 @@ class Nursery:
             socket.send_fds(self._control, [_LIMIT.pack(limit_s)], files)
             reply = self._control.recv(_ENDED.size)
             if not reply:
-                raise ConnectionError("the nursery has gone")
+                raise ConnectionError("the nursery is gone")
             status, late = _ENDED.unpack(reply)
             output, value = (_read(descriptor) for descriptor in files[2:])
         finally:
@@ -124,7 +124,7 @@ class Nursery:
 
 
 def _serve(control: socket.socket, limits: Limits, parent: int) -> None:
-    """Fork a process for each program, and say how it ended."""
+    """Fork a process for each program, and report how it ended."""
     if not limits.boxed:
         die_with_parent(parent)
     silence(0, 1, 2)
@@ -146,7 +146,7 @@ def _serve(control: socket.socket, limits: Limits, parent: int) -> None:
 
 
 def _wait(child: int, limit_s: float, processor_s: float) -> tuple[int, bool]:
-    """(status, whether it was late): by the clock, or by its own time on processors."""
+    """(status, whether it exceeded its time limit): of the wall clock or of CPU time."""
     end, own_clock = time.monotonic() + limit_s, (~child << 3) | _PROCESSOR_CLOCK
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -160,7 +160,7 @@ def _wait(child: int, limit_s: float, processor_s: float) -> tuple[int, bool]:
 
 
 def _run(files: Sequence[int], limits: Limits, parent: int) -> None:
-    """In the process of one program; an exception ends it with exit code 1."""
+    """Run one program in this process; an exception ends it with exit code 1."""
     program, stdin, stdout, value = files
     first = json.loads(_read(program))
     os.close(program)
@@ -185,7 +185,7 @@ def _run(files: Sequence[int], limits: Limits, parent: int) -> None:
     except SystemExit:
         if first["asked"]:
             raise
-    for thread in threading.enumerate():  # as an interpreter does at its end
+    for thread in threading.enumerate():  # as the interpreter does at exit
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     if first["asked"]:
@@ -228,7 +228,7 @@ def _value(text: bytes) -> tuple[Any] | None:
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    """The whole file, and go back to its start."""
+    """Write all data, and rewind the file."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -236,6 +236,6 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _read(descriptor: int) -> bytes:
-    """From the start; of what a program may have written, no more than it was allowed to."""
+    """Read the file from its start, up to the size that a program may write."""
     size = os.fstat(descriptor).st_size
     return os.pread(descriptor, size, 0)

@@ -1,9 +1,8 @@
-"""The sandbox of a verifier process: namespaces of its own, made by bubblewrap or, where that is missing, by util-linux's `unshare`.
+"""The sandbox of a verifier process: separate namespaces, made by bubblewrap or, if that is missing, by util-linux's `unshare`.
 
-Inside there is no network and no process but the verifier's. Files are read-only, except for a scratch folder in memory. A built-in
-verifier sees the system's libraries and Python, and nothing of the run: neither its data, which holds the answers, nor a home. A verifier
-of the user's own sees all files, as it may read its data anywhere, but no socket or temporary file of other programs (/run, /tmp,
-/dev/shm).
+Inside, there is no network and no other process. Files are read-only, except for scratch folders in memory. A built-in verifier sees the
+system's libraries and Python, and nothing of the run: neither its data, which holds the answers, nor a home folder. A user's verifier sees
+all files, as its data may be anywhere, but no sockets or temporary files of other programs (/run, /tmp, /dev/shm).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import megafork
 
 SCRATCH_MB = 256
 SCRATCH = ("/tmp", "/dev/shm")
-"""The folders in memory that can be written to, emptied after each item."""
+"""The writable in-memory folders, emptied after each item."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 _LIBRARIES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store")
 _ETC = ("alternatives", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "nsswitch.conf", "passwd", "timezone")
@@ -35,20 +34,20 @@ TOOLS = ("bwrap", "unshare")
 
 @dataclass(frozen=True)
 class View:
-    """What is seen inside: `read_only` paths under their own names, `folder` the working directory; everything else is fresh."""
+    """Contents of the sandbox: `read_only` paths under their own names, and the working directory `folder`; everything else is new."""
 
     read_only: tuple[str, ...]
     folder: str
 
 
 def available() -> str | None:
-    """What full isolation is made with here: the path of `bwrap` or `unshare`, or None where neither can make namespaces."""
+    """The tool for full isolation on this machine: the path of `bwrap` or `unshare`, or None if neither can make namespaces."""
     found = (shutil.which(name) for name in TOOLS)
     return next((path for path in found if path is not None and _works(path)), None)
 
 
 def view(verifier_file: Path | None) -> View:
-    """For a built-in verifier (None), or for one in a file of the user's own."""
+    """The view for a built-in verifier (None), or for one in a user's file."""
     python = _python()
     if verifier_file is None:
         libraries = [*_LIBRARIES, *(f"/etc/{name}" for name in _ETC), *_library_path()]
@@ -59,8 +58,10 @@ def view(verifier_file: Path | None) -> View:
 
 
 def command(tool: str, seen: View, worker: list[str]) -> list[str]:
-    """`worker` (a Python command line), inside. It is process 1 there, and ends with the thread that starts this. `unshare` makes the
-    namespaces alone: `mounts.enter` must then be called inside with the view, which is passed on as the last argument."""
+    """The command that runs `worker` (a Python command line) in the sandbox, as process 1, until the thread that starts it ends.
+
+    `unshare` makes only the namespaces: `mounts.enter` must then be called inside with the view, which is passed as the last argument.
+    """
     if Path(tool).name == "bwrap":
         return [*_bubblewrap(tool, seen), *worker, ""]
     namespaces = ["--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child=KILL"]
@@ -69,8 +70,8 @@ def command(tool: str, seen: View, worker: list[str]) -> list[str]:
 
 
 def compile_packages(verifier: str) -> None:
-    """Leave what Python compiles a built-in verifier's packages to beside them, unless it is there: nothing inside can write it, and each
-    start would take seconds more."""
+    """Compile a built-in verifier's packages to bytecode unless that exists: the sandbox cannot write it, which would add seconds to each
+    start."""
     spec = importlib.util.find_spec(_PACKAGES[verifier]) if verifier in _PACKAGES else None
     if spec is None or spec.cached is None or os.path.exists(spec.cached) or not os.access(os.path.dirname(spec.origin or ""), os.W_OK):
         return
@@ -79,7 +80,7 @@ def compile_packages(verifier: str) -> None:
 
 
 def environment(*, boxed: bool) -> dict[str, str]:
-    """Names that Python and its libraries need, and none of the run's secrets."""
+    """The variables that Python and its libraries need, and none of the run's secrets."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     home = {"HOME": SCRATCH[0], "TMPDIR": SCRATCH[0]} if boxed else {}
     source = str(Path(megafork.__file__).parent.parent)
@@ -103,7 +104,7 @@ def _bubblewrap(tool: str, seen: View) -> list[str]:
 
 
 def split(paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Those that the fresh folders would cover come after them."""
+    """Split the paths to mount into those before the new folders, and those that these would hide, to mount afterwards."""
     every = list(paths)
     return [path for path in every if not _is_hidden(path)], [path for path in every if _is_hidden(path)]
 
@@ -117,7 +118,7 @@ def _ro_binds(paths: Iterable[str]) -> list[str]:
 
 
 def _python() -> list[str]:
-    """Folders that this interpreter, its standard library and installed packages are in, and each link on the way to its executable."""
+    """Folders of this interpreter, its standard library and installed packages, and each link on the path to its executable."""
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     hops, link = [Path(sys.executable)], Path(sys.executable)
     while link.is_symlink():
@@ -132,13 +133,13 @@ def _library_path() -> list[str]:
 
 
 def _existing(paths: Iterable[str]) -> tuple[str, ...]:
-    """Each once, the outer before the inner."""
+    """The existing paths, without duplicates, outer folders before inner ones."""
     return tuple(sorted({os.path.normpath(path) for path in paths if os.path.exists(path)}))
 
 
 @functools.cache
 def _works(tool: str) -> bool:
-    """Whether a Python starts inside: a tool may be installed where the kernel or a container's policy forbids what it does."""
+    """Whether Python starts inside: a tool may be installed although the kernel or a container's policy forbids its use."""
     worker = [sys.executable, "-m", "megafork.data.verdicts.mounts"]
     try:
         ended = subprocess.run(

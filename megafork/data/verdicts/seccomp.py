@@ -1,4 +1,4 @@
-"""A filter of system calls for code that a model wrote, as the kernel's seccomp takes it (man 2 seccomp). For x86-64 and AArch64."""
+"""A system-call filter for model-written code, by the kernel's seccomp (man 2 seccomp). For x86-64 and AArch64."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _SIDE = {"x86_64": 0, "aarch64": 1}
 
-# name: (number on x86-64, number on AArch64); None where there is no such call
-_NEVER = {  # other processes' memory, kernel interfaces that programs have no need of, memory that no limit counts, namespaces, sockets
+# name: (number on x86-64, number on AArch64); None if there is no such call
+_NEVER = {  # other processes' memory, kernel interfaces that programs do not need, memory not covered by limits, namespaces, sockets
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424), "bpf": (321, 280), "perf_event_open": (298, 241),
     "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
@@ -52,7 +52,7 @@ Instruction = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Rules:
-    """What else is allowed: to start processes and send signals to others; to change files (outside of a sandbox all of the user's)."""
+    """Optional permissions: to start processes and send signals to others; to change files (outside a sandbox, all of the user's)."""
 
     processes: bool
     writing: bool
@@ -63,7 +63,7 @@ def supported() -> bool:
 
 
 def install(rules: Rules) -> None:
-    """For this process and all it starts, for good. Raises OSError where the kernel has no such filters."""
+    """Install the filter for this process and all it starts, permanently. Raises OSError if the kernel has no such filters."""
     if not supported():
         raise OSError(f"no system-call filter for {platform.machine()}")
     program = _program(rules, platform.machine(), os.getpid())
@@ -85,7 +85,7 @@ def _program(rules: Rules, machine: str, pid: int) -> list[Instruction]:
     ]
     for numbers in never:
         program += _refuse(numbers[side])
-    program += _refuse(_CLONE3[side], errno.ENOSYS)  # its flags lie in memory; the C library then uses clone
+    program += _refuse(_CLONE3[side], errno.ENOSYS)  # its flags are in memory, out of reach of a filter; the C library falls back to clone
     program += _refuse_unless(_SOCKET[side], 0, (_EQUAL, 1, 0, socket.AF_UNIX))
     if rules.processes:
         program += _refuse_unless(_CLONE[side], 0, (_ANY_BIT, 0, 1, _CLONE_NEW))
@@ -105,7 +105,7 @@ def _refuse(number: int | None, error: int = errno.EPERM) -> list[Instruction]:
 
 
 def _refuse_unless(number: int | None, argument: int, test: Instruction) -> list[Instruction]:
-    """`test` looks at the low word of an argument and jumps over the refusal; the number is then loaded again."""
+    """Refuse a call unless `test`, on the low word of an argument, jumps over the refusal; then load the call's number again."""
     if number is None:
         return []
     load = (_LOAD, 0, 0, _ARGUMENTS + 8 * argument)

@@ -1,5 +1,5 @@
-"""The trainer's end of one verifier process: a keeper (`worker.py`), in a sandbox where there is one (`sandbox.py`), with a judge
-(`judge.py`) that it forks from its loaded self. A judge that is late or gone is replaced in milliseconds.
+"""The trainer's end of one verifier process: a keeper (`worker.py`), sandboxed if possible (`sandbox.py`), with a judge (`judge.py`) that
+it forks once the verifier is loaded. A judge that is late or gone is replaced in milliseconds.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ Item = tuple[str, dict[str, Any]]
 START_LIMIT_S = 120.0
 """Seconds that loading a verifier may take; generous, as a user's file may import anything from a shared disk."""
 _REPLACE_LIMIT_S = 2.0
-"""Seconds that a keeper may take to end a judge and fork the next one; a keeper that needs more is stopped itself."""
+"""Seconds that a keeper may take to end a judge and fork the next one; a slower keeper is killed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`accuracy` in [0, 1]. With an `error`, one line, it is 0."""
+    """`accuracy` in [0, 1], which is 0 if there is an `error`, a single line."""
 
     accuracy: float
     error: str | None = None
 
 
 class VerifierProcess:
-    """Starts at once; `await_ready` must follow. It dies with the thread that made it. Not for several threads at once."""
+    """Starts immediately; `await_ready` must follow. It dies with the thread that created it. Not thread-safe."""
 
     def __init__(self, reward: recipe.Reward, tool: str | None) -> None:
-        """`tool`: what makes the sandbox (`sandbox.available`), None for none."""
+        """`tool`: the program that makes the sandbox (`sandbox.available`), or None."""
         self._reward = reward
         self._tool = tool
         self._control: socket.socket
@@ -55,7 +55,7 @@ class VerifierProcess:
         self._start()
 
     def await_ready(self) -> None:
-        """Returns with a judge that waits for items. Raises RecipeError if the verifier cannot be loaded."""
+        """Wait until a judge is ready for items. Raises RecipeError if the verifier cannot be loaded."""
         deadline = time.monotonic() + START_LIMIT_S
         try:
             failure = wire.receive_word(self._control, deadline) if not self._forked else wire.READY
@@ -70,13 +70,13 @@ class VerifierProcess:
         if failure != wire.READY:
             self.close()
             raise RecipeError(
-                Key("reward.verifier"), f" is {self._reward.verifier!r}: it cannot be loaded; mend the file or its imports ({failure})"
+                Key("reward.verifier"), f" is {self._reward.verifier!r}: it cannot be loaded; fix the file or its imports ({failure})"
             )
         self._ready = True
 
     def judge(self, item: Item) -> Verdict:
-        """The verdict, in `reward.timeout_s` from when a judge is ready; whatever becomes of this one, the next item has another."""
-        if self._ready and self._gone():  # it died while idle, which is no fault of this item
+        """The verdict, within `reward.timeout_s` of a judge being ready. If the judge is late or gone, the next item gets a new one."""
+        if self._ready and self._gone():  # it died while idle, which is not this item's fault
             self._replace_judge(wire.ENDED)
         if not self._ready:
             self.await_ready()
@@ -94,7 +94,7 @@ class VerifierProcess:
         return Verdict(found.accuracy, found.error or None)
 
     def close(self) -> None:
-        """End it and all it started."""
+        """End the process and all it started."""
         for end in (self._items, self._verdicts, self._control):
             end.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -118,7 +118,7 @@ class VerifierProcess:
         )
         self._ready = self._forked = False
         self._control, theirs = wire.datagram_sockets()
-        self._items, self._verdicts = socket.socketpair()  # the first judge's follow
+        self._items, self._verdicts = socket.socketpair()  # replaced by the first judge's
         with theirs:
             worker = [sys.executable, "-m", "megafork.data.verdicts.worker", str(theirs.fileno()), str(os.getpid())]
             worker.append(json.dumps(dataclasses.asdict(options)))
@@ -126,17 +126,17 @@ class VerifierProcess:
                 sandbox.command(self._tool, seen, worker) if self._tool else [*worker, ""],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,  # what a verifier prints is a message, not output of the run
+                stdout=subprocess.PIPE,  # a verifier's prints are messages, not the run's output
                 stderr=subprocess.STDOUT,
                 env=None if lasting else sandbox.environment(boxed=boxed),
-                start_new_session=True,  # a group of its own, for `_kill`
+                start_new_session=True,  # a separate process group, for `_kill`
             )
         threading.Thread(target=relay, args=(self._process.stdout,), daemon=True, name="verifier's messages").start()
 
     def _fork_judge(self, became: str, deadline: float) -> str:
-        """Have the judge ended (`became`: what is known of it) and another forked; returns how it ended, if that was not by this.
+        """Have the judge ended (`became`: STUCK or ENDED) and another forked; returns how it ended, or "" if it was ended by this call.
 
-        Each judge has sockets of its own: half an item, or a verdict on its way, is not the next one's.
+        Each judge has its own sockets, so that half an item, or a verdict in transit, never reaches the next one.
         """
         for end in (self._items, self._verdicts):
             end.close()
@@ -150,7 +150,7 @@ class VerifierProcess:
     def _replace_judge(self, became: str) -> str:
         try:
             return self._fork_judge(became, time.monotonic() + _REPLACE_LIMIT_S)
-        except (TimeoutError, EOFError, OSError):  # the keeper is stopped or gone as well
+        except (TimeoutError, EOFError, OSError):  # the keeper is stuck or gone too
             how = self._how_it_ended()
             self._kill()
             self._control.close()
@@ -158,7 +158,7 @@ class VerifierProcess:
             return how
 
     def _gone(self) -> bool:
-        """Whether the judge has closed its end. Nothing else is to be read between two items, and what is there is passed over."""
+        """Whether the judge has closed its end. Between two items there should be nothing else to read; anything there is discarded."""
         self._verdicts.settimeout(0.0)
         with contextlib.suppress(BlockingIOError):
             while self._verdicts.recv(wire.LONGEST):
@@ -167,11 +167,11 @@ class VerifierProcess:
         return False
 
     def _kill(self) -> None:
-        """SIGKILL for the process and whatever it started: nothing else ends one that is stuck in C code."""
+        """Send SIGKILL to the process and all it started: nothing else ends one that is stuck in C code."""
         started: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             started = psutil.Process(self._process.pid).children(recursive=True) if self._tool is None else []
-        with contextlib.suppress(ProcessLookupError):  # it may have gone, and its children too
+        with contextlib.suppress(ProcessLookupError):  # it and its children may have ended already
             os.killpg(self._process.pid, signal.SIGKILL)
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):

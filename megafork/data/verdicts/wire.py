@@ -1,8 +1,8 @@
-"""What the trainer and a verifier process say to each other: items one way, verdicts the other, on two sockets of their own.
+"""The protocol between the trainer and a verifier process: items one way, verdicts the other, on separate sockets.
 
-Items, the trainer's own data, are pickled behind their length. A verdict is plain data of a fixed form in one datagram of a socket that
-keeps datagrams apart, so that half a message, a doubled one or a huge one is wrong by itself and shifts no other. It carries the number of
-its item, 16 random bytes; a datagram without it is passed over.
+Items, the trainer's own data, are pickled and prefixed with their length. A verdict is plain data of a fixed form in one datagram, so that
+a truncated, duplicated or oversized message is invalid by itself and never shifts the next. It carries its item's number, 16 random bytes;
+datagrams without it are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from io import BufferedReader
 from typing import Any, NamedTuple
 
 READY, STUCK, ENDED = "ready", "stuck", "ended"
-"""Of a verifier that is loaded; of a judge that is late, or gone."""
+"""States: a verifier is loaded; a judge is late, or gone."""
 NUMBER_BYTES = 16
 _LENGTH = struct.Struct(">Q")
 _VERDICT = struct.Struct(f">{NUMBER_BYTES}sd?")
@@ -26,7 +26,7 @@ LONGEST = _VERDICT.size + 4 * _ERROR_CHARACTERS  # UTF-8
 
 
 class Plain(NamedTuple):
-    """A verdict as it travels. `error` is one printable line, empty for none; with it the accuracy is 0. `last`: the judge then leaves."""
+    """A verdict on the wire. `error` is one printable line, "" for none; with it the accuracy is 0. `last`: the judge exits after it."""
 
     accuracy: float
     error: str = ""
@@ -34,7 +34,7 @@ class Plain(NamedTuple):
 
 
 def how_it_ended(code: int) -> str:
-    """Of a process, by its exit code; below 0 the signal that ended it."""
+    """Describe a process's exit code; a negative one is the signal that ended it."""
     return f"the verifier process died of {signal.Signals(-code).name}" if code < 0 else f"the verifier process ended with exit code {code}"
 
 
@@ -43,16 +43,16 @@ def new_number() -> bytes:
 
 
 def datagram_sockets() -> tuple[socket.socket, socket.socket]:
-    """Two ends that keep datagrams apart and say when the other end has gone."""
+    """A pair of sockets that keep message boundaries and report when the other end closes."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send_word(end: socket.socket, text: str) -> None:
-    end.send(one_line(text).encode(errors="replace") or b" ")  # an empty datagram would read as the end
+    end.send(one_line(text).encode(errors="replace") or b" ")  # an empty datagram would read as end of file
 
 
 def receive_word(end: socket.socket, deadline: float) -> str:
-    """Raises TimeoutError at `deadline` (of time.monotonic), EOFError or OSError if the other end is gone."""
+    """Receive one word. Raises TimeoutError at `deadline` (of time.monotonic), EOFError or OSError if the other end is gone."""
     end.settimeout(_left(deadline))
     message = end.recv(LONGEST)
     if not message:
@@ -61,7 +61,7 @@ def receive_word(end: socket.socket, deadline: float) -> str:
 
 
 def send_item(items: socket.socket, number: bytes, response: str, row: dict[str, Any], deadline: float) -> None:
-    """Raises TimeoutError at `deadline` (of time.monotonic), with an unknown part of the item sent; OSError if the other end is gone."""
+    """Send an item. Raises TimeoutError at `deadline` (of time.monotonic), with the item partly sent; OSError if the other end is gone."""
     data = pickle.dumps((response, row))
     items.settimeout(_left(deadline))
     items.sendall(_LENGTH.pack(len(data)) + number + data)
@@ -98,7 +98,7 @@ def pack(number: bytes, verdict: Plain) -> bytes:
 
 
 def unpack(message: bytes, number: bytes) -> Plain | None:
-    """None for a datagram that is not this item's verdict."""
+    """Decode a verdict; None if the datagram is not a verdict on this item."""
     if not _VERDICT.size <= len(message) <= LONGEST:
         return None
     found, accuracy, last = _VERDICT.unpack_from(message)
@@ -109,7 +109,7 @@ def unpack(message: bytes, number: bytes) -> Plain | None:
 
 
 def one_line(text: str) -> str:
-    """At most 300 printable characters: what a verifier says may have been written by a model, and ends in terminals and logs."""
+    """Reduce text to at most 300 printable characters: a model may have written it, and it is shown in terminals and logs."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(text[:4000].split()))[:_ERROR_CHARACTERS]
 
 

@@ -1,11 +1,11 @@
-"""A verifier process: `python -m megafork.data.verdicts.worker CONTROL PARENT OPTIONS VIEW`, started by `reward.py`; never by hand.
+"""A verifier process: `python -m megafork.data.verdicts.worker CONTROL PARENT OPTIONS VIEW`, started by `reward.py`, never by hand.
 
-This process, the keeper, loads the verifier and never reads an item. On the trainer's word it forks a judge (`judge.py`), which reads items
-and answers them, and ends the judge before with everything that came of it. In a sandbox it is process 1: nothing inside can stop it. It
-starts in a tenth of a second: no torch, no recipe.
+This process, the keeper, loads the verifier and never reads an item. On the trainer's request it ends the current judge with all its
+descendants and forks a new one (`judge.py`), which reads and answers items. In a sandbox the keeper is process 1, so nothing inside can
+stop it. It starts in a tenth of a second, as it imports neither torch nor the recipe.
 
-Words of the trainer over the socket CONTROL: STUCK or ENDED (`wire.py`), what became of the last judge, with the two sockets of the next
-one. Answers: READY or why the verifier cannot be loaded, once; then, for each word, how the last judge ended.
+Requests over the socket CONTROL: STUCK or ENDED (`wire.py`), the state of the last judge, with the two sockets of the next one. Answers:
+first READY or the reason why the verifier cannot be loaded; then, for each request, how the last judge ended.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main() -> None:
     options = judge.Options(**json.loads(text))
     if options.boxed:
         mounts.enter(view)
-        if os.getpid() != 1:  # `end_all_but_me` would end processes of others
-            raise SystemExit("a verifier in a sandbox is its process 1")
+        if os.getpid() != 1:  # `end_all_but_me` would kill unrelated processes
+            raise SystemExit("a verifier in a sandbox must be its process 1")
     else:
         die_with_parent(int(parent))
         confine.adopt_orphans()
@@ -61,18 +61,18 @@ class _Keeper:
     options: judge.Options
     loaded: verifiers.Verifier | None
     judge: int = 0
-    """Its process id; 0 if there is none."""
+    """The judge's process id; 0 if there is none."""
     ended: str = ""
-    """How the last judge ended, if by itself."""
+    """How the last judge ended, if it was not ended by the trainer."""
     own_mb: float = field(default_factory=lambda: _resident_mb(os.getpid()))
 
     def serve(self) -> None:
-        """Until the trainer closes its end, or the scratch folder cannot be emptied."""
+        """Answer requests until the trainer closes its end or a scratch folder cannot be emptied."""
         wake, waker = os.pipe()
         for end in (wake, waker):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it wakes `select`
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # makes the signal wake `select`
         while True:
             readable, _, _ = select.select([self.control.fileno(), wake], [], [], _TICK_S if self.options.boxed else None)
             if wake in readable:
@@ -111,7 +111,7 @@ class _Keeper:
                 raise
 
     def _end_all(self) -> None:
-        """In a sandbox returns when they have ended: all are children of process 1 in the end."""
+        """End all descendants. In a sandbox this also waits for them: orphans become children of process 1."""
         end_all_but_me(boxed=self.options.boxed)
         self._reap(0 if self.options.boxed else os.WNOHANG)
 
@@ -122,13 +122,13 @@ class _Keeper:
                     self.judge, self.ended = 0, self.ended or wire.how_it_ended(os.waitstatus_to_exitcode(ended[1]))
 
     def _await_end(self, wake: int) -> None:
-        """Its sockets close a moment before it has ended."""
+        """Wait for the judge to end: its sockets close a moment earlier."""
         if self.judge:
             select.select([wake], [], [], _END_LIMIT_S)
             self._reap()
 
     def _guard(self) -> None:
-        """What the limits of one process do not bound: how much all of a sandbox take together."""
+        """End everything in the sandbox if its total use is excessive, which per-process limits cannot bound."""
         excess = self._excess()
         if excess:
             self.ended = f"the verifier was ended: {excess}"
@@ -150,7 +150,7 @@ class _Keeper:
 def _threads(pid: int) -> int:
     try:
         return os.stat(f"/proc/{pid}/task").st_nlink - 2
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0
 
 
@@ -158,7 +158,7 @@ def _resident_mb(pid: int) -> float:
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * _PAGE / 2**20
-    except (OSError, IndexError):  # it has ended
+    except (OSError, IndexError):  # the process has ended
         return 0.0
 
 

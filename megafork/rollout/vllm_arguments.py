@@ -1,0 +1,68 @@
+"""What vLLM is told, the same in the training ranks and in its own server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megafork.model.fp8 import CONFIG
+from megafork.rollout.config import EngineConfig
+from megafork.rollout.engine import Request, Sampling
+
+_CPU_CACHE_MB = 256
+
+
+def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs`, by which it starts either way."""
+    cache = config.kv_cache_mb or (None if on_gpu else _CPU_CACHE_MB)
+    return {
+        "model": config.model,
+        "load_format": "dummy",  # weights come by a refit
+        "skip_tokenizer_init": True,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
+        "tensor_parallel_size": config.tp,
+        "max_model_len": config.longest_sequence,
+        "max_num_seqs": config.max_running,
+        "gpu_memory_utilization": config.gpu_memory_fraction,
+        "kv_cache_memory_bytes": cache * 2**20 if cache else None,
+        "enforce_eager": not on_gpu,
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer computes them
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "seed": config.seed % 2**32,  # numpy takes no larger one; requests carry their own
+        "disable_log_stats": True,
+        "logits_processors": ["megafork.rollout.logits_processor:ForkProcessor"] if config.fork_decoding else None,
+        "hf_overrides": CONFIG if config.fp8 else None,
+    }
+
+
+def command_line(arguments: dict[str, Any]) -> list[str]:
+    """The same arguments as options; None and False are left out."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif isinstance(value, dict):
+            words += [option, json.dumps(value)]
+        elif isinstance(value, list):
+            words += [option, *value]
+        elif value is not None and value is not False:
+            words += [option, str(value)]
+    return words
+
+
+def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
+    """Arguments of vLLM's `SamplingParams`: one response, with the log-prob of each of its tokens and no text."""
+    how: dict[str, Any] = {"temperature": sampling.temperature}
+    if sampling.forks is not None:
+        how = {"temperature": 1.0, "extra_args": sampling.forks.arguments}
+    return {
+        "seed": request.seed,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop),
+        "ignore_eos": True,  # the stop tokens say it all
+        "logprobs": 0,
+        "detokenize": False,
+        **how,
+    }

@@ -1,0 +1,156 @@
+"""The optimizer's state on its way to a checkpoint and back, by all data-parallel ranks at once.
+
+Megatron's distributed optimizer gives each data-parallel rank a flat slice of all parameters together; a checkpoint for any layout holds
+whole parameters. Upstream gathers all of them on every rank, over NCCL. Here each parameter has one rank that writes and reads it, chosen
+by size, and one all-to-all per kind of state in host memory brings the slices there. No rank holds more than its share, and no GPU memory
+is taken. Files and keys are those of Megatron's `fully_reshardable`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from torch import Tensor
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+"""The fp32 weights and Adam's two moments."""
+
+
+def optimizer_content(optimizer: Any, model: dict[str, Any], *, loading: bool) -> Any:
+    """What `dist_checkpointing` saves of the optimizer, or loads for it. `model`: the sharded state of its chunks. Every rank calls."""
+    inner = _inner(optimizer)
+    content = [{**one.state_dict(), "param_state": _sharded(one, model, loading), "param_state_sharding_type": _FORMAT} for one in inner]
+    return content[0] if len(content) == 1 else dict(enumerate(content))
+
+
+@torch.no_grad()
+def load_optimizer(optimizer: Any, loaded: Any) -> None:
+    """Put what was loaded for `optimizer_content` into the optimizer. Every rank calls."""
+    inner = _inner(optimizer)
+    for one, content in zip(inner, [loaded] if len(inner) == 1 else [loaded[n] for n in range(len(inner))], strict=True):
+        own = {key: value for key, value in content.items() if key not in ("param_state", "param_state_sharding_type")}
+        one.load_state_dict(own)
+        _take(one, content["param_state"])
+
+
+_FORMAT = "fully_reshardable"
+
+
+def _inner(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter in the flat order of the optimizer's buffers."""
+
+    number: int
+    """In the checkpoint's list."""
+    module: Any
+    slices: tuple[range, ...]
+    """What each data-parallel rank holds of it, possibly nothing."""
+    keeper: int
+    """The data-parallel rank that writes and reads it."""
+
+    @property
+    def numel(self) -> int:
+        return int(self.module.numel())
+
+
+def _parameters(inner: Any) -> list[_Parameter]:
+    """Of this rank's stage and tensor-parallel share, the same on every data-parallel rank."""
+    world = inner.data_parallel_group.size()
+    found: list[tuple[Any, tuple[range, ...]]] = []
+    for buffer in inner.buffers:
+        for module, (start, stop, bucket) in buffer.param_index_map.items():
+            first, share = buffer.buckets[bucket].offset, buffer.buckets[bucket].grad_data.numel() // world
+            held = (range(max(start, first + n * share), min(stop, first + (n + 1) * share)) for n in range(world))
+            found.append((module, tuple(range(part.start - start, max(part.stop, part.start) - start) for part in held)))
+    loads = [(0, rank) for rank in range(world)]
+    keepers: dict[int, int] = {}
+    for number in sorted(range(len(found)), key=lambda n: (-found[n][0].numel(), n)):  # the largest first, each to the least loaded rank
+        load, rank = heapq.heappop(loads)
+        keepers[number] = rank
+        heapq.heappush(loads, (load + found[number][0].numel(), rank))
+    return [_Parameter(number, module, slices, keepers[number]) for number, (module, slices) in enumerate(found)]
+
+
+def _sharded(inner: Any, model: dict[str, Any], loading: bool) -> dict[int, dict[str, Any]]:
+    """The parameters that this rank keeps, by number: each kind as a sharded tensor. `loading`: memory to load into, of any content."""
+    parameters, rank = _parameters(inner), inner.data_parallel_group.rank()
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    described = {id(sharded.data): sharded for sharded in _flat(tensors)}
+    mine = [parameter for parameter in parameters if parameter.keeper == rank]
+    content: dict[int, dict[str, Any]] = {parameter.number: {} for parameter in mine}
+    for kind in KINDS:
+        whole = [torch.empty(p.numel) for p in mine] if loading else list(_to_keepers(inner, parameters, kind))
+        for parameter, flat in zip(mine, whole, strict=True):
+            like = described[id(parameter.module)]
+            data = flat.view(parameter.module.shape)
+            named = {"key": f"optimizer.state.{kind}.{like.key}", "data": data, "replica_id": (*like.replica_id[:2], 0)}
+            dtype = {} if isinstance(like, ShardedTensorFactory) else {"dtype": data.dtype}
+            content[parameter.number][kind] = replace(like, **named, **dtype)
+    return content
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _flat(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def _to_keepers(inner: Any, parameters: list[_Parameter], kind: str) -> Iterator[Tensor]:
+    """This rank's parameters whole, fp32 in host memory, in their order. Every data-parallel rank calls."""
+    rank, world = inner.data_parallel_group.rank(), inner.data_parallel_group.size()
+    sends = [[p for p in parameters if p.keeper == other and len(p.slices[rank])] for other in range(world)]
+    held = [inner._get_main_param_and_optimizer_states(p.module)[kind].detach().float().cpu() for part in sends for p in part]
+    mine = [p for p in parameters if p.keeper == rank]
+    received = _exchange(
+        inner, held, [sum(len(p.slices[rank]) for p in part) for part in sends], [sum(len(p.slices[n]) for p in mine) for n in range(world)]
+    )
+    parts = [iter(part.split([len(p.slices[n]) for p in mine])) for n, part in enumerate(received)]
+    for _ in mine:
+        yield torch.cat([next(part) for part in parts])
+
+
+def _take(inner: Any, content: dict[int, dict[str, Tensor]]) -> None:
+    """From the ranks that have read whole parameters to those that hold slices of them. Every data-parallel rank calls."""
+    parameters, rank, world = _parameters(inner), inner.data_parallel_group.rank(), inner.data_parallel_group.size()
+    mine = [p for p in parameters if p.keeper == rank]
+    needs = [[p for p in parameters if p.keeper == other and len(p.slices[rank])] for other in range(world)]
+    found: dict[int, dict[str, Tensor]] = {p.number: {} for part in needs for p in part}
+    for kind in KINDS:
+        cut = [content[p.number][kind].flatten()[p.slices[n].start : p.slices[n].stop] for n in range(world) for p in mine]
+        received = _exchange(
+            inner,
+            cut,
+            [sum(len(p.slices[n]) for p in mine) for n in range(world)],
+            [sum(len(p.slices[rank]) for p in part) for part in needs],
+        )
+        for part, values in zip(needs, received, strict=True):
+            for p, piece in zip(part, values.split([len(p.slices[rank]) for p in part]), strict=True):
+                found[p.number][kind] = piece
+    for p in parameters:
+        if len(p.slices[rank]):
+            inner._set_main_param_and_optimizer_states(p.module, found[p.number])
+
+
+def _exchange(inner: Any, held: list[Tensor], sent: list[int], received: list[int]) -> tuple[Tensor, ...]:
+    """One all-to-all of fp32 in host memory: `held` one behind the other, `sent[n]` elements to rank n. Returns what each rank sent."""
+    outgoing = torch.cat(held) if held else torch.empty(0)
+    incoming = torch.empty(sum(received))
+    group = inner.data_parallel_group_gloo or inner.data_parallel_group
+    dist.all_to_all_single(incoming, outgoing, received, sent, group=group)
+    return incoming.split(received)
