@@ -315,6 +315,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({**PHI3, "partial_rotary_factor": 0.75}, "its partial_rotary_factor is 0.75: megafork rotates whole heads"),
     ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.75}}, "its rope_parameters.partial_rotary_factor is 0.75"),
     ({**PHI3, "partial_rotary_factor": None}, "its partial_rotary_factor is None"),  # which transformers cannot read
+    ({**PHI3, "original_max_position_embeddings": None}, "its original_max_position_embeddings is None: must be a whole number"),
     ({**PHI3, "head_dim": None}, "its head_dim is None: must be a whole number"),
     ({**MISTRAL, "sliding_window": None, "num_key_value_heads": None}, "its num_key_value_heads is None: must be a whole number"),
     ({**PHI3, "resid_pdrop": 0.1}, "its resid_pdrop is 0.1: megafork trains models with 0"),

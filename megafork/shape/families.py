@@ -134,6 +134,7 @@ FAMILIES = {
         ropes=("default",),
         fixed={"resid_pdrop": 0, "embd_pdrop": 0},
         ignored=("auto_map",),
+        counts=("original_max_position_embeddings",),
     ),
 }
 """By `architectures`."""

@@ -135,6 +135,8 @@ class Family:
     """Further keys of config.json with the one value that megafork computes; an absent one has it."""
     ignored: tuple[str, ...] = ()
     """Further keys of config.json that change nothing."""
+    counts: tuple[str, ...] = ()
+    """Keys that transformers takes as whole numbers alone, although nothing is computed from them."""
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Ends of the names of tensors that some files hold beside the parameters, and that config.json tells as well."""
     vllm_reads_head_dim: bool = True

@@ -127,6 +127,9 @@ def _refuse_what_differs(config: Keys, family: Family) -> None:
                 raise config.error(key, f"megafork trains models with {wanted!r}; give another model")
         elif key not in _READ and key not in _WITHOUT_EFFECT and key not in family.ignored and value is not None:
             raise config.error(key, "megafork does not know what it changes; delete the key from config.json if it changes nothing")
+    for key in family.counts:
+        if key in config:
+            config.whole(key, largest=LONGEST)
 
 
 def _refuse_windows(config: Keys, family: Family, positions: int) -> None:
