@@ -27,7 +27,7 @@ FLOORS: list[dict[str, str]] = [  # from the top; each room with what it is for
     {"parallel": "mesh, vocabulary-parallel head, threshold", "data": "prompts, tokenizer, verdicts"},
     {"recipe": "one file says all of a run", "shape": "a model's sizes and layouts", "compat": "fixes of other people's code"},
 ]
-GROUND = ("recipe_file", "recipe_yaml", "run_folder", "files", "lock", "process", "secret", "joined")
+GROUND = ("recipe_file", "recipe_yaml", "run_folder", "files", "lock", "process", "secret", "joined", "gpus")
 """Small rooms beside those of the lowest floor; on that floor rooms may use each other."""
 WALK = ("prompts", "roll-out", "reward", "score", "forks", "update", "refit")
 """A training step."""

@@ -22,6 +22,7 @@ import torch
 import typer
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.gpus import check_installation
 from megafork.model.fp8 import CONFIG
 from megafork.parallel.meeting import loopback
 from megafork.recipe import Recipe, RecipeError
@@ -117,6 +118,7 @@ def serve(
     """
     if secret() is None and not is_loopback(host):
         raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
+    check_installation(engines=True)
     words = command(load_recipe(recipe, overrides), host, port)
     vllm_fixes.prepare()
     os.environ.update(loopback(reaches_out=True))  # for what the server's own processes say to each other
