@@ -263,7 +263,7 @@ def _vllm(gpus: int) -> Finding:
     found = f"{cpu or gpu} for {'the CPU' if fault else 'CUDA'}"
     if gpus:
         return Finding("vLLM", found, fault is None, fault or "", needed=True)
-    cost = "it does not start without a GPU: install the CPU's stack with make (docs/install.md)"
+    cost = "it does not start without a GPU: use a machine that has one, or install the CPU stack (make; docs/install.md)"
     return Finding("vLLM", found, fault is not None, cost, needed=True)
 
 

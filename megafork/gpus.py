@@ -41,7 +41,7 @@ def torch_problem(gpus: int) -> str | None:
         return f"torch {torch.__version__} is built without CUDA: {INSTALL}"
     if gpus and not torch.cuda.is_available():
         cuda = torch.version.cuda
-        return f"torch {torch.__version__} cannot use them: install a driver for CUDA {cuda} or newer (nvidia-smi names the driver's)"
+        return f"torch {torch.__version__} finds none: install a driver for CUDA {cuda} or newer (nvidia-smi names the driver's)"
     return None
 
 

@@ -180,5 +180,5 @@ def test_a_triton_that_is_missing_or_a_driver_too_old_is_named(tmp_path: Path, m
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert str(gpus.triton_problem()).startswith("triton is missing, and torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"cannot use them: install a driver for CUDA 13\.0 or newer"):
+    with pytest.raises(RecipeError, match=r"finds none: install a driver for CUDA 13\.0 or newer"):
         gpus.check_installation(engines=False)

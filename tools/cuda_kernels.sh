@@ -7,7 +7,7 @@
 # Settings, from the environment:
 #   TORCH_CUDA_ARCH_LIST   what apex's kernels are compiled for (9.0;10.0: H100, H200, B200)
 #   MAX_JOBS               compilers at once (one a core, and one for each 4 GB of memory)
-#   TE_SOURCE, APEX_SOURCE folders with the sources, where they cannot be fetched
+#   TE_SOURCE, APEX_SOURCE sources, where they cannot be fetched: an sdist, a folder
 set -euo pipefail
 
 venv=$(realpath "$1") required=${2:-}
@@ -21,7 +21,7 @@ main() {
     mkdir -p "$logs"
     toolchain
     export NVTE_PYTORCH_FORCE_BUILD=TRUE   # else its setup.py looks for a ready wheel in the network
-    build "Transformer Engine $TE" transformer_engine_torch \
+    build "Transformer Engine $TE" transformer_engine.pytorch \
         "transformer-engine==$TE" "transformer-engine-cu13==$TE" "${TE_SOURCE:-transformer-engine-torch==$TE}"
     export APEX_CPP_EXT=1 APEX_CUDA_EXT=1
     build "apex ${APEX:0:8}" fused_weight_gradient_mlp_cuda "${APEX_SOURCE:-git+https://github.com/NVIDIA/apex@$APEX}"
@@ -44,15 +44,15 @@ toolchain() {
     export MAX_JOBS=${MAX_JOBS:-$((memory < $(nproc) ? memory : $(nproc)))}
 }
 
-# build NAME MODULE PIP_ARGUMENT...: unless MODULE is there.
+# build NAME MODULE PIP_ARGUMENT...: unless MODULE can be imported.
 build() {
     local name=$1 module=$2 log=$logs/$2.log reason
-    if there "$module"; then say "$name is there"; return; fi
+    if loads "$module" >/dev/null 2>&1; then say "$name is there"; return; fi
     reason=$(missing)
     if [[ -z $reason ]]; then
-        say "$name is being built with $MAX_JOBS compilers, which takes a quarter of an hour or more: $log"
-        if "${pip[@]}" "${@:3}" >"$log" 2>&1 && there "$module"; then say "$name is built"; return; fi
-        reason="the build failed: see the end of $log"
+        say "$name is being built with MAX_JOBS=$MAX_JOBS, which takes a quarter of an hour or more: $log"
+        if { "${pip[@]}" "${@:3}" && loads "$module"; } >"$log" 2>&1; then say "$name is built"; return; fi
+        reason="the build failed, and the end of $log says why"
     fi
     say "$name is skipped: $reason"
     if [[ $required == --required ]]; then exit 1; fi
@@ -66,7 +66,7 @@ missing() {
         echo "Python's headers are missing: install python3-dev"
 }
 
-there() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+loads() { "$python" -c "import torch, $1"; }
 
 say() { echo "cuda_kernels: $*"; }
 
