@@ -30,8 +30,6 @@ from megafork.recipe.data import listed
 PYTHON = ">=3.11"
 MEGATRON = ">=0.16.1,<0.17"
 
-_NO_CUDA = "everything runs on the CPU: right for trying out and tests, far too slow for real models"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -84,12 +82,7 @@ def _software() -> list[Finding]:
         _versioned("Python", platform.python_version(), PYTHON, "megafork does not start"),
         Finding("torch", torch.__version__, torch_fault is None, torch_fault or "", needed=True),
         Finding("triton", installed("triton"), triton_fault is None, triton_fault or "", needed=gpus > 0),
-        Finding(
-            "CUDA",
-            _gpus(gpus),
-            torch.cuda.is_available(),
-            "everything runs on the CPU: right for trying out and tests, far too slow for real models",
-        ),
+        Finding("CUDA", _gpus(gpus), torch.cuda.is_available(), "all runs on the CPU: right for tests, far too slow for real models"),
         Finding("NCCL", _nccl(), _nccl() is not None, "ranks talk over gloo, through main memory"),
         _versioned("megatron-core", installed("megatron-core"), MEGATRON, "no training and no conversion"),
         _vllm(gpus),

@@ -6,11 +6,11 @@ hundreds of times too slowly. `CUDA_VISIBLE_DEVICES=""` hides the GPUs from all 
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from megafork.recipe import RecipeError
 
 INSTALL = "install the CUDA stack (make cuda; docs/install.md), or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+
+DEVICES = "/dev/nvidia[0-9]*"
 
 
 def gpu_count() -> int:
@@ -53,7 +55,8 @@ def triton_problem() -> str | None:
             continue
         found = installed("triton")
         if found is None or not needed.specifier.contains(found, prereleases=True):
-            return f"triton is {found or 'missing'}, and torch {torch.__version__} was built with {needed.specifier}: {INSTALL}"
+            own = f"triton{needed.specifier}"
+            return f"triton is {found or 'missing'}, and torch {torch.__version__} needs its own: pip install '{own}'"
     return None
 
 
@@ -75,7 +78,8 @@ def installed(package: str) -> str | None:
 
 
 def _driver_count() -> int:
-    """One line a GPU by nvidia-smi; where it is not on PATH or fails, one folder a GPU by the kernel's driver."""
+    """One line a GPU by nvidia-smi; where it is not on PATH or fails, the device files that may be opened: a batch job without GPUs sees
+    those of its node, and may not."""
     if smi := shutil.which("nvidia-smi"):
         try:
             listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=60).stdout
@@ -83,4 +87,12 @@ def _driver_count() -> int:
             listed = ""
         if gpus := sum(line.startswith("GPU ") for line in listed.splitlines()):
             return gpus
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return sum(map(_opens, glob.glob(DEVICES)))
+
+
+def _opens(device: str) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError:
+        return False
+    return True

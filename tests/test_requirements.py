@@ -59,14 +59,15 @@ def forms(package: str, listed: dict[str, str]) -> list[str]:
 
 def unsatisfied(packages: set[str], listed: dict[str, str], python: str) -> set[tuple[str, str]]:
     """What installed `packages`, and their extras that others ask for, need and `listed` does not give."""
-    missing, seen, ahead = set(), set(), [(name, frozenset[str]()) for name in packages]
+    missing, seen = set[tuple[str, str]](), set[tuple[str, frozenset[str]]]()
+    ahead = [(name, frozenset[str]()) for name in packages]
     while ahead:
         package, extras = here = ahead.pop()
         if here in seen or package not in packages:
             continue
         seen.add(here)
         for need in needs(package, extras, python):
-            name = canonicalize_name(need.name)
+            name: str = canonicalize_name(need.name)
             if not any(need.specifier.contains(form, prereleases=True) for form in forms(name, listed)):
                 missing.add((package, name))
             ahead.append((name, frozenset(need.extras)))
