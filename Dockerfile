@@ -24,7 +24,7 @@ COPY megafork megafork
 COPY recipes recipes
 COPY slurm slurm
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation --editable . && \
-    chmod --recursive a+rX /opt
+    chmod --recursive a+rX .
 
 ENV PATH=/opt/venv/bin:$PATH
 CMD ["megafork", "doctor"]
