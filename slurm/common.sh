@@ -31,6 +31,7 @@ STEP=(srun --mpi=none --distribution=block --gpu-bind=none)
 if [[ -n ${MEGAFORK_IMAGE:-} ]]; then
     STEP+=(--container-image="$MEGAFORK_IMAGE" --container-workdir="$PWD")
     STEP+=(--container-mounts="$PWD:$PWD,$MEGAFORK_JOB:$MEGAFORK_JOB${MEGAFORK_MOUNTS:+,$MEGAFORK_MOUNTS}")
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}   # this directory's megafork, not the one that the image was built with
 else
     PATH=$(realpath -m "${MEGAFORK_VENV:-.venv}")/bin:$PATH
 fi

@@ -18,7 +18,7 @@ from megafork.shape import Family, Shape
 def lacking() -> str | None:
     """What this machine lacks to train in FP8; None when it can."""
     if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed (pip install 'megafork[te]')"
+        return "Transformer Engine is not installed (make cuda builds it: docs/install.md)"
     if not torch.cuda.is_available():
         return "there is no GPU"
     from transformer_engine.pytorch import is_fp8_block_scaling_available

@@ -21,6 +21,7 @@ import torch
 import typer
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.gpus import check_installation
 from megafork.parallel.meeting import loopback
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
@@ -97,6 +98,7 @@ def serve(
     """
     if secret() is None and not is_loopback(host):
         raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
+    check_installation(engines=True)
     words = command(EngineConfig.of(load_recipe(recipe, overrides)), host, port)
     vllm_fixes.prepare()
     os.environ.update(loopback(reaches_out=True))  # for what the server's own processes say to each other
