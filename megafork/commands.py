@@ -217,9 +217,11 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     from megafork.data.reward import Verifiers
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs
+    from megafork.train.profile import check_profile
     from megafork.train.sft import examples
 
     boards.check_boards(recipe.log)
+    check_profile(recipe.log)
     if command == "train" and ":" in recipe.reward.verifier:  # a file of the user's own may not load
         with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
             pass

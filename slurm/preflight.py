@@ -2,8 +2,9 @@
 
 python slurm/preflight.py RANKS train|sft RECIPE [section.key=value ...]
 
-The first node also checks what all nodes share, and writes the resolved recipe into the job's folder: what was checked is what the
-ranks read, whatever becomes of the file while the job runs.
+The first node also checks what all nodes share, and writes into the job's folder the resolved recipe: what was checked is what the ranks
+read, whatever becomes of the file while the job runs. With GPUs it plans the step, checks it against the job's deadlines, and writes beside
+the recipe how many seconds before its end the job is to be asked to stop.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
     commands.preflight(command, recipe, ranks)
     if torch.cuda.is_available() and os.environ.get("MEGAFORK_CPU") != "1":
         gpu = gpu_here(torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1])
-        yield from does_not_fit(recipe, command, ranks, gpu)
+        yield from planned(recipe, command, ranks, gpu)
     needed = _bytes_to_write(recipe)
     folder = next(path for path in (recipe.run_folder.absolute(), *recipe.run_folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
@@ -103,14 +104,18 @@ def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
         )
 
 
-def does_not_fit(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[str]:
-    """What `megafork plan` finds too large for the GPUs, and which keys would mend it. It knows no supervised runs, which have no vLLM."""
+def planned(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[str]:
+    """What `megafork plan` finds too large for the GPUs, with keys that would make it fit, or too slow for the job's deadlines. Writes down
+    how early the job is to be asked to stop. The plan knows no supervised runs, which have no vLLM."""
     if command == "sft":
         return
     plan = make_plan(read_shape(Path(recipe.model.path)), recipe, ranks, gpu)
     if not plan.fits:
         lines = [Text.from_markup(line).plain for line in verdict(plan)]
         yield f"{'; '.join(lines)}; `megafork plan` shows the whole of it"
+    left = os.environ.get("MEGAFORK_TIME_LEFT_S")
+    yield from plan.deadlines.missed(float(os.environ["MEGAFORK_HANG_S"]), float(left) if left else None)
+    _job_folder().joinpath("warning_s").write_text(f"{plan.deadlines.warning}\n")
 
 
 def _bytes_to_write(recipe: Recipe) -> int:

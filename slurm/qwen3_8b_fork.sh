@@ -3,7 +3,7 @@
 #   sbatch --nodes 4 slurm/qwen3_8b_fork.sh train.steps=500
 # Roll-outs on nodes of their own instead of the trainer's GPUs; in the part after the colon, one task is one server of rollout.tp GPUs:
 #   sbatch --nodes 3 : --nodes 1 --ntasks-per-node 2 --gpus-per-node 8 --cpus-per-task 48 --mem 0 --exclusive slurm/qwen3_8b_fork.sh
-# Slurm warns 45 minutes before the time is over, so that the longest step can end; the job then goes on in a new allocation.
+# The job is asked to stop 45 minutes before its time is over, earlier where a step takes longer, and continues in a new allocation.
 #SBATCH --job-name=qwen3-8b-fork
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

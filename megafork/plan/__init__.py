@@ -2,6 +2,6 @@
 
 `hardware.py` the GPUs and every assumed figure; `models.py` the shapes of models not downloaded yet; `parameters.py` weights, gradients and
 optimizer, exact; `activations.py` what a forward and backward keep; `memory.py` all that lies on a GPU in each phase; `speed.py` the time
-of a step; `planner.py` joins them; `fixes.py` the keys that make fit what does not; `search.py` other layouts; `refit.py` what a refit
-moves; `table.py` the tables.
+of a step; `deadlines.py` what a batch job must leave it; `planner.py` joins them; `fixes.py` the keys that make fit what does not;
+`search.py` other layouts; `refit.py` what a refit moves; `table.py` the tables.
 """

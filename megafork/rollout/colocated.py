@@ -15,7 +15,7 @@ from megafork.compat import vllm_fp8
 from megafork.model.fp8 import CONFIG
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
-from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.engine import Completion, Progress, Request, Sampling, unheard
 from megafork.shape import check_engines
 
 
@@ -41,6 +41,7 @@ class ColocatedEngine:
         """Which of the engines this is."""
         self.engines = mesh.world // self.tp
         self.fork_decoding = fork_decoding
+        self.progress: Progress = unheard
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # what it imports sets variables as well
             self._llm = vllm.LLM(**self._arguments(recipe, mesh))
@@ -88,8 +89,14 @@ class ColocatedEngine:
         names = self._llm.enqueue(prompts, [self._parameters(request, sampling) for request in requests], use_tqdm=False)
         places = {name.partition("-")[0]: place for place, name in enumerate(names)}  # what comes back lacks the random end of the name
         engine = self._llm.llm_engine
+
+        def state() -> str:
+            drawn = sum(one.detokenizer.num_output_tokens() for one in engine.output_processor.request_states.values())
+            return f"{len(places):,} responses to finish, {drawn:,} tokens of them drawn"
+
         try:
             while engine.has_unfinished_requests():
+                self.progress(state)
                 for output in engine.step():
                     if output.finished:
                         yield places.pop(output.request_id), _completion(output.outputs[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,13 @@ from torch import Tensor
 
 from megafork.recipe import RecipeError
 from megafork.rl.fork_temperature import ForkTemperature
+
+Progress = Callable[[Callable[[], str]], None]
+"""Hears how far a roll-out is, from what says it in words: a state that stays the same while nothing is drawn."""
+
+
+def unheard(state: Callable[[], str]) -> None:
+    """The `Progress` that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Engine(Protocol):
     """Which of the engines this is."""
     engines: int
     """How many there are: each takes its share of the prompts."""
+    progress: Progress
+    """Called by `generate` every second or so while it draws, on rank 0 at least; by it a batch script tells work from a hang."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost, WrongSecret
-from megafork.rollout.engine import Completion, Request, Sampling
+from megafork.rollout.engine import Completion, Progress, Request, Sampling, unheard
 from megafork.rollout.guard import credentials
 from megafork.rollout.transfer import Lane, buckets
 
@@ -53,6 +53,7 @@ class ServerEngine:
         """Waits for all servers; raises RecipeError when one is not there in `limits.server_s`, or is not set up as the recipe needs."""
         spec = recipe.rollout
         self.rank = mesh.rank
+        self.progress: Progress = unheard
         self._limits = limits or Limits(in_flight=spec.max_running, request_s=spec.request_limit_s, server_s=spec.server_limit_s)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._loop = asyncio.new_event_loop()
@@ -244,6 +245,7 @@ class ServerEngine:
         finished = asyncio.create_task(batch.finished.wait())
         try:
             while not finished.done():
+                self.progress(lambda: f"{batch.left:,} responses to finish")
                 await self._assign(batch, serving, returning)
                 waiting = [task for task in (finished, *serving.values(), *returning.values()) if not task.done()]
                 await asyncio.wait(waiting, timeout=self._limits.poll_s, return_when=asyncio.FIRST_COMPLETED)
@@ -302,7 +304,8 @@ class Batch:
         self.finished = asyncio.Event()
         self._answers: list[Completion | None] = [None] * len(requests)
         self._tries = [0] * len(requests)
-        self._left = len(requests)
+        self.left = len(requests)
+        """Requests without an answer."""
         self._waiting: asyncio.Queue[int] = asyncio.Queue()
         for number in range(len(requests)):
             self._waiting.put_nowait(number)
@@ -327,8 +330,8 @@ class Batch:
         finally:
             if self._answers[number] is None:
                 self._waiting.put_nowait(number)
-        self._left -= 1
-        if self._left == 0:
+        self.left -= 1
+        if self.left == 0:
             self.finished.set()
 
 

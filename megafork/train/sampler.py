@@ -22,6 +22,7 @@ from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rl.fork_temperature import fork_temperature
 from megafork.rollout.engine import Engine, Request, Sampling, request_seed
+from megafork.train.clock import marked
 
 
 class Outcome(NamedTuple):
@@ -134,7 +135,8 @@ class Sampler:
             return []
         texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
         started = time.perf_counter()
-        verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
+        with marked("reward"):
+            verdicts = self.verifiers.score([(text, prompt.row) for text, (_, prompt, _) in zip(texts, keys, strict=True)])
         done.reward_seconds += time.perf_counter() - started
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
