@@ -229,9 +229,11 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     from megafork.rl.objectives import check_objective
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs
+    from megafork.train.profile import check_profile
     from megafork.train.sft import examples
 
     boards.check_boards(recipe.log)
+    check_profile(recipe.log)
     if command == "train":
         check_objective(recipe.loss)
     if command == "train" and ":" in recipe.reward.verifier:  # the user's own file may not load

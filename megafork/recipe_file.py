@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from megafork.recipe import Data, Key, Recipe, RecipeError
 from megafork.recipe.kinds import MOST, limit, shown
-from megafork.recipe_yaml import kind_of, parse, parse_value
+from megafork.recipe_yaml import is_mapping, kind_of, parse, parse_value
 
 _LARGEST = 1 << 20
 """Bytes of a recipe file."""
@@ -100,7 +100,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     mapping, dot, entry = key.partition(".")
-    names = [section, mapping, entry] if dot and get_origin(kind_of(section, mapping)) is dict else [section, key]
+    names = [section, mapping, entry] if dot and is_mapping(kind_of(section, mapping)) else [section, key]
     for name in names[:-1]:  # data.columns.prompt=problem sets one entry of a mapping
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
@@ -144,18 +144,31 @@ def _explain(item: Any) -> tuple[str, ...]:
     section, *rest = (str(part) for part in item["loc"])
     if not rest:
         return (f"{section} is missing: add the section to the recipe",)
-    field = ".".join((section, rest[0]))
-    if item["type"] == "missing" and len(rest) == 1:
+    keys, wanted = [section], Recipe.model_json_schema()["properties"][section]
+    while len(keys) <= len(rest) and (part := rest[len(keys) - 1]) in (inner := _keys_in(wanted)):
+        keys, wanted = [*keys, part], inner[part]
+    field, whole = ".".join(keys), len(keys) == len(item["loc"])
+    if item["type"] == "extra_forbidden":
+        return (f"unknown key {field}.{rest[-1]} = {shown(item['input'])}{_nearest(rest[-1], list(_keys_in(wanted)))}",)
+    if item["type"] == "missing" and whole:
         return (f"{field} is missing: add it to the recipe or give {field}=...",)
-    schema = Recipe.model_json_schema()
-    wanted = schema["$defs"][Recipe.model_fields[section].annotation.__name__]["properties"][rest[0]]  # type: ignore[union-attr]
     return Key(field), f" is {shown(item['input'])}: must be {_wanted(wanted)}"
+
+
+def _keys_in(schema: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a section by its JSON schema, {} of what is none."""
+    for option in schema.get("anyOf", [schema]):
+        if "$ref" in option:
+            return dict(Recipe.model_json_schema()["$defs"][option["$ref"].rpartition("/")[2]]["properties"])
+    return {}
 
 
 def _wanted(schema: dict[str, Any]) -> str:
     """The values that a JSON schema allows, such as `a number, above 0 and at most 1`."""
     if "anyOf" in schema:
         return " or ".join(_wanted(option) for option in schema["anyOf"])
+    if "$ref" in schema:
+        return f"a mapping with {', '.join(_keys_in(schema))}"
     if "const" in schema:
         return str(schema["const"])
     if "propertyNames" in schema:
@@ -166,7 +179,7 @@ def _wanted(schema: dict[str, Any]) -> str:
         items = [_wanted(item) for item in schema["prefixItems"]]
         return f"a list of {len(items)}" + (f", each {items[0]}" if len(set(items)) == 1 else f" ({'; '.join(items)})")
     if schema.get("type") == "array":
-        return f"a list, each {_wanted(schema['items'])}"
+        return f"a list{' of at least 1' if schema.get('minItems') else ''}, each {_wanted(schema['items'])}"
     kinds = {
         "integer": "a whole number",
         "number": "a number",

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from megafork.recipe import Recipe
+from megafork.recipe.kinds import Section
 
 _MOST_VALUES = 10_000
 _DEEPEST = 16
@@ -39,6 +40,11 @@ def kind_of(section: str, key: str) -> Any:
     declared = Recipe.model_fields.get(section)
     field = declared and declared.annotation.model_fields.get(key)  # type: ignore[union-attr]
     return field and field.annotation
+
+
+def is_mapping(kind: Any) -> bool:
+    """Whether a key of this type holds keys itself."""
+    return any(get_origin(option) is dict or (isinstance(option, type) and issubclass(option, Section)) for option in _options(kind))
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,23 @@ def evaluation_file(folder: Path, step: int) -> Path:
     return folder / "evaluations" / f"step_{step:06d}.json"
 
 
+def operators_file(folder: Path, step: int) -> Path:
+    """The most expensive operators of a step that a torch profile looked into (`log.profile`); its trace lies beside it."""
+    return folder / "profile" / f"step_{step:06d}.json"
+
+
+def read_operators(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """name, calls, seconds and share of each operator, by the step. Raises RecipeError for a damaged file."""
+    kinds: dict[str, Callable[[Any], Any]] = {"name": str, "calls": int, "seconds": float, "share": float}
+    found = {}
+    for path in sorted((folder / "profile").glob("step_*.json"), key=step_of):
+        try:
+            found[step_of(path)] = [{key: kind(row[key]) for key, kind in kinds.items()} for row in json.loads(path.read_text())]
+        except (ValueError, TypeError, KeyError):
+            raise RecipeError(f"{str(path)!r} is not a table of operators: remove it") from None
+    return found
+
+
 def rollout_files(folder: Path) -> list[Path]:
     """The run's roll-out files, sorted by the step in their names."""
     return sorted((folder / "rollouts").glob("step_*.parquet"), key=step_of)
@@ -96,7 +113,7 @@ def rollout_files(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     digits = path.stem.removeprefix("step_")
     if not digits.isdigit():
-        raise RecipeError(f"{str(path)!r} is not named step_<number>.parquet: rename or remove it")
+        raise RecipeError(f"{str(path)!r} is not named step_<number>{path.suffix}: rename or remove it")
     return int(digits)
 
 

@@ -3,7 +3,8 @@
 python slurm/preflight.py RANKS train|sft RECIPE [section.key=value ...]
 
 The first node also checks what all nodes share, and writes the resolved recipe into the job's folder: the ranks read exactly what was
-checked, even if the recipe file changes while the job runs.
+checked, even if the recipe file changes while the job runs. With GPUs it plans the step, checks it against the job's deadlines, and writes
+next to the recipe how many seconds before its end the job is to be asked to stop.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
     commands.preflight(command, recipe, ranks)
     if torch.cuda.is_available() and os.environ.get("MEGAFORK_CPU") != "1":
         gpu = gpu_here(torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1])
-        yield from does_not_fit(recipe, command, ranks, gpu)
+        yield from planned(recipe, command, ranks, gpu)
     needed = _bytes_to_write(recipe)
     folder = next(path for path in (recipe.run_folder.absolute(), *recipe.run_folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
@@ -103,14 +104,18 @@ def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
         )
 
 
-def does_not_fit(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[str]:
-    """Whether `megafork plan` finds the run too large for the GPUs, and which keys would fix it. Supervised runs are not planned."""
+def planned(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[str]:
+    """Whether `megafork plan` finds the run too large for the GPUs, with the keys that would fix it, or too slow for the job's deadlines.
+    Writes down how early the job is to be asked to stop. Supervised runs are not planned."""
     if command == "sft":
         return
     plan = make_plan(read_shape(Path(recipe.model.path)), recipe, ranks, gpu)
     if not plan.fits:
         lines = [Text.from_markup(line).plain for line in verdict(plan)]
         yield f"{'; '.join(lines)}; `megafork plan` shows the details"
+    left = os.environ.get("MEGAFORK_TIME_LEFT_S")
+    yield from plan.deadlines.missed(float(os.environ["MEGAFORK_HANG_S"]), float(left) if left else None)
+    _job_folder().joinpath("warning_s").write_text(f"{plan.deadlines.warning}\n")
 
 
 def _bytes_to_write(recipe: Recipe) -> int:

@@ -3,7 +3,7 @@
 #   sbatch --nodes 16 slurm/qwen3_32b_fork.sh train.steps=500
 # Roll-outs on separate nodes instead of the trainer's GPUs; each task of the part after the colon is one server on rollout.tp GPUs:
 #   sbatch --nodes 12 : --nodes 4 --ntasks-per-node 2 --gpus-per-node 8 --cpus-per-task 48 --mem 0 --exclusive slurm/qwen3_32b_fork.sh
-# Slurm warns 45 minutes before the time limit, so that the longest step can end; the job then resumes in a new allocation.
+# The job is asked to stop 45 minutes before its time limit, earlier if a step takes longer, and resumes in a new allocation.
 #SBATCH --job-name=qwen3-32b-fork
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8

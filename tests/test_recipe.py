@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megafork.recipe import Recipe, RecipeError
+from megafork.recipe import Profile, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 
 LEAST = "model: {path: m}\ndata: {train: d.jsonl}\n"
@@ -79,6 +79,17 @@ WRONG = {
     "rollout.samples=60000": "rollout.prompts x rollout.samples is 512 x 60000: a step of more than 10,000,000 responses",
     "rollout.max_response_length=99999999999": "rollout.max_response_length is 99999999999: must be a whole number, at least 1 and at most",
     "reward.timeout_s=1e300": "reward.timeout_s is 1e+300: must be a number, above 0 and at most 31536000",
+    "log.profile=5": "log.profile is 5: must be a mapping with steps, what or null",
+    "log.profile={what: torch}": "log.profile.steps is missing: add it to the recipe or give log.profile.steps=...",
+    "log.profile={steps: []}": "log.profile.steps is []: must be a list of at least 1, each a whole number, at least 1",
+    "log.profile={steps: 3}": "log.profile.steps is 3: must be a list of at least 1, each a whole number, at least 1",
+    "log.profile={steps: [0]}": "log.profile.steps is 0: must be a list of at least 1, each a whole number, at least 1",
+    "log.profile={steps: [true]}": "log.profile.steps is true: must be a list of at least 1, each a whole number, at least 1",
+    "log.profile={steps: [3], what: nsight}": "log.profile.what is 'nsight': must be one of torch, memory, nsys",
+    "log.profile={step: [3]}": "log.profile.steps is missing: add it to the recipe or give log.profile.steps=...; "
+    "unknown key log.profile.step = [3]: did you mean 'steps'?",
+    "log.profile.what=memory": "log.profile.steps is missing: add it to the recipe or give log.profile.steps=...",
+    "log.profile.steps=[3,101]": "log.profile.steps has 101 but train.steps is 100: choose steps that the run has",
     "steps=5": "override 'steps=5' is not of the form section.key=value",
 }
 
@@ -121,6 +132,16 @@ def test_overrides(override: str, recipe: Path) -> None:
     section, key = override.partition("=")[0].split(".")
     value = getattr(getattr(load_recipe(recipe, [override]), section), key)
     assert value == RIGHT[override] and type(value) is type(RIGHT[override])
+
+
+def test_a_key_of_keys_is_given_whole_or_one_by_one(recipe: Path) -> None:
+    assert load_recipe(recipe).log.profile is None
+    for overrides in (["log.profile={steps: [3, 5], what: memory}"], ["log.profile.steps=[3, 5]", "log.profile.what=memory"]):
+        loaded = load_recipe(recipe, overrides)
+        assert loaded.log.profile == Profile(steps=[3, 5], what="memory")
+        recipe.with_name("again.yaml").write_text(loaded.to_yaml())
+        assert load_recipe(recipe.with_name("again.yaml")) == loaded
+    assert load_recipe(recipe.with_name("again.yaml"), ["log.profile=null"]).log.profile is None
 
 
 def test_the_last_override_wins_and_sections_agree_only_at_the_end(recipe: Path) -> None:

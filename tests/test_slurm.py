@@ -128,11 +128,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def hung_up_on(folder: Path, *commands: str) -> Path:
-    """A folder of Slurm's commands that end at their first call as if a busy controller had closed the connection."""
+    """A folder of Slurm's commands that end at the first call of each kind as if a busy controller had closed the connection."""
     folder.mkdir()
     for name in commands:
         script = folder / name
-        script.write_text(f'#!/bin/sh\nmkdir {script}.called 2>/dev/null && kill -PIPE $$\nexec {shutil.which(name)} "$@"\n')
+        hang_up = f'mkdir "{script}.called $(echo "$*" | tr / _)" 2>/dev/null && kill -PIPE $$'
+        script.write_text(f'#!/bin/sh\n{hang_up}\nexec {shutil.which(name)} "$@"\n')
         script.chmod(0o755)
     return folder
 
@@ -159,7 +160,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(cluster: Cluster, task: Path) -> Job:
     job = Job(cluster, task)
     job.wait_for_step(1)
-    assert [job.rank(n).environ()["SLURMD_NODENAME"] for n in range(2)] == list(NODES), "ranks follow the order of the nodes"
+    environments = [job.rank(n).environ() for n in range(2)]
+    assert [one["SLURMD_NODENAME"] for one in environments] == list(NODES), "ranks follow the order of the nodes"
+    assert [(one["NCCL_SOCKET_IFNAME"], one["GLOO_SOCKET_IFNAME"]) for one in environments] == [("=eth0", "eth0")] * 2
     assert job.end() == "COMPLETED", job.output
     return job
 
@@ -192,8 +195,9 @@ def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     assert len(saved) == 1 and 2 <= saved[0] < 30
     assert f"stopped on request after step {saved[0]}; queued again" in job.output
     job.start_again()
-    assert {file.name for file in (task / "bin").glob("*.called")} == {"squeue.called", "scontrol.called"}
-    assert "the job's time ends at 20" in job.output
+    called = {file.name for file in (task / "bin").glob("*.called *")}
+    assert f"scontrol.called requeue {job.id}" in called and sum(name.startswith("squeue.called") for name in called) == 2
+    assert re.search(r"asked to stop, \d+ s before the job's time is over", job.output)
     assert_ends_as(job, task / "runs/whole", restarts=1)
 
 
@@ -265,4 +269,5 @@ def test_servers_on_nodes_of_their_own(cluster: Cluster, task: Path) -> None:
 
 def test_a_hang_is_noticed_and_tries_are_counted(hanging: Job) -> None:
     assert hanging.end() == "FAILED"
-    assert "no step has ended for 90 s: a rank hangs; this was failure 1 in a row; not queued again" in hanging.output
+    last = r"no sign of life for 90 s, the last one: step \d+, update at [\d.]+; a rank hangs"
+    assert re.search(f"{last}; this was failure 1 in a row; not queued again", hanging.output)

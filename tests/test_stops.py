@@ -1,18 +1,23 @@
-"""A run that trains nothing, or another model than it rolls out with, says so and ends."""
+"""A run that trains nothing, or another model than it rolls out with, says so and ends; one in a batch job gives signs of life."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import megafork
+from command import megafork, run_on_forks
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from task import make_task, write_recipe
 
-from megafork.recipe import Recipe
+from megafork.parallel.mesh import build_mesh
+from megafork.recipe import Parallel, Recipe
+from megafork.train import batch_job
+from megafork.train.batch_job import BatchJob
 from megafork.train.remarks import MISMATCH, Remarks, mismatch
 
 
@@ -134,3 +139,79 @@ def test_logits_that_are_no_numbers(task: Path) -> None:
         code, said, metrics = train(task, "run.name=numbers", "model.path=overflowing", f"data.eval={held_out}")
         assert code == 2 and "Traceback" not in said and metrics == []
         assert "the model's log-probs are not numbers" in said
+
+
+def _beats(folder: Path) -> list[str]:
+    """What the heartbeat says, without its time, after each of a run's calls. Each change of an engine's state is a sign of life."""
+    batch_job.BEAT_EVERY_S = 0.0  # of this rank's process
+    job = BatchJob(build_mesh(Parallel(), seed=1, device=torch.device("cpu")), folder)
+    said = []
+
+    def heartbeat() -> None:
+        file = folder / "heartbeat"
+        said.append(file.read_text().partition(" at ")[0] if file.exists() else "")
+        file.unlink(missing_ok=True)
+
+    job.beat(3, "rollout")
+    heartbeat()
+    for state in ("8 to finish", "8 to finish", "7 to finish"):
+        job.progress(partial(str, state))
+        heartbeat()
+    batch_job.BEAT_EVERY_S = 30.0
+    for state in ("6 to finish", "5 to finish"):
+        job.progress(partial(str, state))
+        heartbeat()
+    job.beat(3, "score")
+    heartbeat()
+    job.ended(3)
+    heartbeat()
+    return said if job._mesh.is_rank_zero else []
+
+
+def test_an_engine_that_draws_nothing_gives_no_sign_of_life(tmp_path: Path) -> None:
+    (said,) = on_ranks(1, _beats, tmp_path)
+    rollout = "step 3, rollout"
+    assert said == [rollout, f"{rollout}, 8 to finish", "", f"{rollout}, 7 to finish", f"{rollout}, 6 to finish", "", "step 3, score", ""]
+    assert (tmp_path / "step").read_text() == "3\n"
+
+
+def _on_two_ranks(folder: Path) -> None:
+    job = BatchJob(build_mesh(Parallel(tp=2), seed=1, device=torch.device("cpu")), folder / str(torch.distributed.get_rank()))
+    job.beat(1, "rollout")
+    job.progress(lambda: "5 to finish")
+    job.ended(1)
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    on_ranks(2, _on_two_ranks, tmp_path)
+    assert sorted(file.name for file in (tmp_path / "0").iterdir()) == ["heartbeat", "step"]
+    assert list((tmp_path / "1").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_every_phase_and_a_roll_out_that_goes_on_are_signs_of_life(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With vLLM: more of its tokens are drawn at every look."""
+    write = BatchJob._write
+
+    def remember(job: BatchJob, name: str, text: str) -> None:
+        write(job, name, text)
+        if job._folder is not None and name == "heartbeat":
+            with (job._folder / "all").open("a") as file:
+                file.write(text.partition(" at ")[0] + "\n")
+
+    monkeypatch.setattr(BatchJob, "_write", remember)
+    monkeypatch.setattr(batch_job, "BEAT_EVERY_S", 0.0)
+    monkeypatch.setenv(batch_job.JOB_FOLDER, str(tmp_path))
+    file = write_recipe(task, data={"eval": None}, rollout={"dynamic_sampling": False}, train={"steps": 1})
+    run_on_forks("train", file, "run.name=alive", "rollout.max_response_length=6")
+    said = (tmp_path / "all").read_text().splitlines()
+    drawn = [one for one in said if "to finish" in one]
+    assert [one for one in said if one not in drawn] == [
+        "step 0, begins",
+        *(f"step 1, {phase}" for phase in ("rollout", "score", "update", "refit", "checkpoint", "export")),
+    ]
+    assert len(drawn) >= 6 and len(set(drawn)) == len(drawn), "each of vLLM's steps is seen, and none twice"
+    assert drawn[0] == "step 1, rollout, 32 responses to finish, 0 tokens of them drawn"
+    assert all(one.startswith("step 1, rollout, ") for one in drawn)

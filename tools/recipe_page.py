@@ -64,6 +64,8 @@ def _type(kind: Any, metadata: list[Any]) -> str:
         return f"mapping of {_type(arguments[0], [])} to {_type(arguments[1], [])}"
     if kind is JsonValue:
         return "any value"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "mapping of " + ", ".join(f"`{key}` ({_type(item.annotation, item.metadata)})" for key, item in kind.model_fields.items())
     name = {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
     return " ".join([name, *_bounds(metadata)])
 

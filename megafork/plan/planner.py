@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megafork.model import fp8, precision
+from megafork.plan.deadlines import Deadlines
 from megafork.plan.hardware import Gpu
 from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
@@ -50,6 +51,11 @@ class Plan:
         return over
 
     @property
+    def deadlines(self) -> Deadlines:
+        """What a batch job needs."""
+        return Deadlines.of(self.step)
+
+    @property
     def fits(self) -> bool:
         return not self.over
 
@@ -59,7 +65,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The same numbers in machine-readable form."""
-        engine, step = self.stages[0].engine, self.step
+        engine, step, deadlines = self.stages[0].engine, self.step, self.deadlines
         return {
             "gpu": self.gpu.name,
             "gpus": self.gpus,
@@ -72,6 +78,7 @@ class Plan:
             "over": self.over,
             "fits": self.fits,
             "step": {**vars(step), "seconds": step.seconds, "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu},
+            "job": {**vars(deadlines), "hang": deadlines.hang},
         }
 
 

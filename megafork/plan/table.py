@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from megafork.plan.deadlines import HANG_S
 from megafork.plan.fixes import fixes
 from megafork.plan.hardware import (
     DECODE_SHARE,
@@ -45,6 +46,7 @@ def render(plan: Plan, source: str, refits: Sequence[Refit] = (), proposals: Seq
         _engine(plan),
         _times(plan),
         Text(_assumptions(plan), style="dim"),
+        _job(plan),
     ]
     parts += [_refits(refits)] if refits else []
     parts += [_proposals(proposals)] if proposals is not None else []
@@ -140,6 +142,15 @@ def _assumptions(plan: Plan) -> str:
         f"Assumed: responses of {plan.step.response:,.0f} tokens on average, prompts of {plan.step.prompt:,.0f},{refills} "
         f"{MATMUL_SHARE:.0%} of the bf16 peak in matmuls,{fp8} {DECODE_SHARE:.0%} of the memory's bandwidth in decoding, "
         f"{LINK_SHARE:.0%} of the links'. Rewards, evaluation and checkpoints are not included."
+    )
+
+
+def _job(plan: Plan) -> str:
+    needs = plan.deadlines
+    hang = f"; [bold red]set MEGAFORK_HANG_S={needs.hang}[/] or more" if needs.hang > HANG_S else ""
+    return (
+        f"in a batch job: asked to stop {needs.warning:,} s before its end; silent for ~{needs.quiet:,.0f} s in the {needs.quiet_phase} "
+        f"(MEGAFORK_HANG_S is {HANG_S:,} by default{hang})"
     )
 
 

@@ -18,7 +18,7 @@ from megafork.recipe.kinds import Key, RecipeError, Section, calling
 from megafork.recipe.model import Model, Parallel, Precision
 from megafork.recipe.objective import Forks, Loss, Optimizer
 from megafork.recipe.rollout import Rollout
-from megafork.recipe.run import Checkpoint, Eval, Log, Run, Train
+from megafork.recipe.run import Checkpoint, Eval, Log, Profile, Run, Train
 
 __all__ = [
     "Checkpoint",
@@ -32,6 +32,7 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "Precision",
+    "Profile",
     "Recipe",
     "RecipeError",
     "Reward",
@@ -85,6 +86,8 @@ class Recipe(Section):
                 f"train.micro_batch_tokens is {self.train.micro_batch_tokens} but one sequence may have {self.longest_padded} tokens "
                 "(data.max_prompt_length + rollout.max_response_length, padded for cp and sp): raise it to at least that"
             )
+        if self.log.profile is not None and (last := max(self.log.profile.steps)) > self.train.steps:
+            raise ValueError(f"log.profile.steps has {last} but train.steps is {self.train.steps}: choose steps that the run has")
         return self
 
     @property

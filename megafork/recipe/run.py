@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -62,6 +62,13 @@ class Eval(Section):
     """Nucleus sampling threshold of the evaluation."""
 
 
+class Profile(Section):
+    steps: Annotated[list[Count], Field(min_length=1)]
+    """Steps to look into."""
+    what: Literal["torch", "memory", "nsys"] = "torch"
+    """`torch`: a trace of every operator. `memory`: CUDA's allocations. `nsys`: ranges for Nsight Systems."""
+
+
 class Log(Section):
     tensorboard: bool = True
     """Write tensorboard/ in the run folder."""
@@ -71,3 +78,5 @@ class Log(Section):
     """Write the terminal output to log.txt in the run folder, as plain text."""
     rollouts_every: CountOrZero = 1
     """Write rollouts/step_*.parquet every N steps; 0: never."""
+    profile: Profile | None = None
+    """Profile some steps, as `{steps: [3], what: torch}` (docs/troubleshooting.md, A look inside a step). Unset: none."""

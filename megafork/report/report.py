@@ -22,6 +22,7 @@ from megafork.run_folder import (
     Metrics,
     open_rollouts,
     read_entropies,
+    read_operators,
     read_recipe,
     read_rows,
     read_steps,
@@ -57,6 +58,7 @@ def report_html(run_folder: Path, refresh: float | None = None) -> str:
             ("Responses", responses),
             ("Updates", page.charts(draw(metrics, UPDATES))),
             ("Time and machine", page.charts([*draw_phases(metrics), *draw(metrics, MACHINE)])),
+            ("Operators", _operators(run_folder)),
             ("Numbers", _last_numbers(metrics)),
             ("Recipe", _recipe(recipe)),
         ],
@@ -147,6 +149,17 @@ def _responses(groups: list[list[dict[str, Any]]], step: int) -> str:
         "for its numbers."
     )
     return f"<p>{note}</p>{legend_html()}{''.join(blocks)}"
+
+
+def _operators(run_folder: Path) -> str:
+    """Of each step that was profiled."""
+    parts = []
+    for step, rows in read_operators(run_folder).items():
+        cells = [[row["name"], f"{row['calls']:,}", numbers.plain(row["seconds"]), numbers.percent(row["share"])] for row in rows]
+        trace = f"profile/step_{step:06d}.trace.json.gz"
+        note = f"The most expensive of step {step} on rank 0, each without those that it calls. {trace} shows all."
+        parts.append(f"<p>{note}</p>{page.table(['operator', 'calls', 'seconds', 'share'], cells)}")
+    return "".join(parts)
 
 
 def _last_numbers(metrics: list[Metrics]) -> str:

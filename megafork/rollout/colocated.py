@@ -62,8 +62,14 @@ class ColocatedEngine(Engine):
         names = self._llm.enqueue(prompts, [self._parameters(request, sampling) for request in requests], use_tqdm=False)
         places = {name.partition("-")[0]: place for place, name in enumerate(names)}  # what comes back lacks the random end of the name
         engine = self._llm.llm_engine
+
+        def state() -> str:
+            drawn = sum(one.detokenizer.num_output_tokens() for one in engine.output_processor.request_states.values())
+            return f"{len(places):,} responses to finish, {drawn:,} tokens of them drawn"
+
         try:
             while engine.has_unfinished_requests():
+                self.progress(state)
                 for output in engine.step():
                     if output.finished:
                         yield places.pop(output.request_id), _completion(output.outputs[0])

@@ -17,6 +17,12 @@ from megafork.rl.fork_temperature import ForkTemperature
 Weights = Iterable[tuple[str, Tensor]]
 """A whole model: (Hugging Face name, tensor of its full shape), each tensor once and fresh, so that the receiver may keep it."""
 _T = TypeVar("_T")
+Progress = Callable[[Callable[[], str]], None]
+"""Hears how far a roll-out is, from what says it in words: a state that stays the same while nothing is drawn."""
+
+
+def unheard(state: Callable[[], str]) -> None:
+    """The `Progress` that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,9 @@ class Engine(Protocol):
     """How many there are: each takes its share of the prompts."""
     draws_in_background: bool = False
     """Whether `generate` may be called in a thread while the ranks train and `refit`. The step then waits in `attend`."""
+    progress: Progress = staticmethod(unheard)
+    """Called by `generate` every second or so while it draws, on rank 0 at least; by it a batch script tells work from a hang. Set by
+    whoever listens."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
         """One completion per request, in order, on the engine's rank 0. Their log-probs are those of the distribution drawn from: at the

@@ -245,6 +245,7 @@ class ServerEngine(Engine):
         finished = asyncio.create_task(batch.finished.wait())
         try:
             while not finished.done():
+                self.progress(lambda: f"{batch.left:,} responses to finish")
                 await self._assign(batch, serving, returning)
                 waiting = [task for task in (finished, *serving.values(), *returning.values()) if not task.done()]
                 await asyncio.wait(waiting, timeout=self._limits.poll_s, return_when=asyncio.FIRST_COMPLETED)
@@ -304,7 +305,8 @@ class Batch:
         self.finished = asyncio.Event()
         self._answers: list[Completion | None] = [None] * len(requests)
         self._tries = [0] * len(requests)
-        self._left = len(requests)
+        self.left = len(requests)
+        """Requests without an answer."""
         self._waiting: asyncio.Queue[int] = asyncio.Queue()
         for number in range(len(requests)):
             self._waiting.put_nowait(number)
@@ -331,8 +333,8 @@ class Batch:
                 self._waiting.put_nowait(number)
         if self.ended is not None:
             self.ended(number, answer)
-        self._left -= 1
-        if self._left == 0:
+        self.left -= 1
+        if self.left == 0:
             self.finished.set()
 
 

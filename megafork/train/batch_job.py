@@ -7,7 +7,9 @@ started (verifiers, engines), kill those that do not expect it, and be altered b
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megafork.files import whole
@@ -16,20 +18,47 @@ from megafork.parallel.reduce import over_world
 
 JOB_FOLDER = "MEGAFORK_JOB"
 """Environment variable with the folder's path, set by `slurm/common.sh`. Unset or "": the run is not part of a batch job."""
+BEAT_EVERY_S = 30.0
+"""Seconds between two signs of life in a roll-out."""
 
 
 class BatchJob:
-    """Created by every rank. Only rank 0 accesses the files, so that a slow file system can't make ranks disagree."""
+    """Created by every rank. Only rank 0 accesses the files, so that a slow file system can't make ranks disagree.
+
+    `heartbeat` states what the run is doing; the batch script assumes that a run without news for long has hung. `step` names the last
+    step that ended since this start, `stopped` the one after which the run ended on request.
+    """
 
     def __init__(self, mesh: Mesh, folder: Path | None = None) -> None:
         """`folder`: by default the one in the environment."""
         named = os.environ.get(JOB_FOLDER)
         self._mesh = mesh
         self._folder = (folder or (Path(named) if named else None)) if mesh.is_rank_zero else None
+        self._lock = threading.Lock()  # a roll-out may go on in a thread beside the training
+        self._doing = ""
+        self._progress = ""
+        self._next = 0.0
 
-    def beat(self, step: int) -> None:
-        """Report that the run is alive and has finished `step`. The batch script assumes that a run without news for long has hung."""
-        self._write("heartbeat", f"step {step} at {time.time():.3f}")
+    def beat(self, step: int, doing: str) -> None:
+        """Report that the run is alive, and what of `step` begins: a phase, a checkpoint."""
+        with self._lock:
+            self._doing = f"step {step}, {doing}"
+            self._say_alive(self._doing)
+
+    def progress(self, state: Callable[[], str]) -> None:
+        """Report how far a roll-out is, at most every `BEAT_EVERY_S`, and only if `state` has changed: an engine that draws nothing is
+        silent. May be called at each of an engine's steps: `state` is called only when it is time."""
+        with self._lock:
+            if self._folder is None or time.monotonic() < self._next:
+                return
+            self._next = time.monotonic() + BEAT_EVERY_S
+            if (found := state()) != self._progress:
+                self._progress = found
+                self._say_alive(f"{self._doing}, {found}")
+
+    def ended(self, step: int) -> None:
+        """Report that `step` is done: a run that fails later is worth another start."""
+        self._write("step", str(step))
 
     def wants_stop(self) -> bool:
         """Whether the batch script has asked the run to end, the same answer on every rank. Every rank of the world must call."""
@@ -39,6 +68,9 @@ class BatchJob:
     def stopped(self, step: int) -> None:
         """Report that the run ends on request with a complete checkpoint of `step`. The job is then queued again."""
         self._write("stopped", f"step {step}")
+
+    def _say_alive(self, doing: str) -> None:
+        self._write("heartbeat", f"{doing} at {time.time():.3f}")
 
     def _write(self, name: str, text: str) -> None:
         """Write atomically: the batch script never reads half a file."""

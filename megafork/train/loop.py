@@ -56,9 +56,9 @@ class Trainer:
         self._compared = False
         """Whether roll-out and trainer were found to compute the same model."""
 
-    def step(self, step: int) -> Metrics:
+    def step(self, step: int, clock: Clock | None = None) -> Metrics:
         """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
-        clock = Clock()
+        clock = clock or Clock()
         with clock("rollout"):
             collected = self.prefetch.collect(step)
             self.sampled, self.example = collected.state, collected.example
@@ -159,6 +159,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     learner = build_learner(inputs, recipe, mesh, updates=updates)
     run = Run(recipe, mesh, inputs, learner)
     trainer = Trainer(recipe, mesh, inputs, learner)
+    trainer.engine.progress = run.job.progress
     run.begin()
     if run.state is not None:
         trainer.sampler.restore(run.state)
@@ -171,7 +172,8 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     last: Metrics = {}
     remarks = Remarks(recipe)
     for step in run.steps:
-        last = {"step": step, **trainer.step(step)}
+        with run.step(step) as clock:
+            last = {"step": step, **trainer.step(step, clock)}
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate(step)
         told = list(remarks.after(last, first=step == run.start + 1, error=trainer.reward_error, example=trainer.example))

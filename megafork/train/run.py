@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from megafork.recipe import Recipe
 from megafork.run_folder import ORIGIN, origin
 from megafork.train.batch_job import BatchJob
 from megafork.train.boards import open_boards
+from megafork.train.clock import Clock
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.learner import Learner
 from megafork.train.metrics import RunLog
+from megafork.train.profile import profiled
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
@@ -55,6 +59,7 @@ class Run:
 
     def begin(self, *, show_every: int = 1) -> None:
         """Open the log, once everything that may fail has started. Raises RecipeError if an existing log is damaged."""
+        self.job.beat(self.start, "begins")
         if self.mesh.is_rank_zero:
             self._log = self._open_log(show_every)
 
@@ -62,6 +67,12 @@ class Run:
     def steps(self) -> Iterable[int]:
         """The remaining steps."""
         return range(self.start + 1, self.recipe.train.steps + 1)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[Clock]:
+        """Around the work of a step: its clock, whose phases are signs of life, and the profile where the recipe asks for one."""
+        with profiled(self.recipe, step, self.mesh):
+            yield Clock(partial(self.job.beat, step))
 
     def log(self, metrics: Metrics, remarks: Iterable[str] = ()) -> None:
         if self._log is not None:
@@ -89,7 +100,7 @@ class Run:
         if ending or step == steps or (every and step % every == 0):
             self._save(step, state)
         self.checkpoints.settle(wait=ending)
-        self.job.beat(step)
+        self.job.ended(step)
         if asked:
             self.job.stopped(step)
             raise Stopped(f"step {step}: stopped because the batch job asked for it, with a checkpoint; the same command continues")
@@ -111,12 +122,14 @@ class Run:
             self._log.close()
 
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
+        self.job.beat(step, "checkpoint")
         self.learner.settle()
         run = {"step": step, "update": self.learner.update, "recipe": self.recipe.model_dump(mode="json"), **self.inputs.identity, **state}
         self.checkpoints.save(step, self.learner.chunks, self.learner.optimizer, run)
 
     def _export_hf(self) -> None:
         """Write the trained model to the run's Hugging Face folder `hf/`, by rank 0."""
+        self.job.beat(self._done, "export")
         self.learner.settle()
         weights = export_policy(self.learner.chunks, self.inputs.shape, self.mesh)
         if self.mesh.is_rank_zero:

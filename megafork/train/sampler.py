@@ -184,10 +184,11 @@ class Sampler:
         if self.verifiers is None:
             return [], [], [], 0.0
         started = time.perf_counter()
-        for place in range(len(completions)):
-            if place not in begun:  # of an engine that tells only at the end
-                judge(place, completions[place])
-        verdicts = [begun[place].result() for place in range(len(completions))]
+        with marked("reward"):
+            for place in range(len(completions)):
+                if place not in begun:  # the engine tells only at the end
+                    judge(place, completions[place])
+            verdicts = [begun[place].result() for place in range(len(completions))]
         return completions, [texts[place] for place in range(len(completions))], verdicts, time.perf_counter() - started
 
     def _share(self, held: list[Response], done: Collected) -> list[Outcome]:

@@ -12,7 +12,6 @@ from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer, placement
-from megafork.train.clock import Clock
 from megafork.train.inputs import Inputs
 from megafork.train.run import Metrics, Run, build_learner
 
@@ -31,10 +30,9 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
         order.restore(run.state["order"])
     last: Metrics = {}
     for step in run.steps:
-        clock = Clock()
         batch = [rows[prompt.index] for prompt in order.take(recipe.rollout.prompts)]
         tokens = sum(len(row.tokens) for row in batch)
-        with clock("update"):
+        with run.step(step) as clock, clock("update"):
             update = learner.train(place(batch, recipe, mesh), cross_entropy)
         last = {
             "step": step,
