@@ -23,6 +23,7 @@ from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
 from megafork.rl.fork_temperature import fork_temperature
 from megafork.rollout.engine import Completion, Engine, Request, Sampling, request_seed
+from megafork.train.clock import marked
 from megafork.train.dealing import Dealer
 
 
