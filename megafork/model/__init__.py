@@ -1,4 +1,4 @@
-"""The policy: a megatron-core GPT whose head answers log-prob and entropy at chosen positions."""
+"""The policy: a megatron-core GPT whose head returns log-probs and entropies at chosen positions."""
 
 from megafork.compat import cpu
 

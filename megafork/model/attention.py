@@ -1,7 +1,7 @@
-"""Core attention of packed sequences in plain PyTorch, with context parallelism: what Transformer Engine's does, on any device.
+"""Core attention over packed sequences in plain PyTorch, with context parallelism: equivalent to Transformer Engine's, on any device.
 
-Layout ("thd"): the tokens of all sequences of a micro-batch lie one behind the other, each sequence padded to a multiple of 2 x cp.
-With cp > 1 every sequence is cut into 2 cp chunks and rank r holds chunks r and 2 cp - 1 - r ("zigzag"), which balances causal work.
+Layout ("thd"): the tokens of all sequences of a micro-batch are concatenated, each sequence padded to a multiple of 2 x cp. With cp > 1
+every sequence is cut into 2 cp chunks and rank r holds chunks r and 2 cp - 1 - r ("zigzag"), which balances the causal work.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from megafork.parallel.context import places_of
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, with all that its layers need to know of the lengths, found once on the host.
+    """Megatron's description of a packed micro-batch, plus everything its layers need to know about lengths, computed once on the host.
 
     Megatron's `cu_seqlens` stay unset: with them it would read the lengths back from the device in each layer, for queries and for keys.
     """
 
     lengths: tuple[int, ...] = ()
-    """Padded tokens of each sequence over all CP ranks."""
+    """Padded length in tokens of each sequence, summed over all CP ranks."""
     places: Tensor | None = None
-    """int64 [T / cp], position within its sequence of each token that this rank holds."""
+    """int64 [T / cp]: the position, within its sequence, of each token that this rank holds."""
     order: Tensor | None = None
-    """int64 [T], where each token lies among the ranks' own, one rank's behind another's (`unzigzag_index`); with context parallelism."""
+    """int64 [T], with context parallelism: the index of each token in the concatenation of all ranks' tokens (`unzigzag_index`)."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
-        """Without context parallelism."""
+        """The packing of sequences of these lengths without context parallelism."""
         return cls.packed(lengths, places_of(lengths, torch.arange(sum(lengths))).to(device))
 
     @classmethod
@@ -54,7 +54,7 @@ class PackedSequences(PackedSeqParams):
 class PackedCoreAttention(MegatronModule):
     """Causal attention within each packed sequence.
 
-    Every CP rank must call together: keys and values are gathered over the CP group (backward: reduce-scatter).
+    All CP ranks must call together: keys and values are gathered over the CP group (backward: reduce-scatter).
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PackedCoreAttention(MegatronModule):
 
 
 def _runs(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Neighbouring sequences of equal length as one batch [b, n, heads, d]: views, no copies."""
+    """Query, key and value of each run of adjacent equal-length sequences as a batch [b, n, heads, d]: views, no copies."""
     runs, start = [], 0
     for length, group in itertools.groupby(lengths):
         count = len(list(group))

@@ -1,4 +1,4 @@
-"""From a model's shape to a Megatron model, for every family of `shape/families.py`."""
+"""Builds a Megatron model from a model's shape, for every family in `shape/families.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megafork.shape import Shape, check_layout
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """How a policy computes, whatever its model and layout."""
+    """How a policy computes, independent of its model and layout."""
 
     precision: Precision
     recompute: Literal["none", "selective", "full"] = "none"
@@ -37,7 +37,7 @@ class PolicyConfig:
 
 
 def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> TransformerConfig:
-    """Megatron's own config, for this model under this layout."""
+    """Megatron's own config for this model under this layout."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
     return TransformerConfig(
         num_layers=shape.layers,
@@ -67,10 +67,10 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> 
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it even in a dense model
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths requires it even in a dense model
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        batch_p2p_sync=False,  # for an old torch: the host would wait for the device at each exchange between stages
+        batch_p2p_sync=False,  # needed only by old torch versions; the host would wait for the device at each exchange between stages
         calculate_per_token_loss=True,  # gradients are plain sums; the loss carries its own global denominator
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -87,8 +87,8 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> 
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """Weights are loaded, not drawn. `perform_initialization=False` would also skip marking them as tensor parallel, and so falsify
-    the gradient norm."""
+    """Leave the weight uninitialised: it is loaded later. `perform_initialization=False` would also skip marking them as tensor
+    parallel, which would make the gradient norm wrong."""
     return weight
 
 
@@ -101,8 +101,8 @@ def _recompute(config: PolicyConfig) -> dict[str, Any]:
 
 
 def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with our norm (sequence parallel) and our core attention (packing, context parallel); in FP8 with
-    Transformer Engine's projections."""
+    """Megatron's local layer spec with our norm (for sequence parallelism), our core attention (for packing and context parallelism) and,
+    in FP8, Transformer Engine's projections."""
     family = shape.family
     spec = get_gpt_layer_local_spec(qk_layernorm=family.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
@@ -117,7 +117,7 @@ def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = N
 
 
 def _replace(layer: Any, name: str, module: type) -> None:
-    """Have a layer's submodule, such as `mlp.linear_fc1`, made from this class."""
+    """Set the class from which a layer's submodule, such as `mlp.linear_fc1`, is built."""
     *path, last = name.split(".")
     for part in path:
         layer = getattr(layer, part).submodules
@@ -127,7 +127,7 @@ def _replace(layer: Any, name: str, module: type) -> None:
 def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]:
     """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call.
 
-    Load weights before building the optimizer. Raises RecipeError for what the layout or this machine cannot do.
+    Load weights before building the optimizer. Raises RecipeError if the layout or this machine does not support the model or precision.
     """
     layout = mesh.layout
     check_layout(shape, layout)
@@ -155,6 +155,6 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
                 head_chunk=chunk_for(config.head_memory_mb, padded // layout.tp),
             )
         )
-        # Megatron's own knows Llama 3.1's scaling alone, and reads the lengths from the device in each layer
+        # Megatron's own rotary embedding supports only Llama 3.1's scaling, and reads the lengths from the device in each layer
         chunks[-1].rotary_pos_emb = PackedRotary(inverse_frequencies(shape).to(mesh.device))
     return [chunk.to(mesh.device) for chunk in chunks]

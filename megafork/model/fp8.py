@@ -1,7 +1,7 @@
-"""FP8 weights in blocks of 128 x 128 with a scale each: the form of DeepSeek's and Qwen's FP8 folders, which vLLM loads.
+"""FP8 weights in blocks of 128 x 128 with one scale per block: the format of DeepSeek's and Qwen's FP8 folders, which vLLM loads.
 
-Projections alone are quantised; embedding, head, norms and biases stay. A block's scale maps its largest magnitude to e4m3's largest
-number, 448, and is stored as its inverse in fp32 (arXiv 2412.19437, section 3.3): weight = fp8 * weight_scale_inv.
+Only projections are quantised, not the embedding, head, norms and biases. A block's scale maps its largest magnitude to e4m3's largest
+number, 448, and its inverse is stored in fp32 (arXiv 2412.19437, section 3.3): weight = fp8 * weight_scale_inv.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megafork.shape import FAMILIES, Shape
 
 BLOCK = 128
 SCALE = "_scale_inv"
-"""What the name of a weight's scales has at its end."""
+"""Suffix of the name of a weight's scales."""
 CONFIG = {
     "quantization_config": {
         "quant_method": "fp8",
@@ -27,20 +27,20 @@ CONFIG = {
         "modules_to_not_convert": sorted({family.head.tensors[0].module for family in FAMILIES.values()}),
     }
 }
-"""What config.json gains."""
+"""Entries added to config.json."""
 _BAND = 8 * BLOCK
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def is_quantized(name: str, shape: Shape) -> bool:
-    """Whether a Hugging Face tensor becomes FP8."""
+    """Whether a Hugging Face tensor is quantised to FP8."""
     found = shape.family.find(name)
     return found is not None and found[0].fp8
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [rows, columns] to (e4m3 [rows, columns], fp32 inverse scales [rows / 128, columns / 128], rounded up)."""
-    done = [_quantize_band(band) for band in weight.split(_BAND)]  # in fp32 a whole weight would be several times its size
+    """Quantise weight [rows, columns] to (e4m3 [rows, columns], fp32 inverse scales [rows / 128, columns / 128], rounded up)."""
+    done = [_quantize_band(band) for band in weight.split(_BAND)]  # a whole weight in fp32 would take several times its memory
     return torch.cat([small for small, _ in done]), torch.cat([scale for _, scale in done])
 
 
@@ -62,9 +62,9 @@ def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
 
 
 def check_blocks(shape: Shape, tp: int, field: str) -> None:
-    """Refuse a model that vLLM could not load over `tp` ranks: a block must lie within one rank's part of one projection.
+    """Refuse a model that vLLM could not load on `tp` ranks: each block must lie within one rank's part of one projection.
 
-    `field`: what asked for FP8.
+    Raises RecipeError. `field`: the setting that requested FP8, for the message.
     """
     for rule in shape.family.layer:
         for tensor in rule.tensors if rule.fp8 else ():
@@ -79,13 +79,13 @@ def check_blocks(shape: Shape, tp: int, field: str) -> None:
 
 
 def check_rollouts(shape: Shape, recipe: Recipe) -> None:
-    """Refuse `precision.rollout_fp8` for a model that vLLM could not load over `rollout.tp` ranks."""
+    """Refuse `precision.rollout_fp8` for a model that vLLM could not load on `rollout.tp` ranks. Raises RecipeError."""
     if recipe.precision.rollout_fp8:
         check_blocks(shape, recipe.rollout.tp, "precision.rollout_fp8 is true")
 
 
 class Quantized:
-    """(Hugging Face name, tensor) pairs, with every projection as two: FP8, then scales. As often iterable as `tensors`."""
+    """(Hugging Face name, tensor) pairs, each projection replaced by two: FP8 weight, then scales. Re-iterable if `tensors` is."""
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]], shape: Shape) -> None:
         self.tensors = tensors

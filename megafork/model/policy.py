@@ -1,4 +1,4 @@
-"""The policy: Megatron's GPTModel whose head answers log-prob and entropy at the positions asked for, and never makes [tokens, V]."""
+"""The policy: Megatron's GPTModel with a head that returns log-prob and entropy at requested positions and never builds [tokens, V]."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megafork.parallel.vocab import gather_rows, log_prob_and_entropy
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """What the head is asked for one packed micro-batch.
+    """A request to the head for one packed micro-batch.
 
     positions [P] int64: indices into this CP rank's packed tokens; targets [P] int64: the token that follows each; temperature fp32 [P].
-    temperature_of: gives the temperatures of the log-probs [P] from the entropies [P]; unset, both are at `temperature`.
-    entropy_grad: whether the entropy takes part in the gradient.
-    on_host: the positions in host memory; unset, sequence parallelism waits for them.
+    temperature_of: maps the entropies [P] to the temperatures of the log-probs [P]; if unset, both use `temperature`.
+    entropy_grad: whether gradients flow through the entropy.
+    on_host: the positions in host memory; if unset, sequence parallelism waits for the device to obtain them.
     """
 
     positions: Tensor
@@ -34,9 +34,9 @@ class HeadRequest:
 
 
 class VocabHead(ColumnParallelLinear):
-    """The output projection that returns (log_prob [P], entropy [P]) in fp32 instead of logits.
+    """Output projection that returns (log_prob [P], entropy [P]) in fp32 instead of logits.
 
-    It is called as a module, and not as a function on its weight, so that the hooks of Megatron's DDP run.
+    It is called as a module rather than as a function of its weight, so that the hooks of Megatron's DDP run.
     All TP ranks must call with the same request.
     """
 
@@ -80,8 +80,8 @@ class Policy(GPTModel):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32 (arXiv 1910.07467). Megatron's torch norm refuses sequence parallelism; this one marks its weight
-    so that the gradient is summed over the TP ranks."""
+    """Root-mean-square norm in fp32 (arXiv 1910.07467). Megatron's torch norm rejects sequence parallelism; this one marks its weight
+    so that its gradient is summed over the TP ranks."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__()

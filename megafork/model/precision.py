@@ -1,6 +1,6 @@
-"""FP8 in training: the projections' products in e4m3 by Transformer Engine, in blocks with a scale each (arXiv 2412.19437, section 3.3).
+"""FP8 training: Transformer Engine multiplies the projections in e4m3, with one scale per block (arXiv 2412.19437, section 3.3).
 
-Megatron takes `fp8` without Transformer Engine and then trains in bf16 without a word. Here such a recipe is refused.
+Megatron accepts `fp8` without Transformer Engine and then silently trains in bf16. Here such a recipe is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megafork.shape import Family, Shape
 
 
 def lacking() -> str | None:
-    """What this machine lacks to train in FP8; None when it can."""
+    """The reason why this machine cannot train in FP8, or None if it can."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed (make cuda builds it: docs/install.md)"
     if not torch.cuda.is_available():
@@ -28,7 +28,7 @@ def lacking() -> str | None:
 
 
 def check_training(shape: Shape, precision: Precision, tp: int) -> None:
-    """Refuse `precision.train_fp8` where a rank's part of a projection is not made of whole blocks. Raises RecipeError."""
+    """Refuse `precision.train_fp8` if a rank's part of a projection does not consist of whole blocks. Raises RecipeError."""
     if not precision.train_fp8:
         return
     heads, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -42,19 +42,19 @@ def check_training(shape: Shape, precision: Precision, tp: int) -> None:
 
 
 def check_machine(precision: Precision) -> None:
-    """Refuse `precision.train_fp8` on a machine that would train in something else. Raises RecipeError."""
+    """Refuse `precision.train_fp8` on a machine that cannot train in FP8. Raises RecipeError."""
     if precision.train_fp8 and (reason := lacking()):
         raise RecipeError(f"precision.train_fp8 is true but {reason}: train on a machine that has it, or set train_fp8=false")
 
 
 def settings(precision: Precision) -> dict[str, Any]:
-    """Of Megatron's TransformerConfig. Parameters stay bf16 (`fp8_param`): the refit, checkpoints and the optimizer read them."""
+    """FP8 settings of Megatron's TransformerConfig. Parameters stay bf16 (`fp8_param`): refit, checkpoints and optimizer read them."""
     return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False} if precision.train_fp8 else {}
 
 
 def projections(family: Family) -> dict[str, type]:
-    """Transformer Engine's class for each projection of a layer, by Megatron's name of it; parameters keep names and shapes. Norms and
-    attention stay ours, outside of FP8."""
+    """Transformer Engine's class for each projection of a layer, keyed by Megatron's name for the module; parameters keep their names and
+    shapes. Norms and attention remain ours, not in FP8."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return {rule.module: TERowParallelLinear if rule.kind == "row" else TEColumnParallelLinear for rule in family.layer if rule.fp8}

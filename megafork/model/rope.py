@@ -1,7 +1,7 @@
-"""Rotary positions of a model: the frequencies that its rope scaling gives, and the scale of its attention scores.
+"""A model's rotary positions: the frequencies that result from its rope scaling, and the scale of its attention scores.
 
-Bit for bit transformers' and vLLM's frequencies, in their order of operations: at position 100,000 a frequency that is off by one part in
-ten million turns a head by a hundredth.
+Frequencies match transformers' and vLLM's bit for bit, in their order of operations: at position 100,000 a relative error of 1e-7 in a
+frequency rotates a head by 0.01 radians.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megafork.shape import Llama3, Shape, Yarn
 
 
 def inverse_frequencies(shape: Shape) -> Tensor:
-    """How far each pair of a head's dimensions is turned from one position to the next: radians, fp32 [head_dim / 2], on the CPU."""
+    """The rotation of each pair of a head's dimensions per position: radians, fp32 [head_dim / 2], on the CPU."""
     wavelengths = shape.rope_theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)  # over 2 pi
     match shape.rope_scaling:
         case Llama3() as scaling:
@@ -29,7 +29,7 @@ def inverse_frequencies(shape: Shape) -> Tensor:
 
 
 class PackedRotary(nn.Module):
-    """In place of Megatron's `RotaryEmbedding`: the angles of a packed micro-batch's tokens, once for all layers."""
+    """Replacement for Megatron's `RotaryEmbedding`: computes the angles of a packed micro-batch's tokens once for all layers."""
 
     def __init__(self, frequencies: Tensor) -> None:
         """`frequencies`: fp32 [head_dim / 2], `inverse_frequencies` on the model's device."""
@@ -37,18 +37,18 @@ class PackedRotary(nn.Module):
         self.frequencies = frequencies
 
     def get_rotary_seq_len(self, context: Any, block: Any, hidden: Any, config: Any, packing: PackedSequences, **unused: Any) -> Any:
-        """What Megatron calls `forward` with."""
+        """The argument with which Megatron calls `forward`."""
         return packing
 
     def forward(self, packing: PackedSequences, **unused: Any) -> Tensor:
-        """fp32 [T / cp, 1, head_dim], of the tokens that this rank holds; each angle twice, for both halves of a head."""
+        """Angles of the tokens that this rank holds, fp32 [T / cp, 1, head_dim]; each angle appears twice, once per half of a head."""
         assert packing.places is not None
         angles = torch.outer(packing.places.float(), self.frequencies)
         return torch.cat((angles, angles), -1)[:, None]
 
 
 def softmax_scale(shape: Shape) -> float:
-    """What attention scores are multiplied by. YaRN's factor is of queries and of keys, and rotation keeps it: it is applied here, once."""
+    """The factor on attention scores. YaRN scales both queries and keys; rotation preserves that, so its square is applied here, once."""
     factor = shape.rope_scaling.attention_factor if isinstance(shape.rope_scaling, Yarn) else 1.0
     return factor**2 / math.sqrt(shape.head_dim)
 
@@ -64,10 +64,10 @@ def _llama3(plain: Tensor, scaling: Llama3) -> Tensor:
 
 
 def _yarn(wavelengths: Tensor, scaling: Yarn, shape: Shape) -> Tensor:
-    """The paper's section 3.2, with its ramp over the dimensions' numbers instead of their turns, as every implementation has it."""
+    """Section 3.2 of the paper, but with the ramp over dimension indices instead of rotation counts, as in every implementation."""
 
     def pair(turns: float) -> float:
-        """The pair of dimensions that turns so often within the original positions."""
+        """The (fractional) index of the pair of dimensions that makes this many turns within the original positions."""
         per_turn = scaling.original_positions / (turns * 2 * math.pi)
         return shape.head_dim * math.log(per_turn) / (2 * math.log(shape.rope_theta))
 

@@ -1,4 +1,4 @@
-"""Packed micro-batches through the policy: Megatron's pipeline schedule, for training and for scoring."""
+"""Runs packed micro-batches through the policy with Megatron's pipeline schedule, for training and for scoring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megafork.model.policy import HeadRequest
 
 
 class Packed(Protocol):
-    """What the schedule needs of a micro-batch (`rl.batch.MicroBatch`)."""
+    """The parts of a micro-batch (`rl.batch.MicroBatch`) that the schedule needs."""
 
     tokens: Tensor
     lengths: tuple[int, ...]
@@ -43,11 +43,12 @@ def run_micro_batches(
     everywhere: bool,
     temperature_of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Run this rank's model chunks over the micro-batches; every rank of the layout calls, with equally many.
+    """Run this rank's model chunks over the micro-batches. Every rank of the layout must call, with the same number of micro-batches.
 
-    `everywhere`: the head answers at all positions, with entropies at `entropy_temperature` and log-probs at it or as `temperature_of` says
-    (see HeadRequest); else at the mask, at each token's `temperature`. On the last stage `loss(micro, (log_prob, entropy))` gives what
-    Megatron's schedule expects of a loss; when `forward_only` it is called with `non_loss_data=True` and may return anything.
+    `everywhere`: the head answers at all positions, with entropies at `entropy_temperature` and log-probs at it or, if `temperature_of`
+    is set, at the temperatures that it returns (see HeadRequest); otherwise at the positions in the mask, at each token's `temperature`.
+    On the last stage `loss(micro, (log_prob, entropy))` must return what Megatron's schedule expects of a loss; if `forward_only`, it is
+    called with `non_loss_data=True` and may return anything.
     """
     get_forward_backward_func()(
         forward_step_func=partial(_forward, loss=loss, temperature_of=temperature_of, everywhere=everywhere),

@@ -1,4 +1,4 @@
-"""Work in a thread of its own, one piece after the other."""
+"""Runs work in a dedicated thread, one item at a time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _T = TypeVar("_T")
 
 
 class Background:
-    """Unlike an executor's, its thread is a daemon: a process that fails does not wait for it."""
+    """A single-thread executor whose thread is a daemon, so a failing process does not wait for it."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def begin(self, work: Callable[[], _T]) -> Future[_T]:
-        """Have it done after what was begun before."""
+        """Queue `work` behind everything begun earlier."""
         future: Future[_T] = Future()
 
         def run() -> None:
             try:
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            except BaseException as error:  # noqa: BLE001 - raised again by `Future.result`
                 future.set_exception(error)
 
         self._waiting.put(run)

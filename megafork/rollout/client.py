@@ -1,6 +1,6 @@
-"""One vLLM server over HTTP: is it well, answer this request, take these weights.
+"""Client of one vLLM server over HTTP: health checks, generation requests and weight updates.
 
-vLLM serves its weight-transfer routes under VLLM_SERVER_DEV_MODE=1 and token-in token-out under --enable-scale-out (0.32).
+vLLM (0.32) serves its weight-transfer routes under VLLM_SERVER_DEV_MODE=1 and token-in, token-out generation under --enable-scale-out.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from megafork.secret import NAME, secret
 
 
 class ServerLost(Exception):
-    """A server did not answer in time, failed, or holds other weights than it should: take it out, and ask another."""
+    """A server did not answer in time, failed, or holds the wrong weights: take it out of service and ask another."""
 
 
 class RequestRefused(RuntimeError):
-    """A server understood a request and will not serve it (HTTP 4xx): no other server would."""
+    """A server understood a request and rejected it (HTTP 4xx), as any other server would."""
 
 
 class WrongSecret(RequestRefused):
-    """A server was started with another secret than this process has (HTTP 401)."""
+    """A server was started with a secret other than this process's (HTTP 401)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much to ask of a server at once, and how long to wait, in seconds."""
+    """Concurrency limit per server, and timeouts in seconds."""
 
     in_flight: int = 256
-    """Requests at one server."""
+    """Concurrent requests per server."""
     request_s: float = 3600.0
-    """One response."""
+    """Timeout of one response."""
     server_s: float = 300.0
-    """One step of a weight update; and how long a run goes on without any server."""
+    """Timeout of one step of a weight update, and how long a run survives without any server."""
     health_s: float = 30.0
-    """A sign of life. A busy server is slow to give one."""
+    """Timeout of a health check. A busy server is slow to answer one."""
     connect_s: float = 10.0
     poll_s: float = 1.0
-    """Between two looks at a server that is gone."""
+    """Interval between checks on a lost server."""
 
 
 class _Token(msgspec.Struct):
@@ -56,7 +56,7 @@ class _LogProbs(msgspec.Struct):
 
 
 class _Span(msgspec.Struct):
-    """Tokens start <= i < end of a response, and the weights that wrote them."""
+    """Tokens start <= i < end of a response, and the version of the weights that generated them."""
 
     version: str
     start: int
@@ -64,7 +64,7 @@ class _Span(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    """What is read of a response; the rest of the JSON is skipped."""
+    """The fields of a response that are read; the rest of the JSON is skipped."""
 
     token_ids: list[int]
     finish_reason: str
@@ -77,17 +77,17 @@ class _Reply(msgspec.Struct):
 
 
 class Server:
-    """Coroutines that ask one server. Each raises ServerLost or RequestRefused."""
+    """Coroutines that query one server. Each may raise ServerLost or RequestRefused."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, limits: Limits, *, fork_decoding: bool = False) -> None:
-        """`fork_decoding`: whether requests ask for `Sampling.forks`, which the server must know of."""
+        """`fork_decoding`: whether requests use `Sampling.forks`, which the server must support."""
         self.url = url.rstrip("/")
         self._fork_decoding = fork_decoding
         self._session = session
         self._limits = limits
 
     async def healthy(self) -> bool:
-        """Whether the server and its workers say that they are well. Raises WrongSecret."""
+        """Whether the server and its workers report that they are healthy. Raises WrongSecret."""
         try:
             await self._ask("GET", "/health", self._limits.health_s)
         except WrongSecret:
@@ -101,13 +101,13 @@ class Server:
             await asyncio.sleep(self._limits.poll_s)
 
     async def while_healthy(self) -> None:
-        """Raises ServerLost once it is not: a host that loses its power closes no connection."""
+        """Raise ServerLost once the server is unhealthy: a host that loses power closes no connection."""
         while await self.healthy():
             await asyncio.sleep(5 * self._limits.poll_s)
         raise ServerLost(f"{self.url} gives no sign of life")
 
     async def complete(self, request: Request, sampling: Sampling, oldest: int) -> Completion:
-        """The response to one request. Raises ServerLost also when weights before version `oldest` wrote of it."""
+        """The response to one request. Also raises ServerLost if weights older than version `oldest` generated any of it."""
         choice = await self._generate(request.prompt, **sampling_arguments(request, sampling))
         if choice.finish_reason not in ("stop", "length"):
             raise ServerLost(f"{self.url} ended a response with {choice.finish_reason!r}")
@@ -124,51 +124,51 @@ class Server:
         )
 
     async def longest_sequence(self) -> int:
-        """Tokens of a prompt and its response together."""
+        """Maximum number of tokens in a prompt and its response together."""
         models = msgspec.json.decode(await self._ask("GET", "/v1/models", self._limits.health_s))
         return int(models["data"][0]["max_model_len"])
 
     async def workers(self) -> int:
-        """Ranks of the server's engine."""
+        """Number of ranks in the server's engine."""
         return int(msgspec.json.decode(await self._ask("GET", "/get_world_size", self._limits.health_s))["world_size"])
 
     async def weight_version(self) -> str:
-        """Of the last update that was finished; "default" after a start."""
+        """Weight version of the last finished update; "default" after a start."""
         return str(msgspec.json.decode(await self._ask("GET", "/weight_info", self._limits.health_s))["weight_version"])
 
     async def join(self, init_info: dict[str, Any]) -> None:
-        """Have the workers join the trainer's process group; returns when they have."""
+        """Make the workers join the trainer's process group; returns once they have."""
         await self._post("/init_weight_transfer_engine", {"init_info": init_info})
 
     async def start_update(self, *, keep: bool) -> None:
-        """Make ready for new weights: hold up what is being written if `keep`, or drop what an earlier trainer left running."""
-        await self._post(f"/pause?mode={'keep' if keep else 'abort'}")  # either way nothing stays cached of the old weights
-        if any(state["open"] for state in await self._update_states()):  # of a trainer that died
+        """Prepare for new weights: suspend running requests if `keep`, else abort those that an earlier trainer left behind."""
+        await self._post(f"/pause?mode={'keep' if keep else 'abort'}")  # either way, nothing computed by the old weights stays cached
+        if any(state["open"] for state in await self._update_states()):  # left open by a trainer that died
             await self._post("/finish_weight_update")
         await self._post("/start_weight_update")
 
     async def receive(self, update_info: dict[str, Any]) -> None:
-        """Have the workers receive and load one bucket; returns when they have."""
+        """Make the workers receive and load one bucket; returns once they have."""
         await self._post("/update_weights", {"update_info": update_info})
 
     async def finish_update(self, version: int) -> None:
-        """Make the new weights the ones that answer, and see that they do. Raises ServerLost when not every worker has all of them."""
+        """Switch to the new weights and check that they are in use. Raises ServerLost unless every worker has all of them."""
         for state in await self._update_states():
             if state["problem"] is not None:
                 await self._post("/finish_weight_update")
                 raise ServerLost(f"{self.url} could not load the weights: {state['problem']}")
         await self._post("/finish_weight_update", {"weight_version": str(version)})
-        await self._post("/reset_prefix_cache")  # what is cached was computed by the old weights
+        await self._post("/reset_prefix_cache")  # its contents were computed by the old weights
         await self._post("/resume")
-        # With one token to choose from, the log-prob under the distribution that is sampled from is 0. That of the raw logits, which
-        # vLLM gives by default, would be wrong at every temperature but 1.
+        # With only one token to choose from, the log-prob under the sampled distribution is 0. The log-prob of the raw logits, which
+        # vLLM returns by default, would be wrong at every temperature except 1.
         if await self._certain(top_k=1) != 0.0:
             raise ServerLost(f"{self.url} gives log-probs of raw logits: start it with --logprobs-mode processed_logprobs")
         if self._fork_decoding and await self._certain(extra_args=ForkTemperature(0.0, 0.0).arguments) != 0.0:
             raise ServerLost(f"{self.url} does not know rollout.fork_temperature: start it with this run's recipe")
 
     async def _certain(self, **sampling: Any) -> float:
-        """The log-prob of a token under a sampling that leaves one to choose from."""
+        """The log-prob of a token drawn with sampling parameters that leave only one candidate."""
         choice = await self._generate([0], max_tokens=1, ignore_eos=True, **sampling)
         return choice.logprobs.content[0].logprob
 

@@ -1,4 +1,4 @@
-"""vLLM in the training rank: one engine of `rollout.tp` ranks, and as many engines as the world holds. Weights arrive as tensors."""
+"""vLLM inside the training ranks: each engine spans `rollout.tp` ranks, and the engines fill the world. Weights arrive as tensors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megafork.shape import check_engines
 
 
 class ColocatedEngine(Engine):
-    """A real vLLM engine that shares its process with the trainer. Its weights are undefined until the first `refit`."""
+    """A vLLM engine in the trainer's own process. Its weights are undefined until the first `refit`."""
 
     def __init__(self, config: EngineConfig, mesh: Mesh, weights: Weights, cost: Callable[[], dict[str, float]] = dict) -> None:
-        """`weights`: of each tensor only the part that this rank's vLLM loads needs to be defined. `cost`: of their last pass, as
-        `refit_metrics` gives it."""
+        """`weights`: only the part of each tensor that this rank's vLLM loads needs to be defined. `cost`: returns the metrics of their
+        last pass, for `refit_metrics`."""
         check_engines(config.tp, mesh.world)
         vllm_fixes.prepare()
         import vllm
@@ -38,7 +38,7 @@ class ColocatedEngine(Engine):
         self._weights = config.loaded(weights)
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
-            vllm_fixes.put_generators_aside()  # what it imports sets variables as well
+            vllm_fixes.put_generators_aside()  # its imports set variables as well
             self._llm = vllm.LLM(**self._arguments(config, mesh))
 
     def _arguments(self, config: EngineConfig, mesh: Mesh) -> dict[str, Any]:
@@ -55,12 +55,12 @@ class ColocatedEngine(Engine):
         return [answers[place] for place in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[tuple[int, Completion], None, None]:
-        """Each completion as soon as it ends, with its request's place. Closing the iterator early drops what is left."""
+        """Yield (index of the request, completion) as each completion ends. Closing the iterator early aborts the rest."""
         if not requests:
             return
         prompts: list[Any] = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         names = self._llm.enqueue(prompts, [self._parameters(request, sampling) for request in requests], use_tqdm=False)
-        places = {name.partition("-")[0]: place for place, name in enumerate(names)}  # what comes back lacks the random end of the name
+        places = {name.partition("-")[0]: place for place, name in enumerate(names)}  # outputs lack the name's random suffix
         engine = self._llm.llm_engine
 
         def state() -> str:
@@ -109,7 +109,7 @@ class ColocatedEngine(Engine):
             self._llm.wake_up()
 
     def close(self) -> None:
-        """Drop the engine; the process groups stay up. Every rank calls."""
+        """Drop the engine; the process groups stay up. Every rank must call."""
         del self._llm
         gc.collect()
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What a roll-out engine is made from: for training, evaluation, analysis and vLLM's server alike."""
+"""Configuration of a roll-out engine, shared by training, evaluation, analysis and vLLM's server."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from megafork.shape import read_shape
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Plain values, the same on every rank. Checked already, by the recipe or by a command's options."""
+    """Plain values, the same on every rank, already checked by the recipe or by a command's options."""
 
     model: str
-    """Hugging Face folder. Its config.json describes the model; weights come by `Engine.refit`."""
+    """Hugging Face folder. Its config.json describes the model; the weights come from `Engine.refit`."""
     dtype: str
     """fp32 or bf16."""
     longest_sequence: int
-    """Tokens of a prompt and its response together."""
+    """Maximum tokens in a prompt and its response together."""
     seed: int
-    """Of the run. Each request carries one of its own, which alone decides what is drawn."""
+    """The run's seed. Each request carries its own seed, which alone determines what is drawn."""
     tp: int = 1
     """Ranks that share an engine."""
     max_running: int = 256
-    """Requests decoded at once."""
+    """Maximum requests decoded concurrently."""
     gpu_memory_fraction: float = 0.6
     """Share of a GPU's memory for weights and KV cache."""
     kv_cache_mb: int | None = None
-    """KV cache in MiB. None: what `gpu_memory_fraction` leaves, or 256 without a GPU."""
+    """KV cache in MiB. If unset: the memory that `gpu_memory_fraction` leaves, or 256 MiB without a GPU."""
     fork_decoding: bool = False
-    """Whether requests may ask for `Sampling.forks`, which costs an engine some of its overlap even where none does."""
+    """Whether requests may use `Sampling.forks`; enabling it costs the engine some overlap even if no request does."""
     fp8: bool = False
-    """Projections in e4m3, quantised at every refit (`model.fp8`)."""
+    """Whether projections are in e4m3, quantised at every refit (`model.fp8`)."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> EngineConfig:
-        """As the recipe's roll-outs need it."""
+        """The configuration for a recipe's roll-outs."""
         spec = recipe.rollout
         return cls(
             model=recipe.model.path,
@@ -54,5 +54,5 @@ class EngineConfig:
         )
 
     def loaded(self, weights: Weights) -> Weights:
-        """The same weights as the engine loads them: for FP8 quantised on the way. As often iterable."""
+        """The weights in the form that the engine loads: quantised on the fly for FP8. Re-iterable if `weights` is."""
         return Quantized(weights, read_shape(Path(self.model))) if self.fp8 else weights

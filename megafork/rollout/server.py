@@ -1,8 +1,8 @@
-"""vLLM elsewhere: one or several of its servers, in other processes or on other nodes, as one roll-out engine.
+"""One or more vLLM servers, in other processes or on other nodes, as one roll-out engine.
 
-Rank 0 asks the servers, in a thread of its own, so that responses can be drawn while the ranks train. All ranks gather the weights; each
-server gets them from one rank, so that several nodes send at once. A server that fails is taken out and its requests are asked of the
-others with the same seeds; once it is back it gets the current weights, also in the middle of a roll-out, and its share.
+Rank 0 queries the servers in a separate thread, so that responses can be drawn while the ranks train. All ranks gather the weights; each
+server receives them from one rank, so that several nodes send at once. If a server fails, its requests go to the others with the same
+seeds; once it is back, even in the middle of a roll-out, it gets the current weights and its share of the requests.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from megafork.rollout.guard import credentials
 from megafork.rollout.transfer import Lane, buckets
 
 _TRIES = 5
-"""How often one thing may fail at servers that look well before the run ends."""
+"""Failures allowed for one operation on apparently healthy servers before the run ends."""
 _PATIENCE = timedelta(days=1)
-"""Of ranks that wait for rank 0's word: the time limits are rank 0's."""
+"""Timeout of ranks that wait for rank 0, which enforces the real time limits."""
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
 class NoServer(RuntimeError):
-    """No server is left, or none does what it is asked. The same command continues the run."""
+    """No server is left, or none fulfils its requests. Rerunning the same command continues the run."""
 
 
 class ServerEngine(Engine):
-    """The servers of `rollout.servers`. Every rank of the world makes one; rank 0 answers for the engine."""
+    """The servers in `rollout.servers` as one engine. Every rank of the world constructs one; rank 0 has the completions."""
 
     number = 0
     engines = 1
     draws_in_background = True
 
     def __init__(self, config: EngineConfig, mesh: Mesh, weights: Weights, urls: Sequence[str], limits: Limits) -> None:
-        """Waits for all servers; raises RecipeError when one is not there in `limits.server_s`, or is not set up as the recipe needs.
+        """Wait for all servers. Raises RecipeError if one does not answer within `limits.server_s` or does not suit the recipe.
 
-        `weights` must be iterable again and again, each pass together on all ranks: a server may come back at any time.
+        `weights` must be re-iterable, each pass together on all ranks, since a server may come back at any time.
         """
         if iter(weights) is weights:
             raise TypeError("the weights can be iterated only once: a server that comes back later needs them again")
@@ -65,33 +65,33 @@ class ServerEngine(Engine):
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._session = self._run(_open_session())
         self._servers = [Server(url, self._session, limits, fork_decoding=config.fork_decoding) for url in urls]
-        # servers are spread over the ranks, and so over the nodes
+        # servers are spread over the ranks, and therefore over the nodes
         self._lanes = {
             n: Lane(server, mesh.device, limits.server_s)
             for n, server in enumerate(self._servers)
             if n * mesh.world // len(urls) == mesh.rank
         }
         self._up: set[int] = set()
-        """Servers that hold the current weights and answer; rank 0 knows best."""
+        """Responsive servers with the current weights; rank 0's set is authoritative."""
         self._back: set[int] = set()
-        """Rank 0: those that are well again, and have no weights yet."""
+        """On rank 0: servers that are healthy again but do not have the weights yet."""
         self._failed: set[int] = set()
-        """Those that could not take the current weights: they stay out until the next."""
+        """Servers that could not load the current weights: they stay out until the next refit."""
         self._version = -1
         self.bytes_sent = 0
-        """Since the last refit began, by this rank."""
+        """Bytes sent by this rank since the last refit began."""
         self._from_rank_zero(lambda: self._run(self._check()))
 
     @property
     def serving(self) -> int:
-        """Servers that hold the current weights and answer, as far as is known; the same on every rank after a refit."""
+        """Number of servers believed responsive and up to date; the same on every rank after a refit."""
         return len(self._up)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
-        """On rank 0 one completion a request, in order; on other ranks nothing, whatever they pass.
+        """On rank 0, one completion per request, in order; on other ranks an empty list, whatever they pass.
 
-        Rank 0 blocks until all are there, and needs the other ranks' help where servers come back: call it in a thread, one call at a
-        time, and `attend` to that. Raises NoServer and RequestRefused.
+        Rank 0 blocks until all requests are answered, and needs the other ranks' help when servers come back: call it in a thread, one
+        call at a time, and pass its future to `attend`. Raises NoServer and RequestRefused.
         """
         if self.rank != 0:
             return []
@@ -100,9 +100,9 @@ class ServerEngine(Engine):
         return batch.completions
 
     def attend(self, work: Future[_T]) -> _T:
-        """Wait for work that asks the servers, and meanwhile feed those that come back. Every rank calls, each with its own part of it.
+        """Wait for work that queries the servers, and meanwhile give returning servers the weights. Every rank must call with its own part.
 
-        What rank 0's part raises for the lack of servers is raised on every rank; NoServer also when there is none for a while.
+        NoServer and RequestRefused from rank 0's part are raised on every rank; so is NoServer after `limits.server_s` without a server.
         """
         served = [time.monotonic()]
         while (back := self._from_rank_zero(lambda: self._watch(work, served))) is not None:
@@ -111,9 +111,9 @@ class ServerEngine(Engine):
         return work.result()
 
     def refit(self, version: int) -> None:
-        """Give the weights to every server that is well; returns when all ranks know who has them. Raises NoServer when none has.
+        """Give the weights to every healthy server; returns once all ranks know which have them. Raises NoServer if none has.
 
-        Responses that are being written are held up, their caches dropped, and go on with the new weights.
+        Running responses are suspended, their caches dropped, and resumed with the new weights.
         """
         self._version, self._failed = version, set()
         self.bytes_sent = 0
@@ -126,12 +126,12 @@ class ServerEngine(Engine):
         raise NoServer(f"none of the servers in rollout.servers took weights {version}: {next(iter(failed.values()))}")
 
     def refit_metrics(self) -> dict[str, float]:
-        """Bytes that the busiest rank sent, and how many servers have the weights."""
+        """Megabytes sent by the busiest rank, and the number of servers that have the weights."""
         sent, serving = over_world([self.bytes_sent, self.serving], self._mesh, "max")
         return {"refit/sent_mb": sent / 1e6, "refit/servers": serving}
 
     def close(self) -> None:
-        """Leave the servers alone; they go on. Every rank calls."""
+        """Disconnect from the servers, which keep running. Every rank must call."""
         for lane in self._lanes.values():
             lane.close()
         self._run(self._session.close())
@@ -143,7 +143,7 @@ class ServerEngine(Engine):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _from_rank_zero(self, find: Callable[[], _T]) -> _T:
-        """What rank 0 finds, or the error that it meets, on every rank."""
+        """Return rank 0's result, or raise its error, on every rank."""
         said: list[Any] = [None]
         if self.rank == 0:
             try:
@@ -156,7 +156,7 @@ class ServerEngine(Engine):
         return said[0]
 
     def _watch(self, work: Future[Any], served: list[float]) -> list[int] | None:
-        """Rank 0: which servers came back since, or None when the work is done."""
+        """On rank 0: the servers that have come back and need the weights, or None when the work is done."""
         if concurrent.futures.wait([work], self._limits.poll_s).done:
             if isinstance(error := work.exception(), (NoServer, RequestRefused)):
                 raise error
@@ -165,12 +165,12 @@ class ServerEngine(Engine):
             served[0] = time.monotonic()
         elif time.monotonic() - served[0] > self._limits.server_s:
             raise self._none_left()
-        return sorted(self._back - self._failed - self._up)  # the other thread may not have seen yet that one was fed
+        return sorted(self._back - self._failed - self._up)  # the other thread may not know yet that one has its weights
 
     # ---- servers
 
     async def _check(self) -> None:
-        """That every server is there, and what this run needs."""
+        """Check that every server answers and suits this run."""
         await asyncio.gather(*(self._check_one(server) for server in self._servers))
 
     async def _check_one(self, server: Server) -> None:
@@ -189,7 +189,7 @@ class ServerEngine(Engine):
             raise RecipeError(f"rollout.servers: {server.url} takes {longest} tokens, the recipe needs {needed}; {mend}")
 
     async def _healthy(self) -> list[int]:
-        """Servers that are well now; waits for one."""
+        """The servers that are healthy now; waits until there is at least one."""
         until = time.monotonic() + self._limits.server_s
         while True:
             well = await asyncio.gather(*(server.healthy() for server in self._servers))
@@ -205,9 +205,9 @@ class ServerEngine(Engine):
     # ---- weights
 
     def _feed(self, targets: Sequence[int]) -> dict[int, str]:
-        """Give these servers the current weights. Every rank calls: each tensor is gathered by all, whatever becomes of the servers.
+        """Give these servers the current weights. Every rank must call: all gather each tensor, even if servers fail.
 
-        Returns, on every rank, which failed and why.
+        Returns, on every rank, the servers that failed and why.
         """
         lost: dict[int, str] = {}
         lanes = {n: lane for n, lane in self._lanes.items() if n in targets}
@@ -239,7 +239,7 @@ class ServerEngine(Engine):
     # ---- requests
 
     async def _answer(self, batch: Batch) -> None:
-        """Rank 0: have every request answered by the servers that are up, whichever these are at the time."""
+        """On rank 0: have every request answered by the servers that are up at the time."""
         serving: dict[int, asyncio.Task[None]] = {}
         returning: dict[int, asyncio.Task[None]] = {}
         finished = asyncio.create_task(batch.finished.wait())
@@ -261,7 +261,7 @@ class ServerEngine(Engine):
             await _cancel([finished, *serving.values(), *returning.values()])
 
     async def _assign(self, batch: Batch, serving: dict[int, asyncio.Task[None]], returning: dict[int, asyncio.Task[None]]) -> None:
-        """Servers that are up serve; the others are waited for."""
+        """Start serving on every server that is up, and wait for the others."""
         for n, server in enumerate(self._servers):
             if n in self._up:
                 if n in returning:
@@ -269,13 +269,13 @@ class ServerEngine(Engine):
                 if n not in serving:
                     serving[n] = asyncio.create_task(self._serve(server, batch))
             else:
-                if n in serving:  # a refit left it without weights
+                if n in serving:  # it missed the last refit
                     await _cancel([serving.pop(n)])
                 if n not in returning:
                     returning[n] = asyncio.create_task(server.until_healthy())
 
     async def _serve(self, server: Server, batch: Batch) -> None:
-        """Keep requests in flight at one server until cancelled. Raises ServerLost; what was in flight then waits for another server."""
+        """Keep requests in flight at one server until cancelled. On ServerLost, its requests wait for another server."""
 
         async def ask() -> None:
             while True:
@@ -292,9 +292,9 @@ class ServerEngine(Engine):
 
 
 class Batch:
-    """Requests, those that wait for a server, and the answers so far. Each request is answered once, whoever is asked, and how often.
+    """Requests, the queue of those waiting for a server, and the answers so far. Each request is answered once, however often it is tried.
 
-    `version`: of the oldest weights that may answer. `ended` is called with each answer.
+    `version`: the oldest weights that may answer. `ended` is called with each answer.
     """
 
     def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int, ended: Ended | None) -> None:
@@ -319,7 +319,7 @@ class Batch:
         return [answer for answer in self._answers if answer is not None]
 
     async def answer_next(self, server: Server) -> None:
-        """Take the next request that waits to a server. It waits again if there is no answer, for whatever reason."""
+        """Send the next waiting request to a server. If there is no answer, for whatever reason, it is queued again."""
         number = await self._waiting.get()
         self._tries[number] += 1
         try:
@@ -339,7 +339,7 @@ class Batch:
 
 
 async def _open_session() -> aiohttp.ClientSession:
-    # A connection a request: a kept one may have been closed by the server while this loop stood still, and would look like a loss.
+    # One connection per request: the server may close an idle one while this loop stands still, which would look like a lost server.
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), headers=credentials())
 
 

@@ -1,4 +1,4 @@
-"""Completions on disk: one JSON line each, written as it ends, so that sampling that is killed goes on where it stood."""
+"""Completions on disk: one JSON line each, written as it ends, so that interrupted sampling can resume."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from megafork.recipe import RecipeError
 from megafork.rollout.engine import Completion
 
 Key = tuple[str, int]
-"""(`prompt_key`, number of the sample)."""
+"""(`prompt_key`, sample number)."""
 _FIELDS = {"prompt", "sample", "text", "tokens", "truncated"}
 
 
 def prompt_key(tokens: Sequence[int]) -> str:
-    """16 hex digits of a prompt, the same in whatever data it stands."""
+    """16 hex digits that identify a prompt, the same in every data set."""
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:16]
 
 
 class Store:
-    """The completions of one model under one decoding: `part-N.jsonl` of each engine that wrote some, in a folder of their own."""
+    """The completions of one model under one sampling: a folder with `part-N.jsonl` for each engine N that wrote some."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Each completion once, file by file: {"prompt", "sample" (its `Key`), "text", "tokens" (ids), "truncated"}.
+        """Yield each completion once, file by file: {"prompt", "sample" (its `Key`), "text", "tokens" (ids), "truncated"}.
 
-        A last line that was not written to its end is left out. Raises RecipeError, naming file and line, for any other line that is not
-        a completion.
+        An incomplete last line is skipped. Raises RecipeError, naming file and line, for any other line that is not a completion.
         """
         seen: set[Key] = set()
         for file in sorted(self.folder.glob("part-*.jsonl")):
@@ -44,7 +43,7 @@ class Store:
 
     @contextmanager
     def append(self, part: int) -> Iterator[Callable[[Key, Completion, str], None]]:
-        """A function that writes one completion with its text; a half-written line is cut off first."""
+        """Yield a function that writes one completion with its text. A partial last line is removed first."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"part-{part}.jsonl"
         with path.open("a") as file:
@@ -53,13 +52,13 @@ class Store:
             def write(key: Key, completion: Completion, text: str) -> None:
                 row = {"prompt": key[0], "sample": key[1], "text": text, "tokens": completion.tokens, "truncated": completion.truncated}
                 file.write(json.dumps(row) + "\n")
-                file.flush()  # what is in the kernel's hands outlives this process
+                file.flush()  # data in the kernel's buffers outlives this process
 
             yield write
 
 
 def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each line's object and where in the file the line ends."""
+    """Yield each line's object and the byte offset at which the line ends."""
     end, broken = 0, ""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

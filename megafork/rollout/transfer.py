@@ -1,8 +1,8 @@
-"""Weights from a training rank to vLLM servers in other processes, by vLLM's weight-transfer API.
+"""Sends weights from a training rank to vLLM servers in other processes, using vLLM's weight-transfer API.
 
-A link is the trainer's end of a process group whose other members are one server's workers. On the CPU it is gloo and the workers' end
-is ours (`receiver.py`); on CUDA it is NCCL and the workers' end vLLM's own. Each server has a group of its own, so that one that dies
-disturbs no other.
+A link is the trainer's end of a process group whose other members are one server's workers. On the CPU it uses gloo, and the workers'
+end is ours (`receiver.py`); on CUDA it uses NCCL, and the workers' end is vLLM's own. Each server has its own group, so that a server
+that dies does not disturb the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Bucket = list[tuple[str, Tensor]]
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-    """What travels together: each layer whole, for vLLM keeps q, k and v, and gate and up, in one tensor; other tensors one by one."""
+    """Group tensors that are sent together: each layer whole, as vLLM fuses q, k and v, and gate and up; other tensors singly."""
     for _, members in itertools.groupby(weights, key=lambda member: _layer(member[0])):
         yield list(members)
 
@@ -39,7 +39,7 @@ def _layer(name: str) -> str:
 
 
 def describe(bucket: Bucket) -> dict[str, Any]:
-    """The update info of vLLM's API: what a worker must expect."""
+    """The update info of vLLM's API, which tells a worker what to expect."""
     return {
         "names": [name for name, _ in bucket],
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -48,17 +48,17 @@ def describe(bucket: Bucket) -> dict[str, Any]:
 
 
 class Link(Protocol):
-    """The trainer's end of a group. `join` and `send` block, and raise RuntimeError when a worker is gone or too slow."""
+    """The trainer's end of a group. `join` and `send` block, and raise RuntimeError if a worker is gone or too slow."""
 
     init_info: dict[str, Any]
-    """What the server's workers must be told in order to join."""
+    """What the server's workers need in order to join."""
 
     def join(self) -> None: ...
 
     def send(self, bucket: Bucket) -> None: ...
 
     def close(self) -> None:
-        """Also while another thread is blocked in `send`, which then ends."""
+        """Close the link. May be called while another thread is blocked in `send`, which then ends."""
         ...
 
 
@@ -85,9 +85,9 @@ class GlooLink:
 
 
 class NcclLink:
-    """To vLLM's own NCCL engine; written to its API (0.32).
+    """Link to vLLM's own NCCL engine, written for its API of version 0.32.
 
-    NCCL's id of the group travels by HTTP, where the secret is asked for. vLLM's other way is a store that unpickles what anybody writes.
+    NCCL's group id travels over HTTP, which requires the secret. vLLM's alternative is a store that unpickles whatever anyone writes.
     """
 
     def __init__(self, workers: int, device: torch.device) -> None:
@@ -107,14 +107,14 @@ class NcclLink:
     def join(self) -> None:
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
-        with torch.cuda.device(self._device):  # a thread of its own begins on device 0
+        with torch.cuda.device(self._device):  # a new thread starts on device 0
             self._group = uid_init_process_group(self._id, rank=0, world_size=self._world, device=self._device.index)
 
     def send(self, bucket: Bucket) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         with torch.cuda.device(self._device):
-            torch.cuda.synchronize()  # the bucket was gathered on another stream than those that send it
+            torch.cuda.synchronize()  # the bucket was gathered on a different stream from those that send it
             packed_nccl_broadcast_producer(iter(bucket), self._group, src=0, post_iter_func=lambda member: member[1])
 
     def close(self) -> None:
@@ -123,8 +123,8 @@ class NcclLink:
 
 
 def gloo_group(store: Store, rank: int, world: int, address: str, limit_s: float) -> Any:
-    """A process group beside the default one; every member calls. `address`: this member's, by which the others reach it."""
-    gloo: Any = ProcessGroupGloo  # torch's stubs know neither its options nor its collectives
+    """A process group apart from the default one; every member must call. `address`: where the others reach this member."""
+    gloo: Any = ProcessGroupGloo  # torch's stubs lack its options and collectives
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=limit_s)
@@ -132,21 +132,21 @@ def gloo_group(store: Store, rank: int, world: int, address: str, limit_s: float
 
 
 def broadcast(group: Any, tensors: list[Tensor]) -> None:
-    """From member 0 of a gloo group to the others, in place, of any dtype; contiguous, and of the same shapes on every member."""
+    """Broadcast tensors in place from member 0 of a gloo group; any dtype, contiguous, and of the same shapes on every member."""
     works = [group.broadcast(tensor.detach().contiguous().view(-1).view(torch.uint8), 0) for tensor in tensors]
     for work in works:
         work.wait()
 
 
 def address_towards(host: str, port: int) -> str:
-    """This host's address on the way to another, which is where the other can reach it."""
+    """The local address used to connect to another host, where that host can reach this one."""
     with socket.create_connection((host, port), timeout=10.0) as probe:
         return str(probe.getsockname()[0])
 
 
 class Lane:
-    """Feeds one server. Its link is kept from one update to the next, and opened anew after a failure, or when the server's weights are
-    not the last that were sent: then it is another process than it was. Coroutines raise ServerLost; `close` after that."""
+    """Sends weights to one server. The link is kept between updates; it is reopened after a failure, or if the server's weights are not
+    the last ones sent, which means that the server was restarted. Coroutines raise ServerLost; call `close` after that."""
 
     def __init__(self, server: Server, device: torch.device, limit_s: float) -> None:
         self.server = server
@@ -187,7 +187,7 @@ class Lane:
         return NcclLink(workers, self._device) if self._device.type == "cuda" else GlooLink(here, workers, self._limit_s)
 
     async def _together(self, work: Callable[[], None], asking: Awaitable[None]) -> None:
-        """Both ends of a collective: ours in a thread, the server's by HTTP. When one fails the other is not waited for."""
+        """Run both ends of a collective: ours in a thread, the server's over HTTP. If one fails, the other is not awaited."""
         tasks = [asyncio.ensure_future(asking), asyncio.ensure_future(asyncio.to_thread(work))]
         try:
             done, late = await asyncio.wait(tasks, timeout=self._limit_s, return_when=asyncio.FIRST_EXCEPTION)

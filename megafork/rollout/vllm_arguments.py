@@ -1,4 +1,4 @@
-"""What vLLM is told, the same in the training ranks and in its own server."""
+"""vLLM's arguments, the same in the training ranks and in its own server."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _CPU_CACHE_MB = 256
 
 
 def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's `EngineArgs`, by which it starts either way."""
+    """Arguments of vLLM's `EngineArgs`, used both in process and by the server."""
     cache = config.kv_cache_mb or (None if on_gpu else _CPU_CACHE_MB)
     return {
         "model": config.model,
-        "load_format": "dummy",  # weights come by a refit
+        "load_format": "dummy",  # weights come from a refit
         "skip_tokenizer_init": True,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
         "tensor_parallel_size": config.tp,
@@ -28,7 +28,7 @@ def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
         "enforce_eager": not on_gpu,
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer computes them
         "generation_config": "vllm",  # no sampling defaults from the model's folder
-        "seed": config.seed % 2**32,  # numpy takes no larger one; requests carry their own
+        "seed": config.seed % 2**32,  # numpy accepts no larger seed; requests carry their own
         "disable_log_stats": True,
         "logits_processors": ["megafork.rollout.logits_processor:ForkProcessor"] if config.fork_decoding else None,
         "hf_overrides": CONFIG if config.fp8 else None,
@@ -36,7 +36,7 @@ def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
 
 
 def command_line(arguments: dict[str, Any]) -> list[str]:
-    """The same arguments as options; None and False are left out."""
+    """The same arguments as command-line options; None and False are omitted."""
     words: list[str] = []
     for name, value in arguments.items():
         option = f"--{name.replace('_', '-')}"
@@ -61,7 +61,7 @@ def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop),
-        "ignore_eos": True,  # the stop tokens say it all
+        "ignore_eos": True,  # `stop_token_ids` alone ends a response
         "logprobs": 0,
         "detokenize": False,
         **how,

@@ -1,6 +1,6 @@
-"""The shape of a dense transformer as a Hugging Face config.json tells it, and which layouts it can be split into.
+"""The shape of a dense transformer, read from a Hugging Face config.json, and the layouts into which it can be split.
 
-No torch, no transformers: a wrong model folder is answered in a fraction of a second.
+Imports neither torch nor transformers, so a wrong model folder is rejected in a fraction of a second.
 """
 
 from megafork.shape.config import read_config, refuse_adapter

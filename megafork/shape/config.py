@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder: read as strictly as JSON is defined, and each value taken by its kind."""
+"""Reads the config.json of a Hugging Face folder as strict JSON, and checks the type and range of each value."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megafork.recipe import Key, RecipeError
 
 ADAPTER = "adapter_config.json"
 _SHOWN = 80
-"""Characters of a value that an error quotes."""
+"""Maximum characters of a value quoted in an error."""
 
 
 class Keys:
-    """The keys of config.json, or of an object within it. Raises RecipeError, naming the key, for a value of another kind."""
+    """The keys of config.json, or of an object within it. Raises RecipeError, naming the key, for a value of the wrong type or range."""
 
     def __init__(self, values: Mapping[str, Any], folder: Path, within: str = "") -> None:
         self.values = values
@@ -27,14 +27,14 @@ class Keys:
         return key in self.values
 
     def inner(self, key: str) -> Keys:
-        """The object that is `key`'s value; an empty one where the key is absent or null."""
+        """The keys of the object under `key`; empty if the key is absent or null."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "must be an object with keys of its own")
         return Keys(value or {}, self.folder, f"{self.within}{key}.")
 
     def without_null(self, *keys: str) -> Keys:
-        """The same, but that null in any of `keys` counts as absent."""
+        """The same keys, except that null for any of `keys` counts as absent."""
         return Keys({key: value for key, value in self.values.items() if value is not None or key not in keys}, self.folder, self.within)
 
     def whole(self, key: str, *, largest: int, default: int | None = None) -> int:
@@ -45,7 +45,7 @@ class Keys:
         return value
 
     def number(self, key: str, *, above: float, below: float = 1e15, default: float | None = None) -> float:
-        """A number between the two, both excluded."""
+        """A number strictly between `above` and `below`."""
         value = self._value(key, default)
         if type(value) not in (int, float) or not above < value < below:
             raise self.error(key, f"must be a number above {above:g} and below {below:g}")
@@ -77,7 +77,7 @@ class Keys:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The keys of a folder's config.json. Raises RecipeError for a folder that is none of a model, and for what is not exactly JSON."""
+    """The keys of a folder's config.json. Raises RecipeError if the folder is not a model's or the file is not strict JSON."""
     named = (Key("model.path"), f" is {str(folder)!r}")
     file = folder / "config.json"
     if not os.path.isdir(folder):
@@ -101,8 +101,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(folder: Path, *named: str) -> None:
-    """Refuse a LoRA adapter in the folder, which an error calls `named`. transformers would put it on top of the weights beside it, or of
-    those of the model that it names."""
+    """Refuse a folder that holds a LoRA adapter, which transformers would apply to the weights beside it or to the base model it names.
+
+    Raises RecipeError. `named`: how the message names the folder.
+    """
     if os.path.exists(folder / ADAPTER):
         raise RecipeError(
             *named,
@@ -112,7 +114,7 @@ def refuse_adapter(folder: Path, *named: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that is given twice JSON readers keep the one or the other."""
+    """The pairs as a dict. Raises ValueError for a duplicate key: JSON readers differ in which value they keep."""
     keys = dict(pairs)
     if len(keys) < len(pairs):
         names = [name for name, _ in pairs]

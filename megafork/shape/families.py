@@ -1,4 +1,4 @@
-"""The table of model families: all that megafork knows of their config.json and their tensors. docs/extending.md says how to add one."""
+"""The table of model families: all that megafork knows about their config.json and tensors. docs/extending.md explains how to add one."""
 
 from __future__ import annotations
 
@@ -137,4 +137,4 @@ FAMILIES = {
         counts=("original_max_position_embeddings",),
     ),
 }
-"""By `architectures`."""
+"""Families, keyed by config.json's `architectures`."""

@@ -1,7 +1,7 @@
-"""What a model family is made of: how its tensors are named and split in files, in Megatron and in vLLM. `families.py` holds the table.
+"""Declares a model family: how its tensors are named and split in files, in Megatron and in vLLM. `families.py` holds the table.
 
-Nothing else in the package knows the name of a tensor: loading, export, conversion, the refit, FP8 and the planner read these
-declarations. No torch.
+Nothing else in the package knows tensor names: loading, export, conversion, the refit, FP8 and the planner read these declarations. Does
+not import torch.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from megafork.shape.model import Shape
 
 Span = tuple[int, int]
-"""First, and one past the last."""
+"""Index of the first element, and one past the last."""
 Kind = Literal["vocab", "qkv", "gated", "row", "replicated"]
-"""How Megatron splits a parameter over its TP ranks: `weights/mapping.py` says what each means."""
+"""How Megatron splits a parameter over its TP ranks; `weights/mapping.py` defines each kind."""
 _VLLM_VOCABULARY_MULTIPLE = 64
-"""vLLM pads embedding and head to it before it splits them."""
+"""vLLM pads embedding and head to a multiple of this before splitting them."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Rows or columns of Hugging Face tensors that belong together, such as the queries of all heads."""
+    """Related rows or columns of Hugging Face tensors, such as the queries of all heads."""
 
     name: str
-    """For error messages."""
+    """Name used in error messages."""
     size: Callable[[Shape], int]
     split: Literal["whole", "evenly", "by KV head", "padded"] = "whole"
-    """What each rank of a vLLM engine loads: all of it, an equal part, its KV heads (several ranks share one where there are fewer heads
-    than ranks), or an equal part after padding to a multiple of 64."""
+    """What each rank of a vLLM engine loads: everything, an equal part, its KV heads (ranks share a head if there are more ranks than
+    heads), or an equal part after padding to a multiple of 64."""
 
     def part(self, shape: Shape, tp: int, rank: int) -> Span:
-        """What rank `rank` of an engine of `tp` ranks loads."""
+        """The part that rank `rank` of an engine of `tp` ranks loads."""
         size = self.size(shape)
         match self.split:
             case "whole":
@@ -52,18 +52,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class HFTensor:
-    """A tensor of the Hugging Face files."""
+    """A tensor in the Hugging Face files."""
 
     name: str
-    """In full; of a layer's tensor what follows the layer's number."""
+    """Full name or, for a layer's tensor, the part after the layer's number."""
     rows: tuple[Axis, ...]
-    """From top to bottom; several where the files fuse what Megatron or vLLM splits apart, such as queries, keys and values."""
+    """Axes from top to bottom; several if the files fuse parts that Megatron or vLLM splits, such as queries, keys and values."""
     columns: Axis | None = None
-    """None: it has one dimension."""
+    """None if the tensor is one-dimensional."""
 
     @property
     def module(self) -> str:
-        """The last part of its module's name."""
+        """The last component of its module's name."""
         return self.name.split(".")[-2]
 
     def size(self, shape: Shape) -> tuple[int, ...]:
@@ -76,29 +76,29 @@ class Rule:
     """A parameter of Megatron's model and the Hugging Face tensors in it."""
 
     megatron: str
-    """Its name in Megatron's unfused layers; of a layer's parameter what follows the layer's number."""
+    """Its name in Megatron's unfused layers; for a layer's parameter, the part after the layer's number."""
     kind: Kind
     tensors: tuple[HFTensor, ...]
-    """In Megatron's order: `qkv` takes queries, keys and values, and `gated` gate and up, from their rows one after the other."""
+    """In Megatron's order: the rows of the tensors, concatenated, must be queries, keys, values for `qkv`, and gate, up for `gated`."""
     fused: str | None = None
-    """Its name where Transformer Engine fuses it with the linear that follows, which is also its key in Megatron's checkpoints; None: the
-    same name."""
+    """Its name if Transformer Engine fuses it with the following linear, which is also its key in Megatron's checkpoints; None if the name
+    stays the same."""
     norm: bool = False
-    """An RMS norm's weight."""
+    """Whether this is the weight of an RMS norm."""
     fp8: bool = False
-    """A projection's weight: FP8 quantises these alone, and Megatron keeps an extra state beside each."""
+    """Whether this is the weight of a projection: FP8 quantises only these, and Megatron stores an extra state beside each."""
 
     @property
     def module(self) -> str:
-        """Megatron's name of the module that it belongs to."""
+        """Megatron's name for the module that it belongs to."""
         return self.megatron.rpartition(".")[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """What the models of one architecture compute, in which tensors, and what transformers takes where config.json leaves a key out.
+    """The computation and tensors of one architecture's models, and transformers' defaults for keys missing from config.json.
 
-    Every family has pre-norm layers of RMS norms, rotary positions, SiLU, a gated MLP, and no biases but those among its parameters.
+    Every family has pre-norm layers with RMS norms, rotary positions, SiLU, a gated MLP, and no biases except those among its parameters.
     """
 
     model_type: str
@@ -106,45 +106,45 @@ class Family:
     """Published models of this family that megafork trains, as the documentation lists them."""
     embedding: Rule
     layer: tuple[Rule, ...]
-    """Of each layer, in the order in which Megatron's modules register them."""
+    """Parameters of each layer, in the order in which Megatron's modules register them."""
     final_norm: Rule
     head: Rule
-    """Where config.json does not tie it to the embedding."""
+    """The head when config.json does not tie it to the embedding."""
     positions: int
-    """max_position_embeddings."""
+    """Default of max_position_embeddings."""
     layers: str = "model.layers"
-    """The Hugging Face module that holds the layers by number."""
+    """The Hugging Face module that holds the numbered layers."""
     kv_heads: int | None = None
-    """num_key_value_heads; None: as many as there are heads."""
+    """Default of num_key_value_heads; None: the number of attention heads."""
     head_dim: int | None = None
-    """head_dim; None: hidden_size / num_attention_heads."""
+    """Default of head_dim; None: hidden_size / num_attention_heads."""
     nulls: tuple[str, ...] = ("num_key_value_heads", "partial_rotary_factor")
-    """Keys of which transformers takes null; num_key_value_heads is then the number of heads, whatever `kv_heads` says."""
+    """Keys for which transformers accepts null; a null num_key_value_heads means the number of heads, whatever `kv_heads` is."""
     whole_heads: bool = False
-    """Whether hidden_size must be a multiple of num_attention_heads, also where head_dim is given."""
+    """Whether hidden_size must be a multiple of num_attention_heads even if head_dim is given."""
     norm_eps: float = 1e-6
-    """rms_norm_eps."""
+    """Default of rms_norm_eps."""
     window: Literal["off", "refused", "on"] = "refused"
-    """What a `sliding_window` does: nothing (another key turns it on, and is refused), another thing in vLLM than in transformers, or
-    narrow attention in both: then it is accepted where it covers all positions."""
+    """Effect of `sliding_window`. off: none (another key, which is refused, turns it on); refused: differs between vLLM and transformers;
+    on: narrows attention in both, so it is accepted only if it covers all positions."""
     sliding_window: int | None = None
     rope_theta: float = 10000.0
     ropes: tuple[str, ...] = ("default", "llama3", "yarn")
-    """Types of rotary positions that transformers reads as megafork does."""
+    """Types of rotary positions that transformers and megafork interpret alike."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys of config.json with the one value that megafork computes; an absent one has it."""
+    """Additional keys of config.json with the only value that megafork supports, which is also their default."""
     ignored: tuple[str, ...] = ()
-    """Further keys of config.json that change nothing."""
+    """Additional keys of config.json that have no effect."""
     counts: tuple[str, ...] = ()
-    """Keys that transformers takes as whole numbers alone, although nothing is computed from them."""
+    """Keys for which transformers accepts only whole numbers, although nothing is computed from them."""
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Ends of the names of tensors that some files hold beside the parameters, and that config.json tells as well."""
+    """Name suffixes of tensors that some files hold in addition to the parameters, and that follow from config.json anyway."""
     vllm_reads_head_dim: bool = True
-    """vLLM takes hidden_size / num_attention_heads for the head_dim of some families, whatever config.json says."""
+    """Whether vLLM reads head_dim from config.json. For some families it always uses hidden_size / num_attention_heads."""
 
     @cached_property
     def tied_head(self) -> Rule:
-        """The head that is the embedding: a parameter of its own on the last of several pipeline stages."""
+        """The head tied to the embedding: a separate parameter on the last of several pipeline stages."""
         return replace(self.head, tensors=self.embedding.tensors)
 
     @property
@@ -159,12 +159,12 @@ class Family:
         return any(rule.megatron == megatron for rule in self.layer)
 
     def hf_name(self, tensor: HFTensor, layer: int | None) -> str:
-        """A tensor's name in the files; `layer` None: it lies outside the layers."""
+        """A tensor's name in the files; `layer` is None for a tensor outside the layers."""
         return tensor.name if layer is None else f"{self.layers}.{layer}.{tensor.name}"
 
     def find(self, name: str) -> tuple[Rule, HFTensor] | None:
-        """The declaration of the tensor that the files call `name`, whatever the numbers of layers (or experts) in it; None for one that
-        the family does not have."""
+        """The declaration of the tensor that the files call `name`, regardless of the layer (or expert) numbers in it; None if the family
+        has no such tensor."""
         return self._by_name.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
 
     @cached_property

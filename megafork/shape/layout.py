@@ -1,4 +1,4 @@
-"""Which layouts a model can be split into, for training and for roll-outs."""
+"""Checks the layouts into which a model can be split, for training and for roll-outs, and assigns layers to pipeline stages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megafork.shape.model import Shape
 
 
 def check_world(layout: Parallel, ranks: int) -> None:
-    """Refuse a number of ranks that the layout does not divide."""
+    """Refuse a number of ranks that is not a multiple of the layout's size."""
     if ranks % layout.model_size:
         raise RecipeError(
             f"parallel.tp x pp x cp is {layout.tp} x {layout.pp} x {layout.cp} = {layout.model_size}, which does not divide the {ranks} "
@@ -22,7 +22,7 @@ def check_engines(rollout_tp: int, ranks: int) -> None:
 
 
 def check_rollout_tp(shape: Shape, tp: int) -> None:
-    """Refuse an engine of more ranks than share the attention heads evenly, and a model that vLLM has no room for."""
+    """Refuse a number of ranks per engine that does not divide the attention heads, and a model whose head_dim vLLM would misread."""
     if shape.heads % tp:
         raise RecipeError(Key("rollout.tp"), f" is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
     if not shape.family.vllm_reads_head_dim and shape.head_dim * shape.heads != shape.hidden:
@@ -33,7 +33,7 @@ def check_rollout_tp(shape: Shape, tp: int) -> None:
 
 
 def stage_layers(layers: int, layout: Parallel) -> list[int]:
-    """Layers of each pipeline stage: as given for the first and the last, the rest shared equally (rounded down: see `check_layout`)."""
+    """Number of layers in each pipeline stage: first and last as given, the rest divided equally (rounded down: see `check_layout`)."""
     given = {0: layout.first_stage_layers, layout.pp - 1: layout.last_stage_layers}
     fixed = {stage: count for stage, count in given.items() if count is not None}
     rest = (layers - sum(fixed.values())) // max(layout.pp - len(fixed), 1)
@@ -41,13 +41,13 @@ def stage_layers(layers: int, layout: Parallel) -> list[int]:
 
 
 def stage_of_layer(layers: int, layout: Parallel) -> list[int]:
-    """The pipeline stage that holds each layer. With vpp the model goes round the stages vpp times."""
+    """The pipeline stage that holds each layer. With vpp, the layers cycle through the stages vpp times."""
     counts = stage_layers(layers, layout)
     return [stage for _ in range(layout.vpp) for stage, count in enumerate(counts) for _ in range(count // layout.vpp)]
 
 
 def check_layout(shape: Shape, layout: Parallel) -> None:
-    """Refuse a layout that this model cannot be split into, naming the reason."""
+    """Refuse a layout into which this model cannot be split. Raises RecipeError with the reason."""
     if shape.heads % layout.tp:
         raise RecipeError(
             Key("parallel.tp"), f" is {layout.tp} but the model has {shape.heads} attention heads: choose a tp that divides them"

@@ -11,7 +11,7 @@ from megafork.shape.family import Family
 
 @dataclass(frozen=True)
 class Llama3:
-    """Rotary frequencies of Llama 3.1 and later: slow ones divided by `factor`, fast ones kept, those between interpolated."""
+    """Rotary frequencies of Llama 3.1 and later: low ones divided by `factor`, high ones kept, those in between interpolated."""
 
     factor: float
     low_freq_factor: float
@@ -21,26 +21,26 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Rotary frequencies of YaRN (arXiv 2309.00071): as Llama 3's, but interpolated over dimensions, with sharper attention."""
+    """Rotary frequencies of YaRN (arXiv 2309.00071): like Llama 3's, but interpolated over dimensions, and with sharper attention."""
 
     factor: float
     original_positions: int
     attention_factor: float
-    """Of queries and keys each, so that attention scores grow by its square."""
+    """Factor on both queries and keys, so attention scores are scaled by its square."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    """Whether the dimensions between which frequencies are interpolated are rounded outwards to whole ones."""
+    """Whether the bounds of the interpolated range of dimensions are rounded outwards to integers."""
 
     @property
     def positions(self) -> int:
-        """How many positions it stretches the model to."""
+        """Number of positions to which it extends the model."""
         return int(self.factor * self.original_positions)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a dense transformer, in Hugging Face's meaning."""
+    """The sizes of a dense transformer, as Hugging Face defines them."""
 
     architecture: str
     layers: int
@@ -55,13 +55,13 @@ class Shape:
     rope_theta: float
     rope_scaling: Llama3 | Yarn | None
     max_positions: int
-    """Tokens of the longest sequence; with YaRN what it stretches the model to."""
+    """Maximum tokens per sequence; with YaRN, the extended number."""
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.architecture]
 
     def padded_vocab(self, tp: int) -> int:
-        """Rows of embedding and head: the vocabulary rounded up so that every TP rank holds equally many."""
+        """Rows of embedding and head: the vocabulary size, rounded up to a multiple of 16 and of `tp` so that TP ranks hold equal parts."""
         multiple = math.lcm(16, tp)
         return -(-self.vocab // multiple) * multiple

@@ -1,4 +1,4 @@
-"""From config.json to the shape: a key that is neither read here nor known to change nothing is refused, never ignored."""
+"""Reads a model's shape from config.json. A key that is neither read nor known to have no effect is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _FIXED = {
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
 }
-"""Keys with the one value that megafork computes; an absent one has it. Those of single families are in `families.py`."""
+"""Keys with the only value that megafork supports, which is also their default. Family-specific ones are in `families.py`."""
 _WITHOUT_EFFECT = {
-    # of every config that transformers writes, or wrote
+    # in any config that transformers writes or used to write
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "initializer_range", "use_cache", "pretraining_tp"),
     *("return_dict", "use_return_dict", "output_hidden_states", "output_attentions", "is_decoder", "torchscript", "use_bfloat16"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
     *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "prefix"),
     *("tf_legacy_loss", "max_window_layers"),
-    # of single models and tools
+    # from individual models and tools
     *("is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
-    # the tokenizer's, and of generation
+    # for the tokenizer and for generation
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature"),
@@ -59,9 +59,9 @@ _LARGEST_HEAD = 4096
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape that a Hugging Face folder's config.json tells, as transformers and vLLM read it.
+    """The shape that a Hugging Face folder's config.json describes, as transformers and vLLM read it.
 
-    Raises RecipeError for a folder without one, for another architecture, and for what megafork does not compute.
+    Raises RecipeError for a folder without config.json, an unknown architecture, or anything that megafork does not support.
     """
     config = Keys(read_config(folder), folder)
     architecture = _architecture(config)
@@ -92,7 +92,7 @@ def read_shape(folder: Path) -> Shape:
 
 
 def read_dtype(folder: Path) -> str | None:
-    """The dtype of the weights, by torch's name, that config.json tells; None where it tells none. Raises RecipeError."""
+    """The dtype of the weights, by torch's name, as given in config.json; None if it gives none. Raises RecipeError."""
     config = Keys(read_config(folder), folder)
     told = [config.text(key, among=DTYPES) for key in ("dtype", "torch_dtype") if config.values.get(key) is not None]
     return told[0] if told else None
@@ -104,13 +104,13 @@ def _architecture(config: Keys) -> str:
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         what = architecture if isinstance(architecture, str) else f"model with architectures {named!r:.80}"
         raise RecipeError(Key("model.path"), f" is {str(config.folder)!r}, a {what}: megafork trains {', '.join(FAMILIES)}")
-    if config.values.get("model_type") != FAMILIES[architecture].model_type:  # by which transformers chooses the model
+    if config.values.get("model_type") != FAMILIES[architecture].model_type:  # transformers chooses the model by it
         raise config.error("model_type", f"that of a {architecture} is {FAMILIES[architecture].model_type!r}; give a folder of one model")
     return architecture
 
 
 def _refuse_what_differs(config: Keys, family: Family) -> None:
-    """Every key but those that are read."""
+    """Refuse quantised weights, unsupported values and unknown keys. Raises RecipeError."""
     beside = os.path.exists(config.folder / _QUANTIZED)  # vLLM looks there too
     if config.values.get("quantization_config") is not None or beside:
         what = _QUANTIZED if beside else "quantization_config"
@@ -133,7 +133,7 @@ def _refuse_what_differs(config: Keys, family: Family) -> None:
 
 
 def _refuse_windows(config: Keys, family: Family, positions: int) -> None:
-    """A window that hides any of the positions."""
+    """Refuse a sliding window that hides any position. Raises RecipeError."""
     if family.window == "off" or config.values.get("sliding_window", family.sliding_window) is None:
         return
     if family.window == "refused":

@@ -1,7 +1,7 @@
-"""The rotary positions that config.json asks for, in every form in which transformers reads them.
+"""Reads config.json's rotary positions, in every form that transformers accepts.
 
-transformers 4 wrote `rope_theta` and `rope_scaling`, transformers 5 writes one `rope_parameters`. Where both are there, transformers 5
-and vLLM take `rope_scaling`, unless it is empty, and `rope_theta` from within it before that beside it.
+transformers 4 wrote `rope_theta` and `rope_scaling`; transformers 5 writes a single `rope_parameters`. If both forms are present,
+transformers 5 and vLLM use `rope_scaling`, unless it is empty, and prefer the `rope_theta` inside it to the one beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megafork.shape.family import Family
 from megafork.shape.model import Llama3, Yarn
 
 LONGEST = 1 << 24
-"""Positions. vLLM makes a table of all of them."""
+"""Maximum number of positions. vLLM builds a table of all of them."""
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _YARN = {"factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
@@ -21,7 +21,7 @@ _KINDS = {"default": set[str](), "llama3": _LLAMA3, "yarn": _YARN}
 
 
 def read_rope(config: Keys, family: Family, positions: int) -> tuple[float, Llama3 | Yarn | None]:
-    """Theta, and how its frequencies are scaled. `positions`: max_position_embeddings. Raises RecipeError."""
+    """Theta, and the scaling of its frequencies. `positions`: max_position_embeddings. Raises RecipeError."""
     rope = _parameters(config, family)
     theta = (rope if "rope_theta" in rope else config).number("rope_theta", above=1, default=family.rope_theta)
     for keys in (config.without_null(*family.nulls), rope):
@@ -57,7 +57,7 @@ def _kind(rope: Keys, family: Family) -> str:
 
 
 def _original(config: Keys, rope: Keys, positions: int) -> int:
-    """Positions before the scaling; a key beside the rope's comes first."""
+    """Number of positions before scaling; a key outside the rope's object takes precedence."""
     keys = config if "original_max_position_embeddings" in config else rope
     return keys.whole("original_max_position_embeddings", largest=LONGEST, default=positions)
 
@@ -83,7 +83,8 @@ def _yarn(rope: Keys, original: int) -> Yarn:
 
 
 def _attention_factor(rope: Keys, factor: float) -> float:
-    """As given; else 0.1 ln(factor) + 1 (the paper's section 3.4), or the quotient of two such with DeepSeek's `mscale`s for the 0.1."""
+    """The given factor; else 0.1 ln(factor) + 1 (the paper's section 3.4), or the quotient of two such terms, in which DeepSeek's `mscale`
+    and `mscale_all_dim` multiply the 0.1."""
 
     def grown(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1.0

@@ -1,4 +1,4 @@
-"""Weights on the move: Hugging Face folders, Megatron checkpoints, and the bridge to vLLM."""
+"""Loading, saving and transferring weights: Hugging Face folders, Megatron checkpoints, and the bridge to vLLM."""
 
 from megafork.compat import cpu
 

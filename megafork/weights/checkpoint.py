@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Megatron's distributed format with checksums, published by a rename, loadable under another layout."""
+"""A run's checkpoints: Megatron's distributed format with checksums, published by a rename, loadable under another layout."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def complete(checkpoints: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints, oldest first. A folder that was being written when a run was killed has another name."""
+    """Complete checkpoints, oldest first. Folders left unfinished by a killed run have a different name and are not included."""
     found = [(int(match[1]), entry) for entry in checkpoints.glob("step_*") if (match := _NAME.fullmatch(entry.name))]
     return sorted(found)
 
 
 class Checkpoints:
-    """Saves and loads a run's checkpoints. Every rank makes one and calls each method together.
+    """Saves and loads a run's checkpoints. Every rank constructs one, and all ranks call each method together.
 
-    A checkpoint appears under its name only when it is complete and on the disk; then the oldest beyond `keep_last` are deleted.
+    A checkpoint appears under its name only once it is complete and on disk; then all but the newest `keep_last` are deleted.
     """
 
     def __init__(self, folder: Path, mesh: Mesh, *, keep_last: int, asynchronous: bool = False) -> None:
@@ -61,7 +61,7 @@ class Checkpoints:
     def save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
         """Save weights, optimizer and `state` (plain values, the same on every rank).
 
-        In the background, a forked process a rank writes a copy of this moment; `settle` publishes it. Raises OSError on a full disk.
+        If asynchronous, one forked process per rank writes a snapshot, which `settle` publishes. Raises OSError on a full disk.
         """
         self.settle(wait=True)
         with self._saying_what_is_full():
@@ -89,7 +89,7 @@ class Checkpoints:
             request.execute_sync()
 
     def settle(self, *, wait: bool) -> None:
-        """Publish the checkpoint that was written in the background, if every rank has written its part; `wait` for it.
+        """Publish the checkpoint being written in the background, if every rank has written its part. `wait`: block until then.
 
         Raises OSError on a full disk.
         """
@@ -99,7 +99,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saying_what_is_full(self) -> Iterator[None]:
-        """Want of room has many names: torch's writer, the index or the sums may be cut off, on this rank or another."""
+        """Raise OSError for a full disk, which can surface as many errors: any file may be truncated, on this rank or another."""
         try:
             yield
         except (CheckpointException, OSError, RuntimeError, ValueError):
@@ -107,7 +107,7 @@ class Checkpoints:
             raise
 
     def load(self, step: int, chunks: list[Policy], optimizer: Any) -> dict[str, Any]:
-        """Load weights and optimizer in place, saved under whatever layout, and return the `state`. Raises RecipeError when damaged."""
+        """Load weights and optimizer in place, saved under any layout, and return the `state`. Raises RecipeError if damaged."""
         folder = folder_of(self.folder, step)
         _verify(folder, self.mesh)
         content = _sharded(chunks, optimizer, self.mesh, loading=True)
@@ -134,7 +134,7 @@ class Checkpoints:
 
 
 def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
-    """Load the weights of a checkpoint, saved under whatever layout, and nothing else of it. Every rank calls."""
+    """Load only the weights of a checkpoint, saved under any layout. Every rank must call."""
     content = {
         name: chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group}) for name, chunk in _named(chunks)
     }
@@ -142,7 +142,7 @@ def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
 
 
 def _load(folder: Path, content: dict[str, Any], common: LoadCommonStrategy, **how: Any) -> dict[str, Any]:
-    """`dist_checkpointing.load` that runs nothing of what the files hold. Raises RecipeError that names a type which would."""
+    """`dist_checkpointing.load`, but without running code from the files. Raises RecipeError naming any type that could run code."""
     pickles.install()
     try:
         with pickles.naming_forbidden_types():
@@ -155,8 +155,8 @@ def _load(folder: Path, content: dict[str, Any], common: LoadCommonStrategy, **h
 
 
 def _take(chunks: list[Policy], loaded: dict[str, Any]) -> None:
-    """Weights into their chunks. What a linear keeps besides them is left out: Transformer Engine unpickles it, and only delayed scaling of
-    FP8, which megafork does not have, needs any of it."""
+    """Load the weights into their chunks. A linear's extra state is skipped: Transformer Engine would unpickle it, and only FP8 with
+    delayed scaling, which megafork does not support, needs it."""
     for name, chunk in _named(chunks):
         weights = {key: value for key, value in loaded[name].items() if not key.endswith("_extra_state")}
         found = chunk.load_state_dict(weights, strict=False)
@@ -165,7 +165,7 @@ def _take(chunks: list[Policy], loaded: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` of a checkpoint whose files all have their length. Needs no process group. Raises RecipeError for a damaged one."""
+    """The `state` of a checkpoint, after checking the size of each file. Needs no process group. Raises RecipeError if damaged."""
     for name, (size, _) in _sums(folder).items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if found != size:
@@ -179,7 +179,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path, mesh: Mesh) -> None:
-    """Every rank checks its share of the files against their checksums; all raise when one has found damage."""
+    """Verify the files against their checksums, each rank its share. If any rank finds damage, all raise RecipeError."""
     sums = _sums(folder)
     wrong = [name for name in sorted(sums)[mesh.rank :: mesh.world] if not (folder / name).is_file() or sum_of(folder / name) != sums[name]]
     found: list[list[str]] = [[] for _ in range(mesh.world)]
@@ -210,15 +210,15 @@ def _damaged(folder: Path, reason: str) -> RecipeError:
 
 
 def _write_and_sum(write: Callable[..., None], folder: Path, saver: int, rank: int, *arguments: Any) -> None:
-    """Write this rank's files and their checksums; in the saver's own process or in a fork of it."""
+    """Write this rank's files and their checksums, in the saver's own process or in a fork of it."""
     if os.getpid() != saver:
-        die_with_parent(saver)  # else it would go on writing where the next run begins to
+        die_with_parent(saver)  # otherwise it would keep writing into the folder that the next run writes to
     write(rank, *arguments)
     sums = {file.name: sum_of(file) for file in folder.glob(f"__{rank}_*")}
     file = folder / f"sums_{rank}"
     try:
         file.write_text(json.dumps(sums))
-    except OSError:  # rank 0 sums what nobody has, or finds no room either
+    except OSError:  # rank 0 computes missing sums, or also finds the disk full
         file.unlink(missing_ok=True)
 
 
@@ -227,7 +227,7 @@ def _named(chunks: list[Policy]) -> list[tuple[str, Policy]]:
 
 
 def _content_metadata() -> dict[str, Any]:
-    """`fully_reshardable` is the only sharding of the optimizer that another TP or PP can load."""
+    """Megatron's content metadata. `fully_reshardable` is the only optimizer sharding that loads under a different TP or PP."""
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 

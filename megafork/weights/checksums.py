@@ -1,4 +1,4 @@
-"""What a folder's files were when they were written: their sizes and SHA-256 sums, in a file beside them; and the disk's promise."""
+"""Sizes and SHA-256 sums of a folder's files, stored beside them to detect damage; and syncing files to disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SUMS = "checksums.json"
-"""{file: [bytes, SHA-256]} of every other file of the folder."""
+"""Name of the file that holds {file: [bytes, SHA-256]} for every other file in the folder."""
 
 
 def sum_of(file: Path) -> list[Any]:
@@ -18,13 +18,13 @@ def sum_of(file: Path) -> list[Any]:
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sums of every file below `folder` into it."""
+    """Write the sums of all files below `folder` to its `SUMS` file."""
     sums = {str(file.relative_to(folder)): sum_of(file) for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / SUMS}
     (folder / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Each file that is not what was written, with the reason. Raises OSError or ValueError for sums that cannot be read."""
+    """Each file that differs from what was written, with the reason. Raises OSError or ValueError if the sums cannot be read."""
     damaged = []
     for name, wanted in sorted(json.loads((folder / SUMS).read_text()).items()):
         file = folder / name
@@ -38,13 +38,13 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def sync(folder: Path) -> None:
-    """Ask the disk to keep a folder and everything below it; call before the rename that promises it."""
+    """Flush a folder and everything below it to disk; call before the rename that publishes it."""
     for entry in [*folder.rglob("*"), folder]:
         _sync(entry)
 
 
 def sync_name(entry: Path) -> None:
-    """Ask the disk to keep the name that `entry`, a file or folder, has just got."""
+    """Flush the new name of `entry`, a file or folder just created or renamed, to disk."""
     _sync(entry.parent)
 
 

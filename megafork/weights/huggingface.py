@@ -1,4 +1,4 @@
-"""Hugging Face model folders: checked, read by slices, and written in shards, one tensor at a time."""
+"""Hugging Face model folders: checks them, reads slices of tensors, and writes shards one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file,
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BAND = 64 << 20
-"""Bytes of a tensor that are compared at once."""
+"""Bytes of a tensor compared at a time."""
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,14 +36,14 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files beside config.json and the weights that make a folder a model one can talk to."""
+"""Files that a chat-ready model folder may hold in addition to config.json and the weights."""
 
 
 class HuggingFaceWeights:
     """The tensors of a model folder (model.safetensors, or shards with an index), read lazily by rectangle.
 
-    Opening reads headers only. Raises RecipeError for a folder without weights, a missing shard, a damaged file, an index that its
-    files do not bear out, or a single file beside an index.
+    The constructor reads headers only. It raises RecipeError for a folder without weights, a missing shard, a damaged file, an index that
+    disagrees with its files, or a single file beside an index of other files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,14 +104,14 @@ class HuggingFaceWeights:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """None for a dtype that megafork does not train from."""
+        """A tensor's dtype, or None for one that megafork cannot train from."""
         return _DTYPES.get(self._tensors[name].dtype)
 
     def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
         """A rectangle of one tensor on the CPU, in the file's dtype; only its bytes are read.
 
-        It may be a view of the mapped file, whose pages count as this process's memory as long as the tensor lives. Raises RecipeError for
-        a tensor that holds NaN or infinity.
+        It may be a view of the mapped file, whose pages count towards this process's memory as long as the tensor lives. Raises
+        RecipeError if it holds NaN or infinity.
         """
         lazy = safe_file(self._tensors[name].file).get_slice(name)
         tensor = lazy[rows[0] : rows[1]] if columns is None else lazy[rows[0] : rows[1], columns[0] : columns[1]]
@@ -120,16 +120,16 @@ class HuggingFaceWeights:
         return tensor
 
     def check(self, shape: Shape, *, dtype: torch.dtype | None = None, listed: int | None = 8) -> None:
-        """Compare names, shapes and dtypes with what config.json says. Raises RecipeError that lists every difference, or `listed` of them;
-        also for a head that config.json ties to the embedding and that the file holds with other values: transformers and vLLM use it.
+        """Check names, shapes and dtypes against config.json. Raises RecipeError listing every difference, or the first `listed`; also if
+        config.json ties the head to the embedding but the files hold a head with other values, which transformers and vLLM would use.
 
-        `dtype`: what all tensors must have; None: any dtype that megafork trains from. Of a tied head that is there embedding and head
-        are read.
+        `dtype`: required of all tensors; None accepts any dtype that megafork trains from. If the files hold a tied head, head and
+        embedding are read and compared.
         """
         wanted = huggingface_shapes(shape)
         head, embedding = (rule.tensors[0].name for rule in (shape.family.head, shape.family.embedding))
         wrong = [f"missing {name}" for name in wanted if name not in self._tensors]
-        if shape.tied and head in self._tensors:  # some tools write the tied head twice
+        if shape.tied and head in self._tensors:  # some tools also write the tied head
             wanted[head] = wanted[embedding]
         for name in sorted(self._tensors):
             if name.endswith(shape.family.buffers):
@@ -153,14 +153,14 @@ class HuggingFaceWeights:
             )
 
     def _are_equal(self, head: str, embedding: str, shape: Shape) -> bool:
-        """Compared band by band, so that no more of either is in memory."""
+        """Whether head and embedding are equal, compared band by band to bound memory."""
         band = max(1, _BAND // (4 * shape.hidden))
         bands = ((first, min(first + band, shape.vocab)) for first in range(0, shape.vocab, band))
         return all(torch.equal(*(self.read(name, rows).float() for name in (head, embedding))) for rows in bands)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. Smallest and largest tell, in one pass and without a tensor of flags."""
+    """Whether no element is NaN or infinite. The minimum and maximum suffice, in one pass and without a tensor of flags."""
     return tensor.numel() == 0 or tensor.dtype not in _DTYPES.values() or all(map(math.isfinite, map(float, tensor.aminmax())))
 
 
@@ -173,7 +173,7 @@ def not_finite(folder: Path, name: str) -> RecipeError:
 
 @dataclass(frozen=True)
 class _Header:
-    """Where a tensor lies, and what the file says of it."""
+    """A tensor's file, and its shape and dtype as given in the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -182,12 +182,12 @@ class _Header:
 
 def _headers(path: Path) -> dict[str, _Header]:
     with safe_file(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return {name: _Header(path, tuple(lazy.get_shape()), lazy.get_dtype()) for name, lazy in slices.items()}
 
 
 def safe_file(file: Path):  # type: ignore[no-untyped-def]  # safetensors has no types
-    """Open a safetensors file; RecipeError when it is truncated or not one."""
+    """Open a safetensors file. Raises RecipeError if it is truncated or not a safetensors file."""
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -205,9 +205,9 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder: `tensors` in shards of about `shard_bytes`, config and tokenizer copied from the folder `like`.
 
-    Holds one shard in memory. Written under a temporary name and renamed when complete: an interrupted write leaves the old folder whole
-    (killed between the two renames of the exchange, it leaves it as `<target>.old`). `dtype` None keeps each tensor's own.
-    `notes`: what else to write, by name of a JSON file.
+    Holds one shard in memory. The folder is written under a temporary name and renamed when complete, so an interrupted write leaves the
+    old folder intact (as `<target>.old` if killed between the two renames of the swap). `dtype` None keeps each tensor's dtype.
+    `notes`: contents of additional JSON files, by file name.
     """
     with replaced(target) as folder:
         written = _collect_shards(folder, tensors, dtype, shard_bytes)
@@ -218,7 +218,7 @@ def write_folder(
 
 @contextmanager
 def replaced(target: Path) -> Iterator[Path]:
-    """A new folder under a temporary name, which takes the place of `target` when the block ends without an error."""
+    """Yield a new folder under a temporary name, which replaces `target` if the block ends without an error."""
     temporary = target.with_name(target.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -229,7 +229,7 @@ def replaced(target: Path) -> Iterator[Path]:
         raise
     sync(temporary)
     old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)  # of a writer that was killed; the new folder is complete by now
+    shutil.rmtree(old, ignore_errors=True)  # left by a writer that was killed; the new folder is complete by now
     if target.exists():
         target.rename(old)
     temporary.rename(target)
@@ -238,7 +238,7 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy config.json, with changes, and the files of the tokenizer and of the generation."""
+    """Copy config.json with `changes` applied, and the `COMPANIONS` that exist."""
     config = read_config(source)
     if "dtype" in changes:
         config.pop("torch_dtype", None)  # the key's older name
@@ -249,7 +249,7 @@ def copy_companions(source: Path, target: Path, changes: Mapping[str, Any]) -> N
 
 
 def _collect_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> torch.dtype:
-    """Write tensors of which nothing is known before they come. Returns their dtype."""
+    """Write tensors about which nothing is known in advance, as shards with an index. Returns the last tensor's dtype."""
     written: list[list[Spec]] = []
     shard: dict[str, Tensor] = {}
 

@@ -1,10 +1,10 @@
-"""How Hugging Face tensors lie in Megatron's parameters, from the table of model families (`shape/families.py`).
+"""How Hugging Face tensors map to Megatron's parameters, derived from the table of model families (`shape/families.py`).
 
 Every parameter of a TP rank is a stack of rectangles of Hugging Face tensors (`Piece`). Loading copies the rectangles in, exporting
-copies them out, and a resharding plan is the intersection of two such lists; none of them knows a model's names.
+copies them out, and a resharding plan is the intersection of two such lists; none of the three depends on a model's names.
 
-Megatron's layouts: the fused QKV holds, per key-value group, its query heads, its key and its value, and is split evenly over TP (also
-when there are fewer groups than TP ranks); the gated MLP holds on each rank its share of gate above its share of up; output projections
+Megatron's layouts: the fused QKV holds, per key-value group, its query heads, its key and its value, and is split evenly over TP (even
+if there are fewer groups than TP ranks); the gated MLP holds, on each rank, its share of gate above its share of up; output projections
 are split by columns; embedding and head are padded to a multiple of TP and split by rows.
 """
 
@@ -18,7 +18,7 @@ from megafork.recipe import Parallel
 from megafork.shape import Family, Rule, Shape, stage_of_layer
 
 LAYERS = "decoder.layers"
-"""What Megatron calls the module that holds the layers by number."""
+"""Megatron's name for the module that holds the numbered layers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter of the whole model: a family's rule and, within the layers, a layer's number over all stages."""
+    """One Megatron parameter of the whole model: a family's rule and, for layer parameters, the layer's number across all stages."""
 
     family: Family
     rule: Rule
@@ -41,17 +41,17 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Its global name."""
+        """The parameter's global name."""
         return self.rule.megatron if self.layer is None else f"{LAYERS}.{self.layer}.{self.rule.megatron}"
 
     def huggingface(self) -> tuple[str, ...]:
-        """The tensors in it."""
+        """Names of the Hugging Face tensors in it."""
         return tuple(self.family.hf_name(tensor, self.layer) for tensor in self.rule.tensors)
 
 
 def parameters(shape: Shape) -> Iterator[Parameter]:
-    """Every parameter once in Megatron's order: the embedding, layer by layer, the final norm, the head. A tied head is the embedding and
-    does not occur."""
+    """Every parameter once, in Megatron's order: the embedding, the layers, the final norm, the head. A tied head is omitted, since it is
+    the embedding."""
     family = shape.family
     yield Parameter(family, family.embedding)
     for layer in range(shape.layers):
@@ -70,7 +70,7 @@ def stage_of(parameter: Parameter, shape: Shape, layout: Parallel) -> int:
 
 
 def huggingface_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model and its full shape."""
+    """The full shape of every Hugging Face tensor of the model, by name."""
     return {
         name: tensor.size(shape)
         for parameter in parameters(shape)
@@ -120,7 +120,7 @@ def pieces(parameter: Parameter, shape: Shape, tp: int, rank: int) -> list[Piece
 
 
 class Block(NamedTuple):
-    """Whole rows of a Hugging Face tensor: `height` of them from row `first` on."""
+    """Full-width rows of a Hugging Face tensor: `height` rows starting at `first`."""
 
     name: str
     first: int
@@ -128,7 +128,7 @@ class Block(NamedTuple):
 
 
 def _blocks(parameter: Parameter, shape: Shape) -> Iterator[Block]:
-    """The rows of a parameter's tensors by what they mean, whether each has a tensor to itself or several share one."""
+    """A parameter's rows, one block per axis (such as queries), whether the axes have separate tensors or share one."""
     for name, tensor in zip(parameter.huggingface(), parameter.rule.tensors, strict=True):
         first = 0
         for axis in tensor.rows:
@@ -148,7 +148,7 @@ def _fused_qkv(blocks: Iterator[Block], shape: Shape) -> Iterator[Block]:
 
 
 def _gated(blocks: Iterator[Block], tp: int) -> Iterator[Block]:
-    """The gated MLP of all TP ranks, one above the other."""
+    """The gated MLP of all TP ranks, stacked from top to bottom."""
     gate, up = blocks
     rows = gate.height // tp
     for rank in range(tp):
@@ -157,7 +157,7 @@ def _gated(blocks: Iterator[Block], tp: int) -> Iterator[Block]:
 
 
 def _cut(blocks: Iterator[Block], start: int, stop: int) -> list[Piece]:
-    """The part of stacked blocks that lies in rows [start, stop) of the stack."""
+    """The parts of stacked blocks that lie in rows [start, stop) of the stack."""
     cut, top = [], 0
     for name, first, height in blocks:
         low, high = max(top, start), min(top + height, stop)

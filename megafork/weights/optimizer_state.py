@@ -1,9 +1,9 @@
-"""The optimizer's state on its way to a checkpoint and back, by all data-parallel ranks at once.
+"""Saving and loading the optimizer's state, spread over all data-parallel ranks.
 
-Megatron's distributed optimizer gives each data-parallel rank a flat slice of all parameters together; a checkpoint for any layout holds
-whole parameters. Upstream gathers all of them on every rank, over NCCL. Here each parameter has one rank that writes and reads it, chosen
-by size, and one all-to-all per kind of state in host memory brings the slices there. No rank holds more than its share, and no GPU memory
-is taken. Files and keys are those of Megatron's `fully_reshardable`.
+Megatron's distributed optimizer gives each data-parallel rank a flat slice of all parameters concatenated, whereas a checkpoint that
+loads under any layout holds whole parameters. Upstream gathers all of them on every rank, over NCCL. Here one rank writes and reads each
+parameter, chosen to balance sizes, and one all-to-all per kind of state, in host memory, brings the slices to it. No rank holds more than
+its share, and no GPU memory is used. Files and keys are those of Megatron's `fully_reshardable`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def optimizer_content(optimizer: Any, model: dict[str, Any], *, loading: bool) -> Any:
-    """What `dist_checkpointing` saves of the optimizer, or loads for it. `model`: the sharded state of its chunks. Every rank calls."""
+    """The optimizer's state dict for `dist_checkpointing` to save or load. `model`: the model's sharded state. Every rank must call."""
     inner = _inner(optimizer)
     content = [{**one.state_dict(), "param_state": _sharded(one, model, loading), "param_state_sharding_type": _FORMAT} for one in inner]
     return content[0] if len(content) == 1 else dict(enumerate(content))
@@ -32,7 +32,7 @@ def optimizer_content(optimizer: Any, model: dict[str, Any], *, loading: bool) -
 
 @torch.no_grad()
 def load_optimizer(optimizer: Any, loaded: Any) -> None:
-    """Put what was loaded for `optimizer_content` into the optimizer. Every rank calls."""
+    """Put loaded `optimizer_content` into the optimizer. Every rank must call."""
     inner = _inner(optimizer)
     for one, content in zip(inner, [loaded] if len(inner) == 1 else [loaded[n] for n in range(len(inner))], strict=True):
         own = {key: value for key, value in content.items() if key not in ("param_state", "param_state_sharding_type")}
@@ -52,10 +52,10 @@ class _Parameter:
     """A parameter in the flat order of the optimizer's buffers."""
 
     number: int
-    """In the checkpoint's list."""
+    """Its number in the checkpoint."""
     module: Any
     slices: tuple[range, ...]
-    """What each data-parallel rank holds of it, possibly nothing."""
+    """The elements that each data-parallel rank holds, possibly none."""
     keeper: int
     """The data-parallel rank that writes and reads it."""
 
@@ -65,7 +65,7 @@ class _Parameter:
 
 
 def _parameters(inner: Any) -> list[_Parameter]:
-    """Of this rank's stage and tensor-parallel share, the same on every data-parallel rank."""
+    """The parameters of this rank's stage and tensor-parallel share; the same on every data-parallel rank."""
     world = inner.data_parallel_group.size()
     found: list[tuple[Any, tuple[range, ...]]] = []
     for buffer in inner.buffers:
@@ -75,7 +75,7 @@ def _parameters(inner: Any) -> list[_Parameter]:
             found.append((module, tuple(range(part.start - start, max(part.stop, part.start) - start) for part in held)))
     loads = [(0, rank) for rank in range(world)]
     keepers: dict[int, int] = {}
-    for number in sorted(range(len(found)), key=lambda n: (-found[n][0].numel(), n)):  # the largest first, each to the least loaded rank
+    for number in sorted(range(len(found)), key=lambda n: (-found[n][0].numel(), n)):  # largest first, each to the least loaded rank
         load, rank = heapq.heappop(loads)
         keepers[number] = rank
         heapq.heappush(loads, (load + found[number][0].numel(), rank))
@@ -83,7 +83,7 @@ def _parameters(inner: Any) -> list[_Parameter]:
 
 
 def _sharded(inner: Any, model: dict[str, Any], loading: bool) -> dict[int, dict[str, Any]]:
-    """The parameters that this rank keeps, by number: each kind as a sharded tensor. `loading`: memory to load into, of any content."""
+    """The parameters that this rank keeps, by number: one sharded tensor per kind, uninitialised if `loading`."""
     parameters, rank = _parameters(inner), inner.data_parallel_group.rank()
     tensors, _ = extract_sharded_tensors_and_factories(model)
     described = {id(sharded.data): sharded for sharded in _flat(tensors)}
@@ -112,7 +112,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _to_keepers(inner: Any, parameters: list[_Parameter], kind: str) -> Iterator[Tensor]:
-    """This rank's parameters whole, fp32 in host memory, in their order. Every data-parallel rank calls."""
+    """Yield the parameters that this rank keeps, in order, whole, in fp32 in host memory. Every data-parallel rank must call."""
     rank, world = inner.data_parallel_group.rank(), inner.data_parallel_group.size()
     sends = [[p for p in parameters if p.keeper == other and len(p.slices[rank])] for other in range(world)]
     held = [inner._get_main_param_and_optimizer_states(p.module)[kind].detach().float().cpu() for part in sends for p in part]
@@ -126,7 +126,7 @@ def _to_keepers(inner: Any, parameters: list[_Parameter], kind: str) -> Iterator
 
 
 def _take(inner: Any, content: dict[int, dict[str, Tensor]]) -> None:
-    """From the ranks that have read whole parameters to those that hold slices of them. Every data-parallel rank calls."""
+    """Send parameters from the ranks that read them to the ranks that hold slices of them. Every data-parallel rank must call."""
     parameters, rank, world = _parameters(inner), inner.data_parallel_group.rank(), inner.data_parallel_group.size()
     mine = [p for p in parameters if p.keeper == rank]
     needs = [[p for p in parameters if p.keeper == other and len(p.slices[rank])] for other in range(world)]
@@ -148,7 +148,8 @@ def _take(inner: Any, content: dict[int, dict[str, Tensor]]) -> None:
 
 
 def _exchange(inner: Any, held: list[Tensor], sent: list[int], received: list[int]) -> tuple[Tensor, ...]:
-    """One all-to-all of fp32 in host memory: `held` one behind the other, `sent[n]` elements to rank n. Returns what each rank sent."""
+    """One all-to-all of fp32 in host memory. Sends `held`, concatenated, with `sent[n]` elements going to rank n; returns the tensor
+    received from each rank, with `received[n]` elements from rank n."""
     outgoing = torch.cat(held) if held else torch.empty(0)
     incoming = torch.empty(sum(received))
     group = inner.data_parallel_group_gloo or inner.data_parallel_group

@@ -1,4 +1,4 @@
-"""Weights into and out of a policy: each rank reads its own slices of a Hugging Face folder, and gives them back in Hugging Face names."""
+"""Loads and exports a policy's weights: each rank reads its slices of a Hugging Face folder; exports use Hugging Face names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, 
 
 
 def global_name(chunk: Policy, name: str) -> str:
-    """A parameter's name with the layer's number in the whole model instead of its number in this stage."""
+    """A parameter's name, with the layer numbered within the whole model instead of within this stage."""
     if not name.startswith(f"{LAYERS}."):
         return name
     head, _, rest = name.removeprefix(f"{LAYERS}.").partition(".")
@@ -31,7 +31,7 @@ def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:
 
 
 def load_policy(chunks: list[Policy], source: HuggingFaceWeights, shape: Shape, mesh: Mesh) -> None:
-    """Fill this rank's parameters from a Hugging Face folder, reading only its own slices. No communication.
+    """Fill this rank's parameters from a Hugging Face folder, reading only the slices that it needs. No communication.
 
     Call `source.check(shape)` first. Padding rows of the vocabulary become zero.
     """
@@ -51,9 +51,10 @@ def load_policy(chunks: list[Policy], source: HuggingFaceWeights, shape: Shape, 
 
 
 def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """The whole model in Hugging Face names, parameter by parameter, each tensor whole on every rank. All ranks must iterate together.
+    """Yield the whole model under Hugging Face names, parameter by parameter, each tensor whole on every rank. All ranks must iterate
+    together.
 
-    Peak extra memory is one parameter's full size twice. The tensors are fresh: the receiver may keep them.
+    Peak extra memory is twice the full size of one parameter. The tensors are fresh: the receiver may keep them.
     """
     local = local_parameters(chunks)
     layout = mesh.layout
@@ -74,7 +75,7 @@ def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tu
 
 
 class WholeWeights:
-    """`export_policy` at each pass: for receivers outside of the training ranks. Every rank makes one and iterates together."""
+    """Runs `export_policy` at each pass, for receivers outside the training ranks. Every rank constructs one, and all iterate together."""
 
     def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh) -> None:
         self._export = partial(export_policy, chunks, shape, mesh)

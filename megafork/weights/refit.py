@@ -1,4 +1,4 @@
-"""Hands the trained weights to the roll-out engines in the same ranks, a layer at a time, each rank the parts that its engine loads."""
+"""Transfers trained weights to the roll-out engines in the same ranks, layer by layer; each rank receives the parts its engine loads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megafork.weights.reshard import Reshard, Route, Transfer
 
 
 class Bridge:
-    """One per rank. It finds its routes once, when it is made. `received` and `buffer` describe the last pass: bytes from other ranks, and
-    the most bytes held for a layer."""
+    """Iterable source of weights, one per rank. Routes are computed once, in the constructor. `received` and `buffer` describe the last
+    pass: bytes received from other ranks, and the most bytes held for one layer."""
 
     def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh, rollout_tp: int) -> None:
         self.mesh = mesh
@@ -30,23 +30,23 @@ class Bridge:
         self.received = self.buffer = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor of its full shape) of the whole model. Every rank of the world must iterate to the end.
+        """Yield (Hugging Face name, full-shape tensor) for the whole model. Every rank of the world must iterate to the end.
 
-        Only the part of each tensor that this rank's engine loads is defined; the rest is memory as it was found. The tensors are fresh:
-        the receiver may keep them.
+        Only the part of each tensor that this rank's engine loads is defined; the rest is uninitialised. The tensors are fresh: the
+        receiver may keep them.
         """
         self.received = self.buffer = 0
         for bucket, route in zip(self.plan.buckets, self.routes, strict=True):
             yield from self._exchange(bucket, route).items()
 
     def metrics(self) -> dict[str, float]:
-        """Of the last pass, the largest over the ranks: bytes received from other ranks, and the most held for a layer. Every rank must
+        """Megabytes of the last pass, maximum over the ranks: received from other ranks, and held for one layer at most. Every rank must
         call."""
         received, buffer = over_world([self.received, self.buffer], self.mesh, "max")
         return {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
 
     def _exchange(self, bucket: list[Parameter], route: Route) -> dict[str, Tensor]:
-        """One all-to-all of a bucket's parts, as bytes. What stays on this rank is copied past it."""
+        """Exchange a bucket's parts in one all-to-all, as bytes. Parts that stay on this rank are copied directly."""
         me, ranks = self.mesh.rank, range(self.mesh.world)
         sends, receives = ([moves.get(rank, []) if rank != me else [] for rank in ranks] for moves in route)
         like = next(iter(self.local.values()))
@@ -66,7 +66,7 @@ class Bridge:
         return tensors
 
     def _held(self, transfer: Transfer) -> Tensor:
-        """The part as it lies in this rank's shard."""
+        """A view of the transfer's part in this rank's shard."""
         shard = self.local[transfer.parameter].detach()
         rows = shard[transfer.at : transfer.at + transfer.rows[1] - transfer.rows[0]]
         if transfer.columns is None:

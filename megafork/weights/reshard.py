@@ -1,8 +1,8 @@
-"""Which rank sends which part of which tensor to whom, when the trained weights go to the roll-out engines.
+"""Plans which rank sends which part of which tensor to which rank when trained weights go to the roll-out engines.
 
-Both sides are lists of rectangles of Hugging Face tensors: `mapping.pieces` says what a training rank holds, `needed` what an engine's
-rank loads, and a transfer is an intersection of the two. The plan needs no communication: every rank computes it alike. A rank that holds
-a part itself sends itself, so none receives a byte that it has, or that its engine does not load.
+Both sides are lists of rectangles of Hugging Face tensors: `mapping.pieces` lists what a training rank holds, `needed` what an engine's
+rank loads, and a transfer is an intersection of the two. The plan needs no communication: every rank computes the same one. A rank that
+already holds a part sends it to itself, so none receives a byte that it has, or that its engine does not load.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megafork.shape import Shape, Span
 from megafork.weights.mapping import Parameter, Piece, full_shape, parameters, pieces, stage_of
 
 Part = tuple[Span, Span | None]
-"""Rows and columns of a Hugging Face tensor; columns None: it has one dimension."""
+"""Rows and columns of a Hugging Face tensor; columns None if it is one-dimensional."""
 
 
 class Transfer(NamedTuple):
-    """Rows and columns (None: the tensor has one dimension) of a Hugging Face tensor, from one rank to another."""
+    """Rows and columns (None if one-dimensional) of a Hugging Face tensor, sent from one rank to another."""
 
     source: int
     target: int
@@ -30,11 +30,11 @@ class Transfer(NamedTuple):
     rows: Span
     columns: Span | None
     parameter: str
-    """Global name of the Megatron parameter that the source takes it from."""
+    """Global name of the Megatron parameter that the source reads."""
     at: int
-    """Row of the source's shard at which `rows` begins."""
+    """Row of the source's shard at which `rows` starts."""
     left: int
-    """Column of the source's shard at which `columns` begins."""
+    """Column of the source's shard at which `columns` starts."""
 
     @property
     def numel(self) -> int:
@@ -42,7 +42,7 @@ class Transfer(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What one rank sends to whom and receives from whom, itself included."""
+    """One rank's transfers to and from each rank, itself included."""
 
     sends: dict[int, list[Transfer]]
     receives: dict[int, list[Transfer]]
@@ -50,7 +50,7 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class Reshard:
-    """The plan for one model, training layout, number of ranks and engine size. `node`: ranks a node, whose links are the fast ones."""
+    """The plan for one model, training layout, number of ranks and engine size. `node`: ranks per node; links within a node are fast."""
 
     shape: Shape
     layout: Parallel
@@ -60,27 +60,27 @@ class Reshard:
 
     @cached_property
     def buckets(self) -> list[list[Parameter]]:
-        """What travels together: the embedding, each layer, the final norm, the head."""
+        """Groups of parameters that are sent together: the embedding, each layer, the final norm, the head."""
         together = itertools.groupby(parameters(self.shape), key=lambda p: (p.layer, p.rule if p.layer is None else None))
         return [list(group) for _, group in together]
 
     @cached_property
     def alike(self) -> list[tuple[list[Parameter], int]]:
-        """One bucket of each kind that costs the same, and how many there are: the layers of a stage differ in nothing."""
+        """One representative of each group of equal-cost buckets, and the group's size: all layers of a stage cost the same."""
         kinds: dict[tuple[int, str], list[list[Parameter]]] = {}
         for bucket in self.buckets:
             kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron), []).append(bucket)
         return [(buckets[0], len(buckets)) for buckets in kinds.values()]
 
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
-        """The transfers of all ranks, in an order that every rank knows, including those of a rank to itself."""
+        """The transfers of all ranks, including those of a rank to itself, in the same order on every rank."""
         for parameter in bucket:
             held = self._held(parameter)
             for target in range(self.world):
                 yield from self._to(target, parameter, held)
 
     def route(self, rank: int, bucket: list[Parameter]) -> Route:
-        """The transfers of one rank, found without enumerating those of others."""
+        """The transfers of one rank, computed without enumerating those of others."""
         tp_rank, stage = rank % self.layout.tp, self.stage(bucket[0])
         receives: dict[int, list[Transfer]] = {}
         sends: dict[int, list[Transfer]] = {}
@@ -97,11 +97,11 @@ class Reshard:
         return full_shape(name, self.shape)
 
     def _held(self, parameter: Parameter) -> list[list[Piece]]:
-        """By TP rank."""
+        """The parameter's pieces on each TP rank."""
         return [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
 
     def _to(self, target: int, parameter: Parameter, held: list[list[Piece]], only: int | None = None) -> Iterator[Transfer]:
-        """`held`: the pieces of each TP rank; `only`: the one TP rank whose transfers are asked for."""
+        """The transfers to one rank. `held`: the pieces of each TP rank; `only`: the one TP rank whose transfers are wanted."""
         own_tp, replicated = target % self.layout.tp, parameter.rule.kind == "replicated"
         wanted = {name: needed(name, self.shape, self.rollout_tp, target % self.rollout_tp) for name in parameter.huggingface()}
         for tp_rank in [own_tp] if replicated else range(self.layout.tp):
@@ -116,18 +116,18 @@ class Reshard:
                         yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
 
     def _source(self, target: int, stage: int, tp_rank: int) -> int:
-        """Among the ranks that hold this shard: the target, else one on its node, else one that serves about as many as the others."""
+        """The rank that sends this shard: the target if it holds it, else a holder on its node, else any, with the load spread evenly."""
         per_stage, tp = self.world // self.layout.pp, self.layout.tp
         first = stage * per_stage + tp_rank
         holders = range(first, (stage + 1) * per_stage, tp)
         if target in holders:
             return target
         begin, end = (max(0, -((first - edge) // tp)) for edge in (target // self.node * self.node, (target // self.node + 1) * self.node))
-        choice = holders[begin:end] or holders  # those on the target's node
+        choice = holders[begin:end] or holders  # prefer those on the target's node
         return choice[target // tp % len(choice)]
 
     def _served(self, rank: int) -> list[int]:
-        """The ranks that take from `rank` what it holds."""
+        """The ranks that receive their copy of `rank`'s shard from it."""
         if rank not in self._serves:
             stage, tp_rank = rank // (self.world // self.layout.pp), rank % self.layout.tp
             self._serves[rank] = [target for target in range(self.world) if self._source(target, stage, tp_rank) == rank]
@@ -138,7 +138,7 @@ class Reshard:
         return {}
 
     def stage(self, parameter: Parameter) -> int:
-        """The pipeline stage that holds it."""
+        """The pipeline stage that holds a parameter."""
         return self._stages[parameter.name]
 
     @cached_property
@@ -147,7 +147,7 @@ class Reshard:
 
 
 def needed(name: str, shape: Shape, tp: int, rank: int) -> list[Part]:
-    """The parts of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads: one of each of its blocks of rows."""
+    """The parts of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads: one part per axis of its rows."""
     found = shape.family.find(name)
     assert found is not None, name
     _, tensor = found

@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time: names, shapes and dtypes are known before the first byte of data comes."""
+"""Writes safetensors files one tensor at a time; names, shapes and dtypes must be known before the first byte of data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
-"""What safetensors calls a dtype."""
+"""safetensors' names for dtypes."""
 INDEX = "model.safetensors.index.json"
 _BAND = 64 << 20
-"""Bytes of a tensor that are converted and written at once."""
+"""Bytes of a tensor converted and written at a time."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that will be written."""
+    """Name, shape and dtype of a tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,9 +34,9 @@ class Spec:
 
 
 def write_shards(folder: Path, specs: Sequence[Spec], tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 4 << 30) -> None:
-    """Write files of about `shard_bytes`, with an index if there are several, and hold no more than the tensor that is being written.
+    """Write files of about `shard_bytes`, with an index if there are several, holding only the tensor being written.
 
-    `tensors` come in the order of `specs`, and are converted to their dtypes.
+    `tensors` must come in the order of `specs`, and are converted to their dtypes.
     """
     shards = list(_shards(specs, shard_bytes))
     files = shard_names(len(shards))
@@ -47,13 +47,13 @@ def write_shards(folder: Path, specs: Sequence[Spec], tensors: Iterable[tuple[st
 
 
 def write_file(file: Path, specs: Sequence[Spec], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """One file (the header's length, the header, the bytes) of the next tensors that come."""
+    """Write the next tensors, as given by `specs`, to one file: the header's length, the header, the data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     ends = itertools.accumulate((spec.nbytes for spec in specs), initial=0)
     for spec, (start, stop) in zip(specs, itertools.pairwise(ends), strict=True):
         header[spec.name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers map the file: tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # readers map the file, so tensors must start at a multiple of 8
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for spec in specs:
@@ -65,7 +65,7 @@ def write_file(file: Path, specs: Sequence[Spec], tensors: Iterator[tuple[str, T
 
 
 def write_index(folder: Path, placed: Sequence[tuple[str, Spec]]) -> None:
-    """The index of several files, from each tensor and its file; nothing for a single one."""
+    """Write the index of several files, from (file, tensor) pairs; write nothing for a single file."""
     if len({file for file, _ in placed}) > 1:
         total = sum(spec.nbytes for _, spec in placed)
         index = {"metadata": {"total_size": total}, "weight_map": {spec.name: file for file, spec in placed}}
