@@ -50,7 +50,7 @@ class Trainer:
         self.sampled = self.sampler.state()
         """The sampler's state after the last step's responses, for the checkpoint."""
         self.reward_error: str | None = None
-        """Why the first response that could not be judged failed; the same on every rank."""
+        """The reason for the first response that could not be judged; the same on every rank."""
         self.example = ""
         """A prompt of the last step and a response to it; rank 0 only."""
         self._compared = False
