@@ -1,16 +1,16 @@
 # megafork with its CUDA stack, Transformer Engine and apex: docs/install.md.
 #   docker build --tag megafork .
-# Nothing in it belongs to a user, so that it runs under any: only the folders that are mounted, and $HOME, are written.
+# Nothing in it belongs to a particular user, so it runs as any: only mounted folders and $HOME are written to.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# Compilers and Python's headers stay in the image: Triton and vLLM compile when they run. bubblewrap is the verifiers' sandbox.
+# Compilers and Python's headers stay in the image: Triton and vLLM compile at run time. bubblewrap is the verifiers' sandbox.
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends python3.12 python3.12-venv python3.12-dev g++ git ca-certificates bubblewrap && \
     rm -rf /var/lib/apt/lists/*
 
-# What changes least comes first: a change of megafork's own code builds the last layers again, and no kernel.
+# What changes least comes first: a change to megafork's own code rebuilds only the last layers, and no kernels.
 WORKDIR /opt/megafork
 COPY requirements-cuda.txt ./
 RUN python3.12 -m venv /opt/venv && \

@@ -1,4 +1,4 @@
-"""The commands: check the inputs, run the ranks, then produce the results."""
+"""The commands: each checks its inputs, runs the ranks, then produces the results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMMANDS: tuple[Command, ...] = ("train", "sft")
 
 
 def run(command: Command, recipe: Recipe) -> int:
-    """Run a recipe and return the exit code: 0 done, 1 failed, 2 the input was wrong (before ranks start: raised as RecipeError).
+    """Run a recipe and return the exit code: 0 done, 1 failed, 2 wrong input (before ranks start: raised as RecipeError).
 
     Starts the ranks and waits for them, unless torchrun or Slurm has started this process as one of them. Inputs are checked before any
     rank starts. If the run already has all its steps, this is reported and nothing is done.
@@ -103,7 +103,7 @@ def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
 
 
 def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
-    """Run an evaluation, or the rest of it. Returns the exit code and, unless sampling failed or this is not `is_main`, the results.
+    """Run or resume an evaluation. Returns the exit code and, unless sampling failed or this is not `is_main`, the results.
 
     Raises RecipeError. The code is 1 if the verifier failed on every response. If no completions are missing, no rank is started.
     """
@@ -132,7 +132,7 @@ def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
 
 
 def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:
-    """Run an analysis, or the rest of it. Returns the exit code and, unless it failed or this is not `is_main`, the results.
+    """Run or resume an analysis. Returns the exit code and, unless it failed or this is not `is_main`, the results.
 
     Raises RecipeError. Responses that are already sampled or scored are reused.
     """
@@ -172,7 +172,7 @@ def is_here(recipe: Recipe) -> bool:
 
 
 def refusals(recipe: Recipe) -> dict[str, str]:
-    """For each of `megafork train` and `megafork sft` that would refuse the recipe here, the reason."""
+    """For each of `megafork train` and `megafork sft` that would refuse the recipe on this machine, the reason."""
     noise.silence()
     refused: dict[str, str] = {}
     for command in COMMANDS:
@@ -207,7 +207,7 @@ def check_room(world: int) -> None:
 def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:
     """Check everything about the input that can be known before ranks start, quickest checks first. Raises RecipeError.
 
-    Returns the inputs, and the step of the newest checkpoint in the run folder, or 0 without one.
+    Returns the inputs, and the step of the newest checkpoint in the run folder, or 0 if there is none.
     """
     check_world(recipe.parallel, world)
     if command == "train" and (remote := _remote_servers(recipe)) and secret() is None:
@@ -258,7 +258,7 @@ def _with_local_model(recipe: Recipe) -> Recipe:
 
 
 def _attempt(recipe: Recipe) -> str | None:
-    """Train, and write the report. Returns the reason for a failure, which is also reported at once, or None."""
+    """Train, and write the report. Returns the reason for a failure, which is also printed at once, or None."""
     try:
         code = run("train", recipe)
     except RecipeError as error:
@@ -310,7 +310,7 @@ def _ranks_here(recipe: Recipe) -> int:
 
 
 def _gpus(multiple: int) -> int:
-    """The number of GPUs, rounded down to a multiple of `multiple`; without that many GPUs, `multiple`."""
+    """The number of GPUs, rounded down to a multiple of `multiple`; with fewer GPUs, `multiple`."""
     import torch
 
     return torch.cuda.device_count() // multiple * multiple or multiple

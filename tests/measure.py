@@ -1,4 +1,4 @@
-"""What a call really costs: the collectives that it sends, and the bytes that it holds at its peak."""
+"""Measures the actual cost of a call: the collectives that it sends, and its peak memory in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megafork's command line with one more command: two ranks that do nothing but meet. They start, fail and stop as every other job's."""
+"""megafork's command line with one more command: two ranks that only meet. They start, fail and stop like those of any other job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run folder with made-up numbers, its report, and what can be read back from the page."""
+"""A run folder with made-up numbers, its report, and functions that read values back from the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that a GPU would punish, each put into a real function of the package; `# here` marks the line that a rehearsal must name."""
+"""Faults that fail or stall on a GPU, planted in real functions of the package; `# here` marks the line that a rehearsal must name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fault:
     plant: Callable[[pytest.MonkeyPatch], None]
     kind: Kind
     place: str
-    """file:line of the planted line, or the file of the package that trips over it."""
+    """file:line of the planted line, or the file of the package in which it shows."""
     in_layer: bool = False
 
 

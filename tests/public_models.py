@@ -1,4 +1,4 @@
-"""config.json of public models: the keys and values with which they are published."""
+"""config.json of public models, with the keys and values as published."""
 
 from __future__ import annotations
 

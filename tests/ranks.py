@@ -1,4 +1,4 @@
-"""Run a function on N real ranks (gloo), forked from a process that has already imported torch and megatron: a second a case."""
+"""Run a function on N real ranks (gloo), forked from a process that has already imported torch and megatron: one second per case."""
 
 from __future__ import annotations
 

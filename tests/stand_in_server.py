@@ -1,5 +1,5 @@
-"""A process that speaks the routes of vLLM's server, without a model: its answers follow from the request's seed and from the weights that
-it was sent, and it can be told to die or to hang at a certain request. It starts in a moment, where vLLM's takes most of a minute."""
+"""A process with the routes of vLLM's server but no model: its answers depend on the request's seed and the weights it was sent, and it can
+be told to die or hang at a given request. It starts instantly; vLLM's takes most of a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny task for whole runs: say which of two digits is larger. A random model learns it in seconds, one token an answer."""
+"""A tiny task for whole runs: say which of two digits is larger. A random model learns it in seconds; each answer is one token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Ablations: the statistics against scipy's two-sample forms and tables, the numbers against the runs' own files, and real trials that
-fail, are killed, and go on."""
+fail, are killed, and resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megafork analyze`: its statistics against numpy and sets, its entropies against transformers, its memory, its input against mistakes."""
+"""`megafork analyze`: its statistics against numpy and sets, its entropies against transformers, its memory, and mistakes in its input."""
 
 from __future__ import annotations
 

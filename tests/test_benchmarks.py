@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that they run at small sizes beside the peers' installed code."""
+"""The benchmarks' own arithmetic, and that they run at small sizes next to the peers' installed code."""
 
 from __future__ import annotations
 

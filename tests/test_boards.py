@@ -1,4 +1,4 @@
-"""Boards get each step once, also over a resume; Weights & Biases for real, offline; what is missing is one line before the run."""
+"""Boards get each step once, even across a resume; the real Weights & Biases, offline; what is missing is reported before the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: wrong input is one line and exit code 2 before any rank starts; a good run prints its own lines and nothing else."""
+"""The command line: wrong input is one line and exit code 2 before any rank starts; a good run prints only its own lines."""
 
 from __future__ import annotations
 

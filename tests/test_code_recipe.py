@@ -1,4 +1,4 @@
-"""The recipe of code as a task: its programs are judged as they should be, and a tiny model learns from it."""
+"""The recipe for coding tasks: programs are judged correctly, and a tiny model learns from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reward.verifier: code`: the rows of the public sets, what counts as the same output, and programs that would rather not be judged."""
+"""`reward.verifier: code`: rows of public datasets, which outputs count as equal, and programs that try to evade judgement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of several runs: each run's curve is where the axes say its metrics are, and what differs between the runs is said."""
+"""The page of several runs: each curve is plotted where the axes place its metrics, and the differences between the runs are listed."""
 
 from __future__ import annotations
 

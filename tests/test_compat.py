@@ -1,6 +1,6 @@
 """Every patch in megafork.compat: the library still fails without it, and works with it.
 
-A test that fails because the library no longer does: delete the patch. Ranks are forked, so what a test undoes stays undone only there.
+If a test fails because the library no longer does, delete the patch. Ranks are forked, so a patch that a test undoes is undone only there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face folders and Megatron checkpoints: bit-equal, loadable under any layout, whole or not at all."""
+"""Conversion between Hugging Face folders and Megatron checkpoints: bit-equal, loadable under any layout, written whole or not at all."""
 
 from __future__ import annotations
 

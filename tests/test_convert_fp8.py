@@ -1,4 +1,4 @@
-"""FP8 folders: the numbers of a block, the form that vLLM loads, and what vLLM makes of it."""
+"""FP8 folders: the numbers in a block, the format that vLLM loads, and vLLM's results with it."""
 
 from __future__ import annotations
 

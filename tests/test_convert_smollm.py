@@ -1,6 +1,6 @@
-"""Real weights there and back: SmolLM2-135M to a Megatron checkpoint cut for TP 2 and PP 2, and back.
+"""Real weights there and back: SmolLM2-135M to a Megatron checkpoint split for TP 2 and PP 2, and back.
 
-Two ranks cannot share its nine heads, but the format depends on no layout: TP 1 loads what was cut for 2.
+Two ranks cannot share its nine heads, but the format is independent of the layout: TP 1 loads a checkpoint split for 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The quickstart's task: its verifier cannot be fooled, its files repeat, and its tokenizer gives every text back."""
+"""The quickstart's task: its verifier cannot be fooled, its files are reproducible, and its tokenizer round-trips every text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizer, data sources, prompts and their order: real files, real packages, and every wrong input by one clear line."""
+"""Tokenizer, data sources, prompts and their order: real files, real packages, and one clear line for every wrong input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts are dealt to engines by the lengths that their responses had: the same on every rank, and balanced."""
+"""Prompts are dealt to engines by the lengths of their earlier responses: identically on every rank, and balanced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation is current: pages that are written by a program are what it writes, and what pages point at is there."""
+"""The documentation is current: generated pages match what their program writes, and everything that pages link to exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor: what it says about this machine, and when a recipe cannot run on it."""
+"""The doctor: what it reports about this machine, and when a recipe cannot run on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are started twice, killed at their very end, or left without room: nothing is lost, and what is said is true."""
+"""Runs that are started twice, killed at the very end, or out of disk space: nothing is lost, and the messages are true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam of the roll-out engines: two that megafork does not have, written in a screen each, roll out for the real trainer."""
+"""The interface of roll-out engines: two engines that megafork does not have, a screen of code each, roll out for the real trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megafork eval`: its numbers against brute force and transformers, its files against a kill, its input against mistakes."""
+"""`megafork eval`: its numbers against brute force and transformers, its files after a kill, and mistakes in its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 roll-outs: what the refit quantises is what the converter writes, and a whole run bears it."""
+"""FP8 roll-outs: the refit quantises exactly as the converter does, and a whole run works with it."""
 
 from __future__ import annotations
 

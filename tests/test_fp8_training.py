@@ -1,4 +1,4 @@
-"""Training in FP8: refused wherever it would be something else, and what it asks of packing and plan. The products themselves need
+"""Training in FP8: refused wherever it would not really be FP8, and what it requires of packing and plan. The products themselves need
 Transformer Engine and a GPU: `tools/gpu_check.py`."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python tools/gpu`: what it runs on a GPU runs in small here, and a call goes on where the last one was stopped."""
+"""`python tools/gpu`: what it runs on a GPU runs here at a small scale, and a call resumes where the last one was stopped."""
 
 from __future__ import annotations
 

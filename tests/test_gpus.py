@@ -1,4 +1,4 @@
-"""A machine with GPUs refuses packages that would leave them unused. Its driver is played by an `nvidia-smi` on PATH."""
+"""A machine with GPUs refuses packages that would leave them unused. A fake `nvidia-smi` on PATH plays the driver."""
 
 from __future__ import annotations
 

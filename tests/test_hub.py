@@ -1,4 +1,4 @@
-"""Models by their hub name: the hub's cache serves, and without it one line says what to do."""
+"""Models by hub name: the hub's cache is used, and without it one line says what to do."""
 
 from __future__ import annotations
 

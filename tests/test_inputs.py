@@ -1,4 +1,4 @@
-"""What a run reads, checked together: held-out prompts against training prompts, supervised rows and their end."""
+"""A run's inputs, cross-checked: held-out prompts against training prompts, and supervised rows with their end tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/install.md promises, as far as no GPU and no network show it: the Makefile's two stacks, the Dockerfile, what compiles."""
+"""What docs/install.md promises, as far as testable without GPU or network: the Makefile's two stacks, the Dockerfile, the builds."""
 
 from __future__ import annotations
 

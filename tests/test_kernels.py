@@ -1,4 +1,4 @@
-"""The Triton kernels and their PyTorch reference against float64: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels and their PyTorch reference against float64: on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed again and again at random moments, and continued under another layout each time, loses nothing."""
+"""A run that is killed repeatedly at random moments, and resumed under a different layout each time, loses nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks started, joined and stopped: the first failure is told first, and whatever ends a run leaves no process behind."""
+"""Ranks started, joined and stopped: the first failure is reported first, and no run leaves a process behind, however it ends."""
 
 from __future__ import annotations
 

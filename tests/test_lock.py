@@ -1,4 +1,4 @@
-"""One writer at a time: refused in a line that says who it is, and free as soon as it ends, however it ends."""
+"""One writer at a time: a second is refused in a line that names the first, and may start as soon as that ends, however it ends."""
 
 from __future__ import annotations
 

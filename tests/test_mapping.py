@@ -1,4 +1,4 @@
-"""The table of Hugging Face tensors in Megatron's parameters, and the folders that they are read from and written to."""
+"""The mapping between Hugging Face tensors and Megatron's parameters, and the folders that they are read from and written to."""
 
 from __future__ import annotations
 

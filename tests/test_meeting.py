@@ -1,4 +1,4 @@
-"""How ranks meet: with nothing that others reach on one machine; signed by the job's secret, with subgroups made later, across machines."""
+"""How ranks meet: on one machine, unreachable by others; across machines, signed with the job's secret, as are later subgroups."""
 
 from __future__ import annotations
 

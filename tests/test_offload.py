@@ -1,4 +1,4 @@
-"""Training state parked in host memory between steps: nothing is left where it was, and nothing changes for it."""
+"""Training state parked in host memory between steps: nothing stays on the device, and no result changes."""
 
 from __future__ import annotations
 

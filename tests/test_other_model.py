@@ -1,4 +1,4 @@
-"""The model that is trained, evaluated and converted is the one that its folder holds; where that is not clear, every command refuses."""
+"""The model that is trained, evaluated and converted is the one in its folder; if that is ambiguous, every command refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan's promises, and packed micro-batches against each response written out on its own."""
+"""The plan's guarantees, and packed micro-batches against each response handled separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint from elsewhere runs nothing: not its index, not its plain values, not what lies in its shards; whoever reads it."""
+"""An untrusted checkpoint executes no code, whichever reader opens it: not from its index, its plain values, or its shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner against models that were really built, and against what a forward and backward really allocate."""
+"""The planner against models that were actually built, and against what a forward and backward actually allocate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A look inside a step: it changes no number, its trace holds our phases, and the report shows what took the time."""
+"""Profiling a step: it changes no numbers, its trace has our phases, and the report shows where the time went."""
 
 from __future__ import annotations
 

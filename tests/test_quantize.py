@@ -1,4 +1,4 @@
-"""Quantisation by nvidia-modelopt, where it is installed; and what is said where it is not."""
+"""Quantisation by nvidia-modelopt if it is installed, and the message if it is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe: strict, composed by `extends:` and overrides, and clear about what is wrong."""
+"""The recipe: strict, composed with `extends:` and overrides, and clear about what is wrong."""
 
 from __future__ import annotations
 

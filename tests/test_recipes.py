@@ -1,4 +1,4 @@
-"""The recipes that people copy: each loads, fits the GPUs that it names, builds its model, and does the paper's arithmetic."""
+"""The recipes that people copy: each loads, fits the GPUs it names, builds its model, and matches the paper's arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses from the ranks that sampled them to the ranks that train on them, on every layout: each where it belongs, nothing else."""
+"""Responses sent from the ranks that sample them to those that train on them: under every layout, each rank gets its own and no others."""
 
 from __future__ import annotations
 

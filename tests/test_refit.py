@@ -1,4 +1,4 @@
-"""The bridge into real engines: after every update vLLM answers as a fresh engine that loaded the exported folder."""
+"""The bridge into real engines: after every update, vLLM answers like a fresh engine that loaded the exported folder."""
 
 from __future__ import annotations
 

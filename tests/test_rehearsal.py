@@ -1,4 +1,4 @@
-"""The whole update on a GPU that the CPU plays (`rehearsal`): nothing that CUDA refuses, and the plain path's numbers to the last bit."""
+"""The whole update on a GPU simulated by the CPU (`rehearsal`): nothing that CUDA refuses, and the plain path's numbers to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: what it draws equals what the run wrote, whatever is missing from it and whatever the texts hold."""
+"""The report: what it draws equals what the run wrote, whatever is missing and whatever the texts contain."""
 
 from __future__ import annotations
 

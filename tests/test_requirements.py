@@ -1,4 +1,4 @@
-"""The two lists of pins: complete, the same where they share a package, and inside of what pyproject.toml allows."""
+"""The two lists of pins: complete, identical for shared packages, and within the bounds in pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The resharding plan: every transfer against the plain gather, and no byte that is not needed."""
+"""The resharding plan: every transfer against the plain gather, and no unnecessary byte."""
 
 from __future__ import annotations
 

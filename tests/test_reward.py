@@ -1,4 +1,4 @@
-"""Verifiers: what is right, and that nothing a verifier does harms another item or outlives the run. Real processes throughout."""
+"""Verifiers: what counts as right, and that nothing a verifier does harms another item or outlives the run. Real processes throughout."""
 
 from __future__ import annotations
 

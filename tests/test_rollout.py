@@ -1,4 +1,4 @@
-"""Real vLLM engines in the ranks: exact after a refit, repeatable, and of one mind with Megatron about log-probs."""
+"""Real vLLM engines in the ranks: exact after a refit, repeatable, and in agreement with Megatron about log-probs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaled rotary positions: updates and logits as transformers has them on every kind of layout, log-probs as vLLM has them."""
+"""Scaled rotary positions: updates and logits match transformers' under every kind of layout, log-probs match vLLM's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layout changes of the mask: nothing in the selection, and in bf16 the entropies that it is given."""
+"""How the layout affects the mask: not through the selection, and in bf16 only through the entropies that it is given."""
 
 from __future__ import annotations
 

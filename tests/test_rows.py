@@ -1,4 +1,4 @@
-"""How rows are read: which column holds what, answers, chat messages and supervised rows in every form that public data sets have."""
+"""How rows are read: the meaning of columns, and answers, chat messages and supervised rows in every form found in public datasets."""
 
 from __future__ import annotations
 

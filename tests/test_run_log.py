@@ -1,4 +1,4 @@
-"""The run log: what survives a kill, what a resume keeps, and what people see."""
+"""The run log: what survives a kill, what a resume keeps, and what the user sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs by the command line: repeatable, unharmed by kill -9, and honest in what they write down."""
+"""Whole runs from the command line: repeatable, unharmed by kill -9, and truthful in what they record."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a model wrote, or a verifier that runs it, against the run: every attack here succeeded once, or is of the kind of one that did.
+"""Attacks on the run by code that a model wrote, or by a verifier that runs it: each succeeded once, or is similar to one that did.
 
-Each runs in a sandbox of bubblewrap's, in one of `unshare`'s, and without any, as far as that mode promises.
+Each runs in a bubblewrap sandbox, in an `unshare` sandbox, and without any, as far as that mode gives guarantees.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Roll-outs at servers elsewhere: what becomes of requests and weights when servers die, hang, come back, or are set up wrongly.
+"""Roll-outs on remote servers: what happens to requests and weights when servers die, hang, come back, or are misconfigured.
 
-The servers here are stand-ins that start in a moment (`stand_in_server.py`); `test_vllm_server.py` has vLLM's own.
+The servers here are stand-ins that start instantly (`stand_in_server.py`); `test_vllm_server.py` tests vLLM's own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""config.json: what megafork reads of it is what transformers makes of it; what would be another model is refused by one line."""
+"""config.json: megafork reads it as transformers does; anything that would be a different model is refused in one line."""
 
 from __future__ import annotations
 

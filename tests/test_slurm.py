@@ -1,4 +1,4 @@
-"""The real batch scripts on a real Slurm of two nodes: a job goes on from where it was before, with an unbroken run's numbers."""
+"""The real batch scripts on a real Slurm of two nodes: a job resumes where it stopped, with the numbers of an uninterrupted run."""
 
 from __future__ import annotations
 

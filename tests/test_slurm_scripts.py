@@ -1,6 +1,6 @@
-"""The batch scripts, with stand-ins for Slurm's commands: what they call, and when they take a run for hanging or ask it to stop.
+"""The batch scripts, with stand-ins for Slurm's commands: what they call, and when they consider a run to be hanging or ask it to stop.
 
-`test_slurm.py` has a real Slurm.
+`test_slurm.py` uses a real Slurm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where rows come from: files, shards, the hub and reasoning-gym; and every wrong source by one clear line."""
+"""Where rows come from: files, shards, the hub and reasoning-gym; and one clear line for every wrong source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that trains nothing, or another model than it rolls out with, says so and ends; one in a batch job gives signs of life."""
+"""A run that trains nothing, or that trains and rolls out different models, says so and ends; one in a batch job gives signs of life."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's own servers: what they answer after a refit, after a kill, and after the mistakes that vLLM takes without a word."""
+"""vLLM's own servers: what they answer after a refit, after a kill, and after mistakes that vLLM silently accepts."""
 
 from __future__ import annotations
 

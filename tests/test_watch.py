@@ -1,4 +1,4 @@
-"""`megafork report --watch`: the page follows the runs while they go on, and lies still afterwards."""
+"""`megafork report --watch`: the page follows runs in progress, and no longer changes afterwards."""
 
 from __future__ import annotations
 

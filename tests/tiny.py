@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models and recipes for the tests, made on the spot from a seed."""
+"""Tiny Hugging Face models and recipes for the tests, generated on the fly from a seed."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Transformer Engine and apex's kernels, built from source into the virtual environment VENV, which requirements-cuda.txt has filled:
+# Build Transformer Engine and apex's kernels from source into the virtual environment VENV, already set up from requirements-cuda.txt:
 #   tools/cuda_kernels.sh VENV [--required]
-# megafork runs without them, slower and not in FP8: what cannot be built is one line and no failure, unless it is --required.
-# Compiled with the list's own nvcc and headers, which are those of torch's CUDA; a toolkit of the machine's is not looked at.
+# megafork runs without them, but slower and without FP8, so a package that cannot be built is reported in one line; with --required, it is
+# an error. The compiler and headers are the list's own, which match torch's CUDA; a toolkit installed on the machine is not used.
 #
 # Settings, from the environment:
-#   TORCH_CUDA_ARCH_LIST   what apex's kernels are compiled for (9.0;10.0: H100, H200, B200)
-#   MAX_JOBS               compilers at once (one a core, and one for each 4 GB of memory)
-#   TE_SOURCE, APEX_SOURCE sources, where they cannot be fetched: an sdist, a folder
+#   TORCH_CUDA_ARCH_LIST   GPU architectures to compile apex's kernels for (9.0;10.0: H100, H200, B200)
+#   MAX_JOBS               parallel compilers (one per core, but at most one per 4 GB of memory)
+#   TE_SOURCE, APEX_SOURCE sources, if they cannot be fetched: an sdist or a folder
 set -euo pipefail
 
 venv=$(realpath "$1") required=${2:-}
-TE=2.11.0                                      # the newest that megatron-core 0.16 takes
+TE=2.11.0                                      # the newest that megatron-core 0.16 accepts
 APEX=6424da3b4faa6c8f062da4a48c424fff3f02d42d  # a commit of July 2026; the last release is older than torch 2.13
 python=$venv/bin/python
 logs=$venv/build-logs
@@ -20,14 +20,14 @@ pip=("$venv/bin/pip" install --no-compile --no-deps --no-build-isolation)
 main() {
     mkdir -p "$logs"
     toolchain
-    export NVTE_PYTORCH_FORCE_BUILD=TRUE   # else its setup.py looks for a ready wheel in the network
+    export NVTE_PYTORCH_FORCE_BUILD=TRUE   # otherwise its setup.py looks online for a prebuilt wheel
     build "Transformer Engine $TE" transformer_engine.pytorch \
         "transformer-engine==$TE" "transformer-engine-cu13==$TE" "${TE_SOURCE:-transformer-engine-torch==$TE}"
     export APEX_CPP_EXT=1 APEX_CUDA_EXT=1
     build "apex ${APEX:0:8}" fused_weight_gradient_mlp_cuda "${APEX_SOURCE:-git+https://github.com/NVIDIA/apex@$APEX}"
 }
 
-# Point compilers at what the list has installed: nvcc, and headers and libraries in one folder a package.
+# Point the compilers at what the list has installed: nvcc, and one folder per package with headers and libraries.
 toolchain() {
     local packages library name memory
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/nvidia
@@ -36,7 +36,7 @@ toolchain() {
     CPATH=$(printf '%s:' "$packages"/*/include)
     mkdir -p "$LIBRARY_PATH"
     shopt -s nullglob
-    for library in "$packages"/*/lib/*.so.*; do   # packages have libcudart.so.13, and the linker looks for libcudart.so
+    for library in "$packages"/*/lib/*.so.*; do   # packages contain libcudart.so.13, but the linker looks for libcudart.so
         name=$(basename "$library")
         ln -sf "$library" "$LIBRARY_PATH/${name%%.so*}.so"
     done
@@ -44,7 +44,7 @@ toolchain() {
     export MAX_JOBS=${MAX_JOBS:-$((memory < $(nproc) ? memory : $(nproc)))}
 }
 
-# build NAME MODULE PIP_ARGUMENT...: unless MODULE can be imported.
+# build NAME MODULE PIP_ARGUMENT...: does nothing if MODULE can already be imported.
 build() {
     local name=$1 module=$2 log=$logs/$2.log reason
     if loads "$module" >/dev/null 2>&1; then say "$name is there"; return; fi
@@ -58,7 +58,7 @@ build() {
     if [[ $required == --required ]]; then exit 1; fi
 }
 
-# What a build needs of the machine and is not here; nothing when it is all there.
+# Prints what the machine lacks for a build; nothing if it has everything.
 missing() {
     command -v "${CXX:-c++}" >/dev/null || { echo "no C++ compiler: install g++"; return; }
     [[ -x $CUDA_HOME/bin/nvcc ]] || { echo "no nvcc in $CUDA_HOME: install requirements-cuda.txt"; return; }

@@ -1,4 +1,4 @@
-"""docs/house.svg: the rooms of the package on their floors, and the walk of a step. Run it after changing `FLOORS`; a test compares.
+"""docs/house.svg: the rooms of the package on their floors, and the walk of a step. Run it after changing `FLOORS`; a test checks it.
 
 `tests/test_floors.py` checks every import against `FLOORS`: a room imports only from floors below its own.
 """

@@ -1,5 +1,5 @@
 """Fixes for bugs in the distributed optimizer of megatron-core 0.16.1 to 0.19, most of which occur with torch's own Adam (no Transformer
-Engine, no apex), and for places where its host waits for the GPU without need."""
+Engine, no apex), and for places where the host waits for the GPU unnecessarily."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tens
 
 
 def keep_norms_on_device() -> None:
-    """Where neither Transformer Engine nor apex brings its own, upstream reads the norm of each parameter's gradient on the host: it waits
-    for the GPU as often as the model has parameters, twice an update."""
+    """Compute gradient norms without waiting for the GPU. Without Transformer Engine or apex, upstream reads the norm of each parameter's
+    gradient on the host, and so waits once per parameter, twice per update."""
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
 
@@ -89,8 +89,8 @@ def _communicate_shapes(
 
 
 def exchange_shapes_on_host() -> None:
-    """Pipeline stages tell each other the shape of what they send, as micro-batches differ in length. Upstream sends shapes from GPU to
-    GPU and waits three times for each: to make the tensor, after the exchange, and to read it. The groups also have gloo."""
+    """Exchange the shapes of tensors sent between pipeline stages (micro-batches differ in length) over gloo, which the groups also have.
+    Upstream sends shapes from GPU to GPU and waits three times for each: to create the tensor, after the exchange, and to read it."""
     P2PCommunicator._communicate_shapes = _communicate_shapes
 
 
@@ -114,7 +114,7 @@ class _FileQueue:
 def use_file_for_results() -> None:
     """Make a checkpoint's writer process return its results through a file, new for each save and rank. Call before saving.
 
-    Upstream starts a manager process per rank for that, which imports `__main__` again (0.4 GB) and outlives a rank that ends by
+    Upstream starts a manager process per rank for this, which imports `__main__` again (0.4 GB) and outlives a rank that ends by
     `os._exit`; a pipe holds only 64 KB.
     """
     filesystem_async._results_queue = _FileQueue()

@@ -38,9 +38,9 @@ class Threshold:
 def top_threshold(values: Tensor | Sequence[Tensor], fraction: float, *, group: dist.ProcessGroup | None) -> Threshold:
     """The threshold that keeps the largest `fraction` of all values: their k-th largest, k = ceil(fraction * total).
 
-    values: float32, any shape, a tensor or a list of them (micro-batches); a rank may hold none. fraction: in (0, 1], taken as the
-    decimal number as written, so 0.07 of 100 values is 7. With no value on any rank, tau is +inf and nothing is selected.
-    Infinities are values; -0.0 equals 0.0. group: the ranks that hold the values, None for this rank alone.
+    values: float32, any shape, a tensor or a list of them (micro-batches); a rank may hold none. fraction: in (0, 1], interpreted
+    as the decimal number written, so 0.07 of 100 values is 7. With no values on any rank, tau is +inf and nothing is selected.
+    Infinities are values; -0.0 equals 0.0. group: the ranks that hold the values; None means this rank alone.
 
     Collective: every rank of the group must call, with the same fraction; three all-reduces of 16 KiB.
     Raises on every rank: ValueError for a NaN, naming its rank and position (in the rank's values, flattened in order).
@@ -126,8 +126,8 @@ def _keys(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _count(counts: Tensor, digits: Tensor, among: Tensor | None = None) -> None:
-    """Add to `counts` [_BINS] how many of the digits, those of `among` only, have each value. On CUDA without waiting for it, as a mask's
-    index and `bincount` would."""
+    """Add to `counts` [_BINS] how many of the digits, restricted to `among`, have each value. On CUDA without waiting for the device,
+    unlike indexing by a mask and `bincount`."""
     if digits.is_cuda:
         counts.scatter_add_(0, digits.long(), torch.ones_like(digits, dtype=torch.int64) if among is None else among.long())
     else:
@@ -163,7 +163,7 @@ def _sum_and_refuse_nan(counts: Tensor, tensors: list[Tensor], group: dist.Proce
 
 
 def _first_nan(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Number of the first NaN in the concatenated tensors, counted from 1; 0 without one. int64, found without waiting for CUDA."""
+    """Position of the first NaN in the concatenated tensors, counted from 1; 0 if there is none. int64, found without waiting for CUDA."""
     first, offset = torch.zeros((), dtype=torch.int64, device=device), 0
     for part in _parts(tensors):
         nan = part.isnan()

@@ -32,12 +32,12 @@ def over_tokens(values: Mapping[str, Tensor | float], mesh: Mesh, op: Literal["s
 
 
 def over_world(values: list[float], mesh: Mesh, op: Literal["sum", "max"] = "sum") -> list[float]:
-    """Reduce numbers elementwise in float64 over all ranks. Every rank must call, with equally many."""
+    """Reduce numbers elementwise in float64 over all ranks. Every rank must call, with the same number of them."""
     return _reduced(to_device(torch.tensor(values, dtype=torch.float64), mesh.device), op)
 
 
 def all_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the group's ranks, in place and where the values are. Every rank of the group must call; None: this rank alone."""
+    """Sum over the group's ranks, in place, on the values' device. Every rank of the group must call; with None, this rank alone counts."""
     if group is not None:
         dist.all_reduce(values, group=group)
     return values

@@ -1,4 +1,4 @@
-"""A planned step beside a batch job's deadlines: when the job must be asked to stop, and how long it is silent (docs/cluster.md)."""
+"""A planned step against a batch job's deadlines: when the job must be asked to stop, and how long it is silent (docs/cluster.md)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from megafork.plan.speed import Step
 WARNING_S = 2700
 """Seconds before its end at which Slurm warns a job: `--signal` of the scripts in slurm/."""
 HANG_S = 5400
-"""`MEGAFORK_HANG_S` where it is not set: seconds without a sign of life after which slurm/common.sh takes a run for hanging."""
+"""Default of `MEGAFORK_HANG_S`: seconds without a sign of life after which slurm/common.sh considers a run to be hanging."""
 MARGIN = 1.5
-"""What an estimate is multiplied by. NeMo-RL's published step took 1.35 times as long as planned (`tests/test_plan.py`)."""
+"""Factor applied to estimates. NeMo-RL's published step took 1.35 times as long as planned (`tests/test_plan.py`)."""
 SAVING_S = 600
 """Seconds for the checkpoint after the step, and for Slurm to notice that the job has ended."""
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """What a job needs, in seconds."""
+    """Time that a job needs, in seconds."""
 
     warning: int
-    """Before its end a job is asked to stop: time for a step that has just begun and its checkpoint, `WARNING_S` at least."""
+    """How long before its end the job is asked to stop: enough for a step that has just begun and its checkpoint, at least `WARNING_S`."""
     quiet_phase: str
-    """The longest that gives one sign of life, at its begin. A roll-out gives one every 30 s."""
+    """The longest phase that gives a sign of life only at its start. A roll-out gives one every 30 s."""
     quiet: float
-    """How long that phase is planned to take."""
+    """Planned duration of that phase."""
 
     @classmethod
     def of(cls, step: Step) -> Deadlines:
@@ -37,13 +37,13 @@ class Deadlines:
 
     @property
     def hang(self) -> int:
-        """The least `MEGAFORK_HANG_S`."""
+        """The smallest sufficient `MEGAFORK_HANG_S`."""
         return 60 * math.ceil(MARGIN * self.quiet / 60)
 
     def missed(self, hang_s: float, time_left_s: float | None) -> Iterator[str]:
-        """Why a job would be taken for hanging, or end in the middle of its first step, whatever it does; a line each.
+        """Reasons why a job would inevitably be considered hanging, or end in the middle of its first step; one line each.
 
-        `time_left_s`: until Slurm ends the job, None where it has no end.
+        `time_left_s`: until Slurm ends the job; None if it has no time limit.
         """
         if hang_s < self.hang:
             yield (

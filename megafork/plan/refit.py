@@ -64,10 +64,10 @@ def cost_of_full_gather(plan: Reshard) -> Cost:
 
 
 class LowerBound(NamedTuple):
-    """Elements that any method has to move."""
+    """Elements that any method must move."""
 
     received: int
-    """The most that any rank's engine loads and the rank does not hold."""
+    """The most elements that any rank's engine loads and the rank does not hold."""
     between_nodes: int
     """Sum over nodes of the elements that the node's engines load and none of its ranks holds, counted once per node."""
 
@@ -110,7 +110,7 @@ class Refit:
     width: int
     plan: Cost
     gather: Cost
-    """Every rank gathers every whole tensor, and keeps the part that its engine loads."""
+    """Each rank gathers every tensor whole and keeps the part that its engine loads."""
     least: LowerBound
 
     @property
@@ -119,7 +119,7 @@ class Refit:
         return f"TP{layout.tp} PP{layout.pp} CP{layout.cp} DP{self.gpus // layout.model_size} to TP{self.rollout_tp}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Bytes."""
+        """All counts, in bytes."""
         methods = {"plan": vars(self.plan), "full_gather": vars(self.gather), "lower_bound": self.least._asdict()}
         counts = {method: {name: count * self.width for name, count in cost.items()} for method, cost in methods.items()}
         return {"layout": self.layout.model_dump(), "gpus": self.gpus, "rollout_tp": self.rollout_tp, **counts}

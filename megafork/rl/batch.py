@@ -1,4 +1,4 @@
-"""The data of a step: responses on the host, and the micro-batches that they are packed into."""
+"""A step's data: responses on the host, and the micro-batches they are packed into."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MicroBatch:
     places: Tensor
     """int64 [T / cp], position of each token within its sequence."""
     order: Tensor | None
-    """int64 [T], where each token lies once the CP ranks' tokens are gathered (`context.unzigzag_index`); None without CP."""
+    """int64 [T], position of each token once the CP ranks' tokens are gathered (`context.unzigzag_index`); None without CP."""
     positions: Tensor
     """int64 [P], index into this rank's tokens."""
     positions_on_host: Tensor
@@ -93,8 +93,8 @@ class MicroBatch:
 
     @property
     def selected(self) -> Tensor:
-        """int64 [P'], the forks as indices into vectors of length P. The first call for a mask waits for the device; none after it does, as
-        each index by the mask itself would."""
+        """int64 [P'], the forks as indices into vectors of length P. Only the first call for a mask waits for the device; indexing by
+        the mask itself would wait every time."""
         return self._find_selected()[0]
 
     @property

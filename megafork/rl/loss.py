@@ -1,6 +1,6 @@
 """The loss of a mini-batch: an objective (`objectives.py`) at the forks, with exact global denominators (arXiv 2506.01939, eq. 6).
 
-The loss of a mini-batch is sum(weight * per-token loss). The weights contain the mask and the denominator, are known before the forward,
+The loss of a mini-batch is sum(weight * per-token loss). The weights include the mask and the denominator, are known before the forward,
 and are the only place where the reductions differ. So the loss and its gradient are sums over tokens and independent of how tokens are
 spread over ranks and micro-batches.
 """

@@ -1,8 +1,8 @@
 """Objectives: the loss of each selected token, from its log-probs and its advantage. `loss.objective` names one.
 
 Each is one function of `Tokens` and the recipe's section `loss`. It returns the loss of each token, fp32 [P'], and which tokens its bounds
-hold back, bool [P'] without gradient. Which tokens are selected, what each weighs and the denominator are not its business (`loss.py`),
-so an objective is the same for every parallel layout as long as it reads other tokens through `Tokens.mean_per_response` alone.
+hold back, bool [P'] without gradient. The selection, the weights and the denominator are handled elsewhere (`loss.py`), so an objective is
+the same for every parallel layout as long as it reads other tokens only through `Tokens.mean_per_response`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Tokens:
     """The selected tokens of a micro-batch on this CP rank; P' counts them."""
 
     log_prob: Tensor
-    """fp32 [P'], under the policy that is trained, with gradient."""
+    """fp32 [P'], under the policy being trained, with gradient."""
     old_log_prob: Tensor
     """fp32 [P'], under the policy that starts the step."""
     advantage: Tensor
     """fp32 [P']."""
     response: Tensor
-    """int64 [P'], which response of the micro-batch."""
+    """int64 [P'], index of each token's response in the micro-batch."""
     responses: int
-    """In the micro-batch; the ranks of `context` hold parts of the same ones."""
+    """Number of responses in the micro-batch; the ranks of `context` hold parts of the same ones."""
     context: dist.ProcessGroup | None = None
 
     @property
@@ -43,7 +43,7 @@ class Tokens:
         return (self.log_prob - self.old_log_prob).clamp(-20.0, 20.0).exp()
 
     def mean_per_response(self, values: Tensor) -> Tensor:
-        """At each token the mean of `values` [P'] over the selected tokens of its response, without gradient: fp64 [P'].
+        """For each token, the mean of `values` [P'] over the selected tokens of its response, without gradient: fp64 [P'].
 
         Every rank of `context` must call.
         """
@@ -69,8 +69,8 @@ def clip(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
 def gspo(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
     """-min(s A, clip(s) A), where s is the geometric mean of the ratios of the response's selected tokens (GSPO, arXiv 2507.18071).
 
-    Each token has the value of s and the gradient of its own log-prob; summed over equally weighted tokens that is the gradient of the
-    sequence objective. With a mask the mean is over the forks alone, as is the gradient.
+    Each token has the value of s and the gradient of its own log-prob; summed over equally weighted tokens, that is the gradient of the
+    sequence objective. With a mask, the mean is over the forks alone, as is the gradient.
     """
     mean = tokens.mean_per_response(tokens.log_prob - tokens.old_log_prob).clamp(-20.0, 20.0).exp()
     ratio = mean.to(tokens.log_prob.dtype) * (tokens.log_prob - tokens.log_prob.detach()).exp()
@@ -85,7 +85,7 @@ def cispo(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
 
 
 def sapo(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
-    """-A sigmoid(t (r - 1)) 4 / t: a soft gate in the place of the clip, with a t of its own for A > 0 (SAPO, arXiv 2511.20347)."""
+    """-A sigmoid(t (r - 1)) 4 / t: a soft gate instead of the clip, with a separate t for A > 0 (SAPO, arXiv 2511.20347)."""
     positive, negative = loss.sapo_temperatures
     temperature = torch.where(tokens.advantage > 0, positive, negative)
     gate = torch.sigmoid(temperature * (tokens.ratio - 1.0)) * 4.0 / temperature
@@ -125,7 +125,7 @@ def objective_named(name: str) -> Objective:
 
 
 def check_objective(loss: Loss) -> None:
-    """Refuse an objective that is unknown, or the user's own where it does not return what it must. Raises RecipeError."""
+    """Refuse an objective that is unknown, or a user's own that does not return what it must. Raises RecipeError."""
     objective, wrong = objective_named(loss.objective), f"loss.objective is {loss.objective!r}: its function"
     log_prob = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
     tokens = Tokens(log_prob, torch.tensor([-0.6, -1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1]), 2)

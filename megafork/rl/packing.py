@@ -94,7 +94,7 @@ def pack(
     """Pack responses into the micro-batch that CP rank `cp_rank` sees.
 
     Each sequence is padded to a multiple of `multiple` (itself a multiple of 2 cp), and the total to a multiple of `whole` (a multiple of
-    `multiple`, or 1) by a last sequence of padding. `temperature`: the one at which the tokens were drawn.
+    `multiple`, or 1) by a final sequence of padding. `temperature`: the one at which the tokens were drawn.
 
     An empty list gives one sequence of padding with no positions: a rank without data still takes part in every collective.
     """

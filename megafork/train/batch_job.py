@@ -17,7 +17,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 
 JOB_FOLDER = "MEGAFORK_JOB"
-"""Environment variable with the folder's path, set by `slurm/common.sh`. Unset or "": the run is not part of a batch job."""
+"""Environment variable with the folder's path, set by `slurm/common.sh`. If unset or "", the run is not part of a batch job."""
 BEAT_EVERY_S = 30.0
 """Seconds between two signs of life in a roll-out."""
 
@@ -25,8 +25,8 @@ BEAT_EVERY_S = 30.0
 class BatchJob:
     """Created by every rank. Only rank 0 accesses the files, so that a slow file system can't make ranks disagree.
 
-    `heartbeat` states what the run is doing; the batch script assumes that a run without news for long has hung. `step` names the last
-    step that ended since this start, `stopped` the one after which the run ended on request.
+    `heartbeat` states what the run is doing; the batch script assumes that a run without news for long has hung. `step` names the
+    last step completed since this start, `stopped` the one after which the run ended on request.
     """
 
     def __init__(self, mesh: Mesh, folder: Path | None = None) -> None:
@@ -34,20 +34,20 @@ class BatchJob:
         named = os.environ.get(JOB_FOLDER)
         self._mesh = mesh
         self._folder = (folder or (Path(named) if named else None)) if mesh.is_rank_zero else None
-        self._lock = threading.Lock()  # a roll-out may go on in a thread beside the training
+        self._lock = threading.Lock()  # a roll-out may be running in a thread during training
         self._doing = ""
         self._progress = ""
         self._next = 0.0
 
     def beat(self, step: int, doing: str) -> None:
-        """Report that the run is alive, and what of `step` begins: a phase, a checkpoint."""
+        """Report that the run is alive, and which part of `step` begins: a phase or a checkpoint."""
         with self._lock:
             self._doing = f"step {step}, {doing}"
             self._say_alive(self._doing)
 
     def progress(self, state: Callable[[], str]) -> None:
-        """Report how far a roll-out is, at most every `BEAT_EVERY_S`, and only if `state` has changed: an engine that draws nothing is
-        silent. May be called at each of an engine's steps: `state` is called only when it is time."""
+        """Report how far a roll-out is, at most every `BEAT_EVERY_S`, and only if `state` has changed: an engine that draws nothing stays
+        silent. May be called at each of an engine's steps: `state` is called only when a report is due."""
         with self._lock:
             if self._folder is None or time.monotonic() < self._next:
                 return
@@ -66,7 +66,7 @@ class BatchJob:
         return over_world([float(asked)], self._mesh, "max")[0] > 0
 
     def stopped(self, step: int) -> None:
-        """Report that the run ends on request with a complete checkpoint of `step`. The job is then queued again."""
+        """Report that the run ends on request with a complete checkpoint of `step`. The job is then requeued."""
         self._write("stopped", f"step {step}")
 
     def _say_alive(self, doing: str) -> None:

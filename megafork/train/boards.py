@@ -60,7 +60,7 @@ class TensorBoard:
     """Event files in `folder`; steps after `resume_step` that an earlier process wrote are hidden."""
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, and not every run writes it
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and not every run writes it
 
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 

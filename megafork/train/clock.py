@@ -14,11 +14,11 @@ from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 
 RANGES = "megafork/"
-"""What the names of our ranges in a profile begin with."""
+"""Prefix of the names of our ranges in a profile."""
 
 
 def marked(phase: str) -> record_function:
-    """A context that is a range of this name wherever a profiler looks on (`train.profile`), and next to nothing elsewhere."""
+    """A context that shows up as a range of this name in a profile (`train.profile`), and costs almost nothing without a profiler."""
     return record_function(f"{RANGES}{phase}")
 
 
@@ -26,7 +26,7 @@ class Clock:
     """Seconds of a step's phases."""
 
     def __init__(self, begins: Callable[[str], None] = lambda phase: None) -> None:
-        """`begins`: is told each phase that begins."""
+        """`begins`: called with the name of each phase as it begins."""
         self.started = time.perf_counter()
         self.times: dict[str, float] = {}
         self._begins = begins

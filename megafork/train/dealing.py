@@ -1,4 +1,4 @@
-"""Prompts dealt to engines by how long their responses are likely to be, so that no engine waits long for another."""
+"""Deals prompts to engines by the expected length of their responses, so that no engine waits long for another."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from megafork.data.prompts import Prompt
 
 
 class Dealer:
-    """Remembers how long each prompt's responses were. Every rank makes one and tells it the same, so that all deal alike."""
+    """Remembers how long each prompt's responses were. Every rank creates one and feeds it the same, so all deal identically."""
 
     def __init__(self) -> None:
         self._seen: dict[int, float] = {}
-        """Mean tokens of a response to each prompt, the last time that it was drawn."""
+        """Mean tokens per response to each prompt, the last time that it was drawn."""
 
     def deal(self, prompts: Sequence[Prompt], engines: int) -> list[list[int]]:
-        """Places in `prompts` for each engine, those of long responses first: each to the engine with the fewest tokens so far.
+        """For each engine, indices into `prompts`. Longest expected responses first, each to the engine with the fewest tokens so far.
 
-        A prompt that was never drawn counts as the average; while none was, all are dealt in turn.
+        A prompt not drawn before counts as the average; if none was, all are dealt in turn.
         """
         average = sum(self._seen.values()) / len(self._seen) if self._seen else 1.0
         expected = [self._seen.get(prompt.index, average) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Which engine rolls out, and where its weights come from. What another engine needs: docs/extending.md."""
+"""Chooses the roll-out engine and the source of its weights. How to add another engine: docs/extending.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BuildEngine = Callable[[Recipe, Mesh, list[Policy], Shape], Engine]
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, chunks: list[Policy], shape: Shape) -> Engine:
-    """The recipe's engine, to be refitted from `chunks`. Every rank calls. Raises RecipeError for servers that are not as it needs them."""
+    """The recipe's engine, to be refitted from `chunks`. Every rank must call. Raises RecipeError for unsuitable servers."""
     config, spec = EngineConfig.of(recipe), recipe.rollout
     if spec.servers:
         limits = Limits(in_flight=spec.max_running, request_s=spec.request_limit_s, server_s=spec.server_limit_s)

@@ -18,7 +18,7 @@ from megafork.weights.huggingface import HuggingFaceWeights
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that a run reads, checked against each other."""
+    """Everything that a run reads, cross-checked."""
 
     supervised: bool
     shape: Shape
@@ -71,7 +71,7 @@ def _check_rollout(shape: Shape, recipe: Recipe) -> None:
 def check_resume(recipe: Recipe, inputs: Inputs) -> int:
     """The step of the run's newest checkpoint, 0 without one. Needs no process group.
 
-    Raises RecipeError if it is damaged, or if the recipe now names a different model or different data than at the run's start.
+    Raises RecipeError if it is damaged, or if the recipe now names a different model or different data than when the run started.
     """
     found = checkpoint.complete(recipe.run_folder / "checkpoints")
     if not found:

@@ -36,7 +36,7 @@ class Learner:
         self.update = 0
         """Optimizer updates done, including skipped ones."""
         self.skips_in_a_row = 0
-        """Latest consecutive updates that were skipped because a gradient was not finite."""
+        """Consecutive updates up to the latest that were skipped because a gradient was not finite."""
         self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
         adam = _optimizer_config(recipe)
         self.optimizer = get_megatron_optimizer(
@@ -98,7 +98,7 @@ class Learner:
         return {**over_tokens(sums, self.mesh), "grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
 
     def settle(self) -> None:
-        """Make every rank's weights current, before anything but a forward reads them: with overlap the optimizer leaves gathering them to
+        """Make every rank's weights current. Needed before anything but a forward reads them: with overlap, they are only gathered by
         the next forward."""
         if self.recipe.optimizer.overlap:
             for chunk in self.model:

@@ -32,29 +32,29 @@ from megafork.train.update import update_policy
 
 
 class Trainer:
-    """A run's parts, and its step. Every rank makes one and calls each method together."""
+    """A run's parts, and its step. Every rank creates one, and all ranks call each method together."""
 
     def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner, build: BuildEngine = build_engine) -> None:
-        """`learner`: as the last step left it. `build`: makes the roll-out engine, as `build_engine` does."""
+        """`learner`: in its state after the last step. `build`: creates the roll-out engine, as `build_engine` does."""
         self.recipe = recipe
         self.mesh = mesh
         self.inputs = inputs
         self.learner = learner
         self.offload = Offload(learner.model, learner.optimizer, mesh.device)
         if recipe.rollout.park_training:
-            self.offload.to_host()  # an engine takes its memory when it is made
+            self.offload.to_host()  # an engine allocates its memory when it is created
         self.engine = build(recipe, mesh, learner.chunks, inputs.shape)
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
         self.prefetch = Prefetch(self.sampler)
         self.sampled = self.sampler.state()
-        """The sampler's state after the last step's responses; a checkpoint keeps it."""
+        """The sampler's state after the last step's responses, for the checkpoint."""
         self.reward_error: str | None = None
-        """Why a response could not be judged, for the first that could not; every rank knows it."""
+        """The reason for the first response that could not be judged; the same on every rank."""
         self.example = ""
-        """A prompt of the last step and a response to it; on rank 0."""
+        """A prompt of the last step and a response to it; rank 0 only."""
         self._compared = False
-        """Whether roll-out and trainer were found to compute the same model."""
+        """Whether roll-out and trainer have been found to compute the same model."""
 
     def step(self, step: int, clock: Clock | None = None) -> Metrics:
         """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
@@ -83,7 +83,7 @@ class Trainer:
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
     def place(self, collected: Collected) -> list[list[MicroBatch]]:
-        """Send each response to the ranks that train on it; this rank's packed micro-batches of each mini-batch that has any."""
+        """Send each response to the ranks that train on it. Returns this rank's packed micro-batches of each non-empty mini-batch."""
         plans: list[list[list[Outcome]]] = []
         dp_rank_of: dict[tuple[int, int], int] = {}
         for groups in _split(collected.groups, self.recipe.train.minibatches):
@@ -97,7 +97,7 @@ class Trainer:
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def compare(self, metrics: Mapping[str, float], step: int) -> None:
-        """Raise Stopped where the first scored step shows that roll-out and trainer do not compute the same model."""
+        """Raise Stopped if the first scored step shows that roll-out and trainer do not compute the same model."""
         if not self._compared and (reason := mismatch(metrics, self.recipe)):
             raise Stopped(f"step {step}: {reason}")
         self._compared = True
@@ -106,7 +106,7 @@ class Trainer:
         """Hand the current weights to the engines. Returns with every rank's engine at `version`."""
         self.learner.settle()
         self.engine.refit(version)
-        dist.barrier()  # no rank asks a neighbour's engine for tokens of new weights before it has them
+        dist.barrier()  # no rank asks another's engine for tokens before it has the new weights
 
     def sample_metrics(self, collected: Collected, micros: list[MicroBatch]) -> Metrics:
         outcomes = collected.outcomes
@@ -131,7 +131,7 @@ class Trainer:
         }
 
     def evaluate(self, step: int) -> Metrics:
-        """Accuracy on the held-out prompts, or nothing without any. Rank 0 writes down each prompt's, after `step`."""
+        """Accuracy on the held-out prompts, or {} if there are none. Rank 0 writes each prompt's accuracy to a file for `step`."""
         if not self.inputs.held_out:
             return {}
         found = self.prefetch.evaluate(self.inputs.held_out)
@@ -142,7 +142,7 @@ class Trainer:
         return dict(found.metrics)
 
     def _first(self, error: str | None) -> str:
-        """The first rank's that has one, on every rank."""
+        """The error of the lowest rank that has one, on every rank."""
         errors: list[str | None] = [None] * self.mesh.world
         dist.all_gather_object(errors, error)
         return next(error for error in errors if error)
@@ -154,7 +154,7 @@ class Trainer:
 
 
 def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
-    """A whole run, or what is left of it. Every rank calls. Returns the last step's metrics with the accuracies before and after."""
+    """Run or resume a whole run. Every rank must call. Returns the last step's metrics with the held-out accuracy."""
     updates = recipe.train.steps * recipe.train.minibatches
     learner = build_learner(inputs, recipe, mesh, updates=updates)
     run = Run(recipe, mesh, inputs, learner)
@@ -167,7 +167,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     trainer.refit(run.start)
     if run.start == 0:
         run.log({"step": 0, **trainer.evaluate(0)})
-    if run.start == recipe.train.steps and not is_evaluated(recipe, run.start):  # of a run that lost it
+    if run.start == recipe.train.steps and not is_evaluated(recipe, run.start):  # the previous process was killed before it
         run.amend(trainer.evaluate(run.start))
     last: Metrics = {}
     remarks = Remarks(recipe)
@@ -184,6 +184,6 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
 
 
 def _split(groups: list[int], parts: int) -> list[set[int]]:
-    """Groups in order into `parts` mini-batches as even as possible; empty ones are left out."""
+    """Split groups, in order, into `parts` mini-batches as evenly as possible; empty ones are left out."""
     bounds = [len(groups) * n // parts for n in range(parts + 1)]
     return [set(groups[low:high]) for low, high in itertools.pairwise(bounds) if high > low]

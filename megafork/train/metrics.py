@@ -108,7 +108,7 @@ class RunLog:
             lines.show(row)
 
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add metrics to the line of `step`, the last one of the previous process, or write a new line if that one is lost."""
+        """Add metrics to the line of `step`, the last one of the previous process, or write a new line if that one was lost."""
         kept = read_metrics(self._path)
         before = kept.pop() if kept and kept[-1]["step"] == step else {}
         self._file.close()
@@ -118,7 +118,7 @@ class RunLog:
         self.write({**before, **metrics, "step": step})
 
     def note(self, text: str) -> None:
-        """Print a line between those of the steps."""
+        """Print a line between the steps' lines."""
         for lines in self._lines:
             lines.note(text)
 

@@ -1,4 +1,4 @@
-"""Responses for a step: drawn at once or, by engines that can, while the steps before it train."""
+"""Responses for a step: drawn when needed or, by engines that can, while earlier steps train."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megafork.train.sampler import Collected, Evaluation, Sampler
 
 
 class Prefetch:
-    """Every rank makes one and calls each method together.
+    """Every rank creates one, and all ranks call each method together.
 
-    Where the engine draws in the background, everything is drawn in one thread per rank, in the same order on every rank; only the
-    sampler's own process group is used there. Other engines draw when they are asked.
+    If the engine draws in the background, everything is drawn in one thread per rank, in the same order on every rank; that thread uses
+    only the sampler's own process group. Other engines draw when asked.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -26,9 +26,9 @@ class Prefetch:
         self._background = Background()
 
     def collect(self, step: int) -> Collected:
-        """The responses of `step`; those of the `rollout.staleness` steps after it are begun.
+        """The responses of `step`; drawing for the next `rollout.staleness` steps is started.
 
-        The weights of step - 1 are there by now, so a token of step s is written by those of step s - 1 - staleness, or by later ones.
+        The weights of step - 1 are loaded by now, so a token of step s is sampled by those of step s - 1 - staleness or newer ones.
         """
         engine = self.sampler.engine
         if not engine.draws_in_background:
@@ -39,7 +39,7 @@ class Prefetch:
         return engine.attend(self._begun.pop(step))
 
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:
-        """The sampler's `evaluate`, with the weights of now, after the steps that are being drawn."""
+        """The sampler's `evaluate`, with the current weights, after the steps that are being drawn."""
         engine = self.sampler.engine
         if not engine.draws_in_background:
             return self.sampler.evaluate(prompts)

@@ -1,4 +1,4 @@
-"""A look inside chosen steps (`log.profile`): where their time or their memory goes. It changes no number."""
+"""Profiles chosen steps (`log.profile`): where their time or their memory goes. It changes no numbers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megafork.run_folder import operators_file
 MOST_OPERATORS = 30
 """Operators kept for the report."""
 MOST_ALLOCATIONS = 1_000_000
-"""Allocations and frees that a memory snapshot remembers; the last ones."""
+"""A memory snapshot keeps this many of the latest allocations and frees."""
 
 
 def check_profile(log: Log) -> None:
-    """Raises RecipeError for a look that needs CUDA on a machine without it."""
+    """Raises RecipeError for a profile that needs CUDA on a machine without it."""
     if log.profile is not None and log.profile.what != "torch" and not torch.cuda.is_available():
         raise RecipeError(
             Key("log.profile.what"),
@@ -35,9 +35,9 @@ def check_profile(log: Log) -> None:
 
 @contextmanager
 def profiled(recipe: Recipe, step: int, mesh: Mesh) -> Iterator[None]:
-    """Around one step: looks on where the recipe asks for it. Every rank enters, and no rank waits for another.
+    """Wraps one step, and profiles it if the recipe asks for it. Every rank enters, and no rank waits for another.
 
-    `torch` and `memory`: rank 0 writes into the run folder's profile/. `nsys`: every rank that runs under `nsys profile`.
+    `torch` and `memory`: rank 0 writes into the run folder's profile/. `nsys`: profiles every rank that runs under `nsys profile`.
     """
     spec = recipe.log.profile
     if spec is None or step not in spec.steps or not (mesh.is_rank_zero or spec.what == "nsys"):
@@ -52,7 +52,7 @@ def profiled(recipe: Recipe, step: int, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def _trace(table: Path) -> Iterator[None]:
-    """Every operator with our phases around it: step_N.trace.json.gz for Perfetto or chrome://tracing, and the table for the report."""
+    """Every operator, within our phases: step_N.trace.json.gz for Perfetto or chrome://tracing, and the table for the report."""
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
         yield
@@ -62,8 +62,8 @@ def _trace(table: Path) -> Iterator[None]:
 
 
 def operators(averages: Iterable[FunctionEventAvg], *, cuda: bool) -> list[dict[str, Any]]:
-    """The most expensive operators of a torch profile, the most expensive first: name, calls, seconds without those of the operators that
-    they call, and the share of the seconds of all. With `cuda` they are kernels: a replayed graph has no other operators."""
+    """The most expensive operators of a torch profile, most expensive first: name, calls, seconds excluding the operators they call, and
+    share of the total seconds. With `cuda` these are kernels: a replayed graph has no other operators."""
     device, field = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
     mine = [one for one in averages if one.device_type == device and not one.is_user_annotation]
     found = [(getattr(one, field) / 1e6, one.count, str(one.key)) for one in mine]
@@ -86,6 +86,6 @@ def _memory(table: Path) -> Iterator[None]:
 
 @contextmanager
 def _ranges() -> Iterator[None]:
-    """What `nsys profile --capture-range=cudaProfilerApi` waits for, with phases and operators as NVTX ranges."""
+    """The start and stop that `nsys profile --capture-range=cudaProfilerApi` waits for, with phases and operators as NVTX ranges."""
     with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
         yield

@@ -23,7 +23,7 @@ class Remarks:
     _error: str | None = None
 
     def after(self, metrics: Mapping[str, float | None], *, first: bool, error: str | None, example: str) -> Iterator[str]:
-        """Remarks on a step; sets `stop`. `first`: of this process. `error`: why a response was not judged. `example`: a response."""
+        """Remarks on a step; sets `stop`. `first`: first in this process. `error`: why a response was not judged. `example`: a response."""
         if first and metrics.get("entropy/p80") is not None:
             low, p80 = metrics["entropy/share_below_0.05"], metrics["entropy/p80"]
             yield f"{low:.0%} of the tokens are under 0.05 nats, the 80th percentile is {p80:.2f}"

@@ -48,7 +48,7 @@ class Run:
         self.checkpoints = Checkpoints(recipe.run_folder / "checkpoints", mesh, keep_last=spec.keep_last, asynchronous=spec.background)
         self.job = BatchJob(mesh)
         self.start = check_resume(recipe, inputs)
-        """The last step done by previous processes."""
+        """The last step completed by previous processes."""
         self._done = self.start
         self.state: dict[str, Any] | None = None
         """The `state` last passed to `end_step` by the process that this one resumes."""
@@ -58,7 +58,7 @@ class Run:
         self._log: RunLog | None = None
 
     def begin(self, *, show_every: int = 1) -> None:
-        """Open the log, once everything that may fail has started. Raises RecipeError if an existing log is damaged."""
+        """Open the log; called once everything that may fail has started. Raises RecipeError if an existing log is damaged."""
         self.job.beat(self.start, "begins")
         if self.mesh.is_rank_zero:
             self._log = self._open_log(show_every)
@@ -70,7 +70,7 @@ class Run:
 
     @contextmanager
     def step(self, step: int) -> Iterator[Clock]:
-        """Around the work of a step: its clock, whose phases are signs of life, and the profile where the recipe asks for one."""
+        """Wraps the work of a step: yields its clock, whose phases are signs of life, and profiles the step if the recipe asks for it."""
         with profiled(self.recipe, step, self.mesh):
             yield Clock(partial(self.job.beat, step))
 

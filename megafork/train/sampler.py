@@ -55,18 +55,18 @@ class Collected:
     sampled_tokens: int = 0
     sampled_truncated: int = 0
     example: str = ""
-    """The first prompt and the first response to it; "" on ranks that judge nothing."""
+    """The first prompt and the first response to it; "" on ranks that do not judge."""
     refills: int = 0
     errors: int = 0
     """Responses whose verifier raised, hung or died; they count as wrong."""
     first_error: str | None = None
     reward_seconds: float = 0.0
     busy_s: float = 0.0
-    """Seconds that the engines generated, all together."""
+    """Seconds spent generating, summed over the engines."""
     span_s: float = 0.0
-    """The same if each had generated as long as the one that took longest."""
+    """The same sum if every engine had taken as long as the slowest."""
     state: dict[str, Any] = field(default_factory=dict)
-    """The sampler's afterwards, from which the next collection continues."""
+    """The sampler's state afterwards, from which the next collection continues."""
 
     @property
     def groups(self) -> list[int]:
@@ -100,7 +100,7 @@ class Sampler:
         self.verifiers = verifiers
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # separate: a thread may use it during training
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # its own: a thread may use it during training
         """Group of all ranks. The timeout is long because engines take different times, and have their own limits."""
 
     def collect(self, step: int) -> Collected:
@@ -169,9 +169,9 @@ class Sampler:
     def _judged(
         self, requests: Sequence[Request], sampling: Sampling, rows: Sequence[dict[str, Any]]
     ) -> tuple[list[Completion], list[str], list[Verdict], float]:
-        """Completions, their texts, verdicts, and the seconds waited for these; nothing but on the engine's first rank.
+        """Completions, their texts, verdicts, and the seconds waited for the verdicts; empty except on the engine's first rank.
 
-        Each response is judged as soon as it ends, while others are still generated.
+        Each response is judged as soon as it ends, while others are still being generated.
         """
         texts: dict[int, str] = {}
         begun: dict[int, Future[Verdict]] = {}

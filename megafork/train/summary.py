@@ -13,7 +13,7 @@ from megafork.rl.forks import ForkGroups, Selection
 
 
 def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
-    """Entropy of the step's response tokens, and mismatch of the engine's and the trainer's log-probs, before any update."""
+    """Entropy of the step's response tokens, and mismatch between the engine's and the trainer's log-probs, before any update."""
     shares: dict[str, float] = {}
     sums: dict[str, Tensor | float] = {}
     worst: dict[str, Tensor | float] = {}

@@ -22,7 +22,7 @@ Check = Callable[[Mapping[str, float]], None]
 def update_policy(
     learner: Learner, minibatches: list[list[MicroBatch]], recipe: Recipe, *, step: int, clock: Clock, check: Check | None = None
 ) -> dict[str, float]:
-    """Update the policy once per mini-batch. Every rank must call, with equally many mini-batches and micro-batches in each.
+    """Update the policy once per mini-batch. Every rank must call, with the same number of mini-batches and of micro-batches in each.
 
     minibatches: this DP rank's, with advantages; their old log-probs, entropies, masks and weights are set on the last stage.
     check: called with the metrics of the scored responses before the first update; if it raises, it must do so on every rank.

@@ -1,9 +1,9 @@
-"""Where a step of a tiny model waits for the GPU, and what it copies:
+"""Shows where a step of a tiny model waits for the GPU, and what it copies:
 
     PYTHONPATH=.:tests python -m rehearsal [key=value ...]
 
-as `python -m rehearsal parallel.tp=2 parallel.sp=true model.recompute=full`. Prints the mean over the ranks of waits a micro-batch, counted
-from two steps that differ in how many they have, and rank 0's events of a whole step.
+for example `python -m rehearsal parallel.tp=2 parallel.sp=true model.recompute=full`. Prints rank 0's events of a whole step, and each
+rank's waits per micro-batch, derived from two steps with different numbers of micro-batches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Process groups that are NCCL's by name and gloo's in truth, and the host tensors that NCCL refuses."""
+"""Process groups that claim to be NCCL but are gloo, and the check for host tensors, which NCCL refuses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from rehearsal.ledger import Ledger
 
 WORLD = "cpu:gloo,cuda:nccl"
-"""Of the default group, as `parallel.meeting` makes it."""
+"""Backend of the default group, as `parallel.meeting` creates it."""
 
 
 class Backends:
-    """What each group was asked to be, by its name."""
+    """The backend requested for each group, by group name."""
 
     def __init__(self) -> None:
         self._asked: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a rehearsal notes: events with the place in the code that caused them."""
+"""The record of a rehearsal: events, with the place in the code that caused them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Literal
 import megafork
 
 Kind = Literal["wait", "copy", "pageable", "refused"]
-"""wait: the host waits for the device (a copy that is not asynchronous does). copy: an asynchronous one from or to pinned memory.
-pageable: one that is asked to be asynchronous, but whose host memory is not pinned. refused: what raises on CUDA."""
+"""wait: the host waits for the device (as in a synchronous copy). copy: an asynchronous copy from or to pinned memory. pageable: a copy
+requested as asynchronous, but whose host memory is not pinned. refused: an operation that raises on CUDA."""
 _HERE = Path(__file__).parent
 _MEGATRON = Path(next(iter(find_spec("megatron").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
 _CODE = (Path(megafork.__file__).parent, _MEGATRON, _HERE.parent)
 _THROUGH = str(Path(megafork.__file__).parent / "parallel/to_device.py")
-"""Its callers are what counts."""
+"""Events in this file are attributed to its callers."""
 _LAYER = str(_MEGATRON / "core/transformer")
 
 
@@ -35,7 +35,7 @@ class Event:
 
 
 class Refused(RuntimeError):
-    """What CUDA, NCCL or torch would raise."""
+    """The error that CUDA, NCCL or torch would raise."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Ledger:
 
     @contextmanager
     def during(self) -> Iterator[Ledger]:
-        """The events within a with block, in a ledger of their own once it ends."""
+        """Yield a separate ledger, which gets the events of the with block when it ends."""
         part, start = Ledger(), len(self.events)
         try:
             yield part
@@ -64,7 +64,7 @@ class Ledger:
         return [event for event in self.events if event.kind in kinds]
 
     def table(self) -> str:
-        """Lines of `count kind place what`, the most frequent first."""
+        """Lines of `count kind place what`, most frequent first."""
         counted = Counter(self.events).most_common()
         return "\n".join(f"{n:5} {e.kind:8} {e.place}  {e.what}{'  (in a layer)' if e.in_layer else ''}" for e, n in counted)
 

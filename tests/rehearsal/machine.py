@@ -1,4 +1,4 @@
-"""A forked rank becomes one with a GPU: torch.cuda answers, tensors on cuda:0 can be made, process groups are NCCL's by name."""
+"""Makes a forked rank believe that it has a GPU: torch.cuda answers, tensors can be created on cuda:0, process groups claim to be NCCL."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _CREATORS = ("zeros", "ones", "empty", "full", "arange", "rand", "randn", "eye",
 
 
 def rehearse() -> Ledger:
-    """From here on this process has a GPU. For forked ranks: nothing undoes it. `compat.cpu`'s answers for CUDA's absence are taken back,
-    save that random states stay the CPU's."""
+    """From here on this process has a GPU. For forked ranks only: it cannot be undone. `compat.cpu`'s substitutes for CUDA are removed,
+    except that random states remain the CPU's."""
     ledger = DeviceTensor.ledger = Ledger()
     _take_back_the_shim()
     _answer_for_cuda(ledger)
@@ -40,7 +40,7 @@ def _take_back_the_shim() -> None:
 
 
 class _Stream:
-    """A stream or an event. To wait for it on the host is noted."""
+    """A stream or an event. A host that waits for it is recorded."""
 
     ledger: Ledger
     cuda_stream = 0
@@ -114,13 +114,13 @@ def _make_tensors(ledger: Ledger) -> None:
 
 
 def _outside_of_modes(cls: type[torch.Tensor], *args: Any) -> torch.Tensor:
-    """An empty tensor of a subclass, which torch cannot make of one that a mode has made."""
+    """An empty tensor of a subclass, which torch cannot create from one that a mode has created."""
     with _disable_current_modes():
         return torch.Tensor.__new__(cls)
 
 
 def _by_number(create: Any) -> Any:
-    """A function that also takes a device by its number, as torch.cuda.current_device gives it: this torch has no GPU to count."""
+    """Make a function accept a device number, as returned by torch.cuda.current_device: this torch has no GPUs to number."""
 
     @functools.wraps(create)
     def created(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +140,7 @@ def _named_number(value: Any) -> Any:
 
 
 def _numbers(data: Any) -> Any:
-    """The values of tensors within lists, each read on the host."""
+    """`data` with device tensors, also within lists, replaced by their values, each read on the host."""
     if isinstance(data, torch.Tensor):
         return data.item() if isinstance(data, DeviceTensor) else data
     return type(data)(_numbers(value) for value in data) if isinstance(data, list | tuple) else data

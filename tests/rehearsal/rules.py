@@ -1,4 +1,4 @@
-"""Which operators CUDA refuses for tensors of two devices, and for which the host waits."""
+"""Which operators CUDA refuses for tensors on two devices, and for which the host waits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NO_SCALARS = {
     "bmm",
     "addmm",
 }
-"""These refuse a number that lies on the host, which pointwise operators take along."""
+"""These refuse a zero-dimensional host tensor, which pointwise operators accept."""
 _WITH_MASKS = (torch.bool, torch.uint8)
 
 
@@ -65,12 +65,12 @@ def waits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | No
 
 
 def _fills(func: Any, args: Sequence[Any]) -> bool:
-    """`x[mask] = number`, which is a masked fill."""
+    """Whether this is `x[mask] = number`, which is a masked fill."""
     return func is not aten.index.Tensor and len(args) > 2 and args[2].numel() == 1
 
 
 def mixed(func: Any, args: Sequence[Any], device: Sequence[torch.Tensor], host: Sequence[torch.Tensor]) -> bool:
-    """Whether CUDA refuses the operator because some of its tensors lie on the host."""
+    """Whether CUDA refuses the operator because some of its tensors are on the host."""
     if not device or not host or func in COPIES:
         return False
     if func in INDEXING:

@@ -15,13 +15,13 @@ from rehearsal.tensors import DEVICE
 @dataclass(frozen=True)
 class Waits:
     ledger: Ledger
-    """Of one step, its packing included."""
+    """Events of one step, including packing."""
     each: float
     """Waits that a micro-batch adds to a step."""
 
 
 def waits_of(spec: Recipe) -> Waits:
-    """Rehearse a second step, once with the recipe's micro-batches and once with more and smaller ones. For every rank to call, forked."""
+    """Rehearse a second step, once with the recipe's micro-batches and once with more, smaller ones. Every rank must call, in a fork."""
     noted = rehearse()
     smaller = spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": spec.micro_batch_tokens // 2})})
     (few, ledger), (many, other) = (_second_step(one, noted) for one in (spec, smaller))
@@ -30,7 +30,7 @@ def waits_of(spec: Recipe) -> Waits:
 
 
 def _second_step(spec: Recipe, ledger: Ledger) -> tuple[int, Ledger]:
-    """Its number of micro-batches, and what it noted."""
+    """The step's number of micro-batches, and its events."""
     rig = Rig(spec, DEVICE)
     rig.update(0)
     with ledger.during() as noted:

@@ -1,4 +1,4 @@
-"""Tensors that say they are on cuda:0 and hold CPU memory, and the operators on them."""
+"""Tensors that claim to be on cuda:0 but hold CPU memory, and the operators on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rehearsal.rules import COPIES, aten, mixed, tensors, waits
 DEVICE = torch.device("cuda", 0)
 _HOST = torch.device("cpu")
 _ENGINE = ("_engine_run_backward", "custom_backward")
-"""Functions, torch's and Megatron's, from which only autograd's engine makes tensors."""
+"""Functions of torch and Megatron in which only autograd's engine creates tensors."""
 _TYPES = {
     torch.float32: "FloatTensor",
     torch.float64: "DoubleTensor",
@@ -34,7 +34,7 @@ _TYPES = {
 
 
 class DeviceTensor(Tensor):
-    """To C++ a CPU tensor without memory; to Python one on cuda:0. `host` has its values."""
+    """To C++ a CPU tensor without memory; to Python a tensor on cuda:0. `host` has its values."""
 
     ledger: ClassVar[Ledger]
     host: Tensor
@@ -102,7 +102,7 @@ class DeviceTensor(Tensor):
 
     @data.setter
     def data(self, new: Tensor) -> None:
-        """A host tensor, as where training state is parked, makes this a host tensor by name and memory alike."""
+        """Assigning a host tensor, as when training state is parked, makes this a host tensor, in its reported device and its memory."""
         _set_data(self, new)
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -134,7 +134,7 @@ def _set_data(tensor: DeviceTensor, new: Tensor) -> None:
 
 
 class ParkedTensor(DeviceTensor):
-    """A device tensor whose data was set to a host tensor's: it lies on the host until it is set again."""
+    """A device tensor whose data was set to a host tensor's: it stays on the host until its data is set again."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         return self.host.to(*args, **kwargs)
@@ -158,7 +158,7 @@ class ParkedTensor(DeviceTensor):
 class _ToHost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: DeviceTensor, non_blocking: bool) -> Tensor:
-        if not isinstance(tensor, ParkedTensor):  # torch pins what it makes for an asynchronous copy to the host
+        if not isinstance(tensor, ParkedTensor):  # torch pins the memory that it allocates for an asynchronous copy to the host
             tensor.ledger.note(*(("copy", "to the host") if non_blocking else ("wait", "a copy to the host")))
         return tensor.host.clone()
 
@@ -168,7 +168,7 @@ class _ToHost(torch.autograd.Function):
 
 
 class OperatorMode(TorchDispatchMode):
-    """Sees the operators that no device tensor takes part in: what makes them, and what copies to them."""
+    """Intercepts operators without device tensors among their arguments: those that create device tensors, or copy to the device."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class OperatorMode(TorchDispatchMode):
 
 
 def run(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """An operator by the CPU's kernel, after CUDA's rules; its results are device tensors where CUDA's would be."""
+    """Run an operator with the CPU's kernel but CUDA's rules; its results are device tensors if CUDA's would be."""
     every = list(tensors((*args, *kwargs.values())))
     device = [tensor for tensor in every if _on_device(tensor)]
     host = [tensor for tensor in every if not _on_device(tensor) and tensor.layout == torch.strided]
@@ -207,7 +207,7 @@ def _on_device(tensor: Tensor) -> bool:
 
 
 def _copy(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], on_device: bool) -> bool:
-    """Note a copy between host and device. Returns whether the result lies on the device."""
+    """Record a copy between host and device. Returns whether the result is on the device."""
     if func is aten.copy_.default:
         target, source = args[0], args[1]
         non_blocking = bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking"))
@@ -215,7 +215,7 @@ def _copy(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
         pinned = is_pinned(source if on_device else target)
     else:
         source, non_blocking = args[0], bool(kwargs.get("non_blocking"))
-        on_device = on_device or _on_device(source)  # the device that C++ names for a device tensor is its own
+        on_device = on_device or _on_device(source)  # C++ reports the CPU for a device tensor, but means the tensor's own device
         pinned = is_pinned(source)
     if _on_device(source) != on_device:
         direction = "to the device" if on_device else "to the host"
@@ -230,7 +230,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, pin
     a, k = _plain(args), {name: _plain(value) for name, value in kwargs.items() if name != "pin_memory"}
     if k.get("device") is not None:
         k["device"] = _HOST
-    if func is aten.mm.dtype:  # CUDA alone has products of bf16 that come as fp32
+    if func is aten.mm.dtype:  # only CUDA has bf16 products with fp32 results
         return a[0].float() @ a[1].float()
     if func is aten.addmm.dtype_out:
         return k["out"].copy_(a[0].addmm(a[1].float(), a[2].float()))
@@ -269,7 +269,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
 
 
 def _collective(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """By gloo on the tensors' memory. The callers' own tensors come back beside the handle to wait for."""
+    """Run a collective with gloo on the tensors' memory. Returns the caller's own tensors together with the handle to wait for."""
     result = func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
     if isinstance(result, tuple | list) and len(result) == 2:
         return args[0], result[1]
@@ -277,7 +277,7 @@ def _collective(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def _caller() -> str:
-    """The function that the operator was called from, as far as it is Python's."""
+    """Name of the innermost Python function that called the operator."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("rehearsal.", "torch._compile", "torch._dynamo")):
         frame = frame.f_back
@@ -285,7 +285,7 @@ def _caller() -> str:
 
 
 _PINNED: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
-"""Memory that is said to be pinned, by its address; as long as a tensor lies in it."""
+"""Memory reported as pinned, by address, for as long as a tensor uses it."""
 
 
 def pin(tensor: Tensor) -> Tensor:
