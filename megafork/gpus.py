@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 
-import torch
 from packaging.requirements import Requirement
 
 from megafork.recipe import RecipeError
@@ -26,6 +25,8 @@ def gpu_count() -> int:
     """Number of GPUs in this machine, whatever torch is built for; 0 if `CUDA_VISIBLE_DEVICES` is empty or -1, or `MEGAFORK_CPU` is 1."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("MEGAFORK_CPU") == "1":
         return 0
+    import torch  # here and below: warnings of its C++ parts are silenced before its first import (`compat.noise`)
+
     return torch.cuda.device_count() or _driver_count()
 
 
@@ -39,6 +40,8 @@ def check_installation(*, engines: bool) -> None:
 
 def torch_problem(gpus: int) -> str | None:
     """Why torch cannot use the machine's `gpus`, and the fix; None if it can, or if there are none."""
+    import torch
+
     if gpus and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: {INSTALL}"
     if gpus and not torch.cuda.is_available():
@@ -56,7 +59,7 @@ def triton_problem() -> str | None:
         found = installed("triton")
         if found is None or not needed.specifier.contains(found, prereleases=True):
             own = f"triton{needed.specifier}"
-            return f"triton is {found or 'missing'}, and torch {torch.__version__} needs its own: pip install '{own}'"
+            return f"triton is {found or 'missing'}, and torch {installed('torch')} needs its own: pip install '{own}'"
     return None
 
 

@@ -286,6 +286,12 @@ def _warnings_of_a_step(spec: Recipe) -> tuple[set[str], set[str]]:
     return seen[0], seen[1]
 
 
+def test_commands_can_be_imported_without_torch() -> None:
+    """Its C++ parts read which warnings to show when it is imported, and `noise.silence` decides that first."""
+    program = "import sys, megafork.cli, megafork.commands, megafork.ranks, megafork.gpus; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_megatrons_warnings_are_silenced_one_by_one(tmp_path: Path) -> None:
     spec = recipe(save_model(tmp_path), train={"micro_batch_tokens": 64})
     for loud, quiet in on_ranks(2, _warnings_of_a_step, spec):
