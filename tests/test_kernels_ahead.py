@@ -56,7 +56,7 @@ def test_nothing_spills_and_logits_travel_128_bits_at_a_time(
     ptx = compiled(name, arch, types, {**constants, "BLOCK": kernels._BLOCK})
     (tmp_path / "kernel.ptx").write_text(ptx)
     assembler = Path(nvidia.__file__).parent / "bin" / ASSEMBLERS[arch]
-    command = [assembler, "-v", f"--gpu-name=sm_{arch}a", "-o", tmp_path / "kernel.cubin", tmp_path / "kernel.ptx"]
+    command = [str(assembler), "-v", f"--gpu-name=sm_{arch}a", "-o", str(tmp_path / "kernel.cubin"), str(tmp_path / "kernel.ptx")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert re.findall(r"(\d+) bytes spill (?:stores|loads)", report) == ["0", "0"]
     assert int(re.findall(r"Used (\d+) registers", report)[0]) <= 128

@@ -126,7 +126,7 @@ class Trainer:
             "sampling/refills": collected.refills,
             "sampling/groups": len(collected.groups),
             "sampling/with_advantage": learned,
-            "time/idle_share": 1.0 - collected.busy_s / collected.span_s if self.engine.engines > 1 else None,
+            "time/idle_share": 1.0 - collected.busy_s / collected.span_s if self.engine.engines > 1 and collected.span_s else None,
             "packing/padding": padding / max(tokens, 1),
         }
 

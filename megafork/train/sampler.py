@@ -204,6 +204,7 @@ class Sampler:
         return sorted(outcome for part, _ in every for outcome in part)
 
     def _learn(self, prompts: Sequence[Prompt], first_group: int, outcomes: Sequence[Outcome]) -> None:
+        """Tell the dealer how long the responses to these prompts were."""
         lengths: dict[int, list[int]] = {}
         for outcome in outcomes:
             lengths.setdefault(outcome.group - first_group, []).append(outcome.tokens)

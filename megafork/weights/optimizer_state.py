@@ -21,6 +21,7 @@ from torch import Tensor
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 """The fp32 weights and Adam's two moments."""
+_FORMAT = "fully_reshardable"
 
 
 def optimizer_content(optimizer: Any, model: dict[str, Any], *, loading: bool) -> Any:
@@ -37,10 +38,7 @@ def load_optimizer(optimizer: Any, loaded: Any) -> None:
     for one, content in zip(inner, [loaded] if len(inner) == 1 else [loaded[n] for n in range(len(inner))], strict=True):
         own = {key: value for key, value in content.items() if key not in ("param_state", "param_state_sharding_type")}
         one.load_state_dict(own)
-        _take(one, content["param_state"])
-
-
-_FORMAT = "fully_reshardable"
+        _take(one, content.get("param_state", {}))
 
 
 def _inner(optimizer: Any) -> list[Any]:
@@ -58,10 +56,6 @@ class _Parameter:
     """The elements that each data-parallel rank holds, possibly none."""
     keeper: int
     """The data-parallel rank that writes and reads it."""
-
-    @property
-    def numel(self) -> int:
-        return int(self.module.numel())
 
 
 def _parameters(inner: Any) -> list[_Parameter]:
@@ -90,7 +84,7 @@ def _sharded(inner: Any, model: dict[str, Any], loading: bool) -> dict[int, dict
     mine = [parameter for parameter in parameters if parameter.keeper == rank]
     content: dict[int, dict[str, Any]] = {parameter.number: {} for parameter in mine}
     for kind in KINDS:
-        whole = [torch.empty(p.numel) for p in mine] if loading else list(_to_keepers(inner, parameters, kind))
+        whole = [torch.empty(p.module.numel()) for p in mine] if loading else list(_to_keepers(inner, parameters, kind))
         for parameter, flat in zip(mine, whole, strict=True):
             like = described[id(parameter.module)]
             data = flat.view(parameter.module.shape)
