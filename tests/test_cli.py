@@ -262,7 +262,7 @@ def test_a_whole_run_with_a_verifier_that_raises_and_hangs(task: Path) -> None:
     rows = [{"prompt": f"max {n} {n} =", "answer": str(n)} for n in range(8)] + [{"prompt": "max 9 8 =", "answer": "9"}]
     (task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
-        *(sys.executable, "-m", "megafork.cli", "train", "recipe.yaml", "reward.verifier=mine.py:score", "reward.timeout_s=2"),
+        *(sys.executable, "-m", "megafork.cli", "train", "recipe.yaml", "reward.verifier=mine.py:score", "reward.timeout_s=6"),
         *("rollout.prompts=9", "rollout.samples=2", "rollout.dynamic_sampling=false", "train.minibatches=1", "run.ranks=2", "--json"),
         *("train.steps=2", "data.eval=null"),
     ]
@@ -273,7 +273,7 @@ def test_a_whole_run_with_a_verifier_that_raises_and_hangs(task: Path) -> None:
     assert last["step"] == 2 and last["reward/errors"] == 4  # two responses to each of two prompts
     notes = [line.strip() for line in lines if "could not be judged" in line]
     assert len(notes) == 1 and notes[0].startswith("4 responses could not be judged and count as wrong: ")
-    assert "ZeroDivisionError: nine" in notes[0] or "timeout: no verdict within 2 s" in notes[0]
+    assert "ZeroDivisionError: nine" in notes[0] or "timeout: no verdict within 6 s" in notes[0]
     assert [line.split()[0] for line in lines if "/2 " in line] == ["1/2", "2/2"]
     assert (task / "runs/run/logs/rank_1.log").read_text() == ""
 
