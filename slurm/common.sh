@@ -191,4 +191,4 @@ choose_interfaces() {
     if [[ -z $found ]]; then say "found no adapter to the other nodes: name it in slurm/site.sh (GLOO_SOCKET_IFNAME)"; return; fi
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$found} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$found}
 }
-if ((SLURM_JOB_NUM_NODES > 1 || ${SLURM_HET_SIZE:-1} > 1)); then choose_interfaces; fi
+if ((${SLURM_JOB_NUM_NODES:-1} > 1 || ${SLURM_HET_SIZE:-1} > 1)); then choose_interfaces; fi
