@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from megafork.data.reward import Item, Verdict, Verifiers, check_verifier
+from megafork.data.verdicts import sandbox
 from megafork.recipe import RecipeError, Reward
 
 EVALUATES = """
@@ -168,6 +169,19 @@ def test_an_attack_on_the_channel_costs_its_own_item_alone(folder: Path, tool: s
             assert [verdict.accuracy for verdict in (verdicts[0], *verdicts[2:])] == [1, 0, 1, 0, 1], (name, verdicts)
             assert verdicts[1].accuracy == 0.0 or "frames" in name, (name, verdicts)  # what runs beside a verifier may judge itself
             assert time.monotonic() - begin < 12, name
+
+
+def test_an_installation_below_tmp_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a checkout is installed in place, no entry of `sys.path` names it, and /tmp is hidden otherwise."""
+    package = Path("/tmp") / f"megafork-test-{os.getpid()}" / "megafork"
+    package.mkdir(parents=True)
+    try:
+        monkeypatch.setattr(sandbox.megafork, "__file__", str(package / "__init__.py"))
+        for verifier in (None, tmp_path / "v.py"):
+            assert str(package) in sandbox.view(verifier).read_only
+    finally:
+        package.rmdir()
+        package.parent.rmdir()
 
 
 def test_what_a_sandbox_bounds(folder: Path, boxed: str) -> None:

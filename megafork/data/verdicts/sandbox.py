@@ -48,12 +48,12 @@ def available() -> str | None:
 
 def view(verifier_file: Path | None) -> View:
     """The view for a built-in verifier (None), or for one in a user's file."""
-    python = _python()
+    python, ours = _python(), str(Path(megafork.__file__).parent)
     if verifier_file is None:
         libraries = [*_LIBRARIES, *(f"/etc/{name}" for name in _ETC), *_library_path()]
-        return View(_existing([*libraries, *python, str(Path(megafork.__file__).parent)]), SCRATCH[0])
+        return View(_existing([*libraries, *python, ours]), SCRATCH[0])
     here = Path.cwd()
-    hidden = [path for path in (*python, *sys.path, str(here), str(verifier_file.resolve().parent)) if _is_hidden(path)]
+    hidden = [path for path in (*python, *sys.path, ours, str(here), str(verifier_file.resolve().parent)) if _is_hidden(path)]
     return View(_existing(["/", *hidden]), str(here))
 
 
