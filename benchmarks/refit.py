@@ -110,8 +110,7 @@ def _planning(world: int) -> Figure:
     for enumerate_all in (False, True):
         plan = Reshard(KNOWN["qwen3-32b"], layout, world, 8)
         start = time.perf_counter()
-        for bucket in plan.buckets if not enumerate_all else [bucket for bucket, _ in plan.alike]:
-            _ = list(plan.transfers(bucket)) if enumerate_all else plan.route(world // 2, bucket)
+        _ = [list(plan.transfers(bucket)) for bucket, _ in plan.alike] if enumerate_all else plan.routes(world // 2)
         times.append(time.perf_counter() - start)
     return Figure(
         f"Qwen3-32B, TP8 PP4 to TP8, planning on {world} ranks",

@@ -91,8 +91,16 @@ class SampleOptions:
     kv_cache_mb: int | None = option(None, "KV cache per engine in MiB.", unset="sized to the GPU, or 256")
 
     def __post_init__(self) -> None:
+        self.check_counts("max_tokens", "limit", "ranks")
         for name, value, least, most in (("seed", self.seed, 0, LARGEST_SEED), ("kv-cache-mb", self.kv_cache_mb, 1, MOST_MEGABYTES)):
             if value is not None and not least <= value <= most:
                 raise RecipeError(f"--{name} is {value}: must be from {least} to {most}")
         if self.dtype not in (None, "fp32", "bf16"):
             raise RecipeError(f"--dtype is {self.dtype!r}: must be fp32 or bf16")
+
+    def check_counts(self, *names: str) -> None:
+        """Raise RecipeError for one of these options that is given and below 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} is {value}: must be at least 1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ from pydantic import ValidationError
 from megafork.recipe import Data, Key, Recipe, RecipeError
 from megafork.recipe.kinds import MOST, limit, shown
 from megafork.recipe_yaml import is_mapping, kind_of, parse, parse_value
+
+if TYPE_CHECKING:
+    from megafork.options import SampleOptions
 
 _LARGEST = 1 << 20
 """Bytes of a recipe file."""
@@ -31,12 +34,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return _validate(values)
 
 
-def data_of_options(source: str, max_prompt_length: int, template: str, columns: str, chat_template_args: str, add_bos: str) -> Data:
+def data_of_options(source: str, max_prompt_length: int, template: str, options: SampleOptions) -> Data:
     """The section `data` from the options of `megafork eval` and `analyze`; mappings are YAML text. Raises RecipeError."""
     data: dict[str, Any] = {"train": source, "template": template, "max_prompt_length": max_prompt_length}
     values: dict[str, Any] = {"model": {"path": "given apart"}, "data": data}
-    for key, text in (("columns", columns), ("chat_template_args", chat_template_args), ("add_bos", add_bos)):
-        if text:
+    for key in ("columns", "chat_template_args", "add_bos"):
+        if text := getattr(options, key):
             _apply(values, f"data.{key}={text}")
     return _validate(values).data
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 from tiny import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megafork.user_code import import_file
 
 WORDS = ["<eos>", "max", "=", *map(str, range(10))]
 
@@ -61,14 +60,4 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
 SOURCE = Path(__file__).parents[1] / "recipes" / "quickstart" / "countdown.py"
 
 
-def load_countdown() -> ModuleType:
-    """The recipe's file as a module: recipes are not a package."""
-    spec = importlib.util.spec_from_file_location("countdown", SOURCE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-countdown = load_countdown()
+countdown = import_file(SOURCE, "countdown")  # recipes are not a package

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -14,21 +11,12 @@ from command import megafork
 
 from megafork.data.reward import Verdict, Verifiers
 from megafork.recipe import Reward
+from megafork.user_code import import_file
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "code"
 
 
-def load_pipelines() -> ModuleType:
-    """The recipe's file as a module: recipes are not a package."""
-    spec = importlib.util.spec_from_file_location("pipelines", RECIPES / "pipelines.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-pipelines = load_pipelines()
+pipelines = import_file(RECIPES / "pipelines.py", "pipelines")  # recipes are not a package
 
 
 def test_every_right_way_passes_and_no_wrong_one_does() -> None:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from megafork.user_code import import_file
+
 ROOT = Path(__file__).parent.parent
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools/gpu/__main__.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load()
+gpu_check = import_file(ROOT / "tools/gpu/__main__.py", "gpu_check")
 
 
 def test_a_part_that_failed_or_never_ended_is_told_and_tried_again(tmp_path: Path) -> None:

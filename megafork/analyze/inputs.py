@@ -83,14 +83,7 @@ def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
             )
         _same_vocabulary(other, models[other].tokenizer(), tokenizer)
     remarks: list[str] = []
-    data = data_of_options(
-        options.prompts,
-        LONGEST_PROMPT,
-        template_text(options.template, tokenizer),
-        options.columns,
-        options.chat_template_args,
-        options.add_bos,
-    )
+    data = data_of_options(options.prompts, LONGEST_PROMPT, template_text(options.template, tokenizer), options)
     prompts = load_prompts(options.prompts, data, tokenizer, needs=(), field="--prompts", remark=remarks.append)[: options.limit]
     longest = max(len(prompt.tokens) for prompt in prompts)
     max_tokens = response_limit(options.max_tokens, shape, longest)

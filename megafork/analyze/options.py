@@ -28,10 +28,7 @@ class AnalysisOptions(SampleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples", "limit", "max_tokens", "min_count", "tp", "pp", "cp", "ranks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+        self.check_counts("samples", "min_count", "tp", "pp", "cp")
         if not 0 < self.rho <= 1:
             raise RecipeError(f"--rho is {self.rho}: must be above 0 and at most 1")
         if not 0.01 <= self.temperature <= 100:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from megafork.convert import fp8_folder as fp8_folder
+from megafork.convert import fp8_folder
 from megafork.convert.checkpoint_keys import Stored, chunks, extra_states, stored_parameters
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +13,7 @@ from megafork.data.verdicts import sandbox, seccomp
 from megafork.data.verdicts.verifier_process import Item, Verdict, VerifierProcess
 from megafork.data.verifiers import BUILT_IN
 from megafork.recipe import Key, RecipeError
+from megafork.user_code import name_problem
 
 __all__ = ["Item", "Verdict", "Verifiers", "check_row", "check_verifier", "needs"]
 
@@ -22,13 +21,8 @@ __all__ = ["Item", "Verdict", "Verifiers", "check_row", "check_verifier", "needs
 def check_verifier(reward: recipe.Reward) -> None:
     """Raise RecipeError for an unknown verifier, a missing file, and an isolation unavailable here. Loads no verifier."""
     name = reward.verifier
-    path, _, function = name.rpartition(":")
-    if name not in BUILT_IN and not (path.endswith(".py") and function.isidentifier()):
-        close = difflib.get_close_matches(name, list(BUILT_IN), n=1, cutoff=0.5)
-        fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(BUILT_IN)}, or give FILE.py:FUNCTION"
-        raise RecipeError(Key("reward.verifier"), f" is {name!r}: {fix}")
-    if name not in BUILT_IN and not Path(path).is_file():
-        raise RecipeError(Key("reward.verifier"), f" is {name!r}: no such file; give a path relative to the working directory")
+    if problem := name_problem(name, BUILT_IN):
+        raise RecipeError(Key("reward.verifier"), f" is {name!r}: {problem}")
     if name == "code" and not seccomp.supported():
         raise RecipeError(Key("reward.verifier"), " is 'code': programs are judged only on Linux for x86-64 and AArch64")
     if reward.isolation == "full" and sandbox.available() is None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import logging
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from megafork.user_code import import_file, split
 
 Row = dict[str, Any]
 Verifier = Callable[[str, Row], Any]
@@ -138,21 +138,12 @@ def load(name: str) -> Verifier:
         import megafork.data.verdicts.runner  # noqa: F401 - each program starts as a copy of this process
     if name in BUILT_IN:
         return BUILT_IN[name]
-    path, _, function_name = name.rpartition(":")
-    function = getattr(_import(Path(path)), function_name)
+    path, function_name = split(name)
+    sys.path.insert(0, str(path.resolve().parent))  # like a script, it can import neighbouring files
+    function = getattr(import_file(path, path.stem), function_name)
     if not callable(function):
         raise TypeError(f"{function_name} is a {type(function).__name__}, not a function")
     return function
-
-
-def _import(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look up their module
-    sys.path.insert(0, str(path.resolve().parent))  # like a script, it can import neighbouring files
-    spec.loader.exec_module(module)
-    return module
 
 
 def _final(response: str) -> str:

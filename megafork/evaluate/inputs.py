@@ -73,14 +73,7 @@ def read_inputs(options: EvaluationOptions) -> EvaluationInputs:
     reward = Reward(verifier=options.verifier, workers=options.workers or min(os.cpu_count() or 1, 8), overlong="none")
     verifiers.check_verifier(reward)
     remarks: list[str] = []
-    data = data_of_options(
-        options.benchmarks[0],
-        LONGEST_PROMPT,
-        template_text(options.template, tokenizer),
-        options.columns,
-        options.chat_template_args,
-        options.add_bos,
-    )
+    data = data_of_options(options.benchmarks[0], LONGEST_PROMPT, template_text(options.template, tokenizer), options)
     benchmarks = load_benchmarks(options.benchmarks, data, limit=options.limit, reward=reward, tokenizer=tokenizer, remark=remarks.append)
     longest = max(len(problem.tokens) for benchmark in benchmarks for problem in benchmark.problems)
     return EvaluationInputs(

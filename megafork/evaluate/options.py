@@ -71,10 +71,7 @@ class EvaluationOptions(SampleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples", "tp", "ranks", "max_tokens", "limit", "max_running"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+        self.check_counts("samples", "tp", "max_running")
         if not self.benchmarks or not all(self.benchmarks):
             raise RecipeError("--benchmarks names none: give some, such as aime24,aime25")
         for k in self.ks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def cost_of_full_gather(plan: Reshard) -> Cost:
     shape, layout = plan.shape, plan.layout
     split, replicated = [0] * layout.pp, [0] * layout.pp
     for parameter in parameters(shape):
-        size = sum(_numel(full_shape(name, shape)) for name in parameter.huggingface())
+        size = sum(math.prod(full_shape(name, shape)) for name in parameter.huggingface())
         (replicated if parameter.rule.kind == "replicated" else split)[plan.stage(parameter)] += size
     per_stage = plan.world // layout.pp
     received, sent = [0] * plan.world, [0] * plan.world
@@ -94,10 +95,6 @@ def _lacking(plan: Reshard, ranks: range) -> int:
                     there = (meet(*part, piece) for piece in held if piece.name == name)
                     lacking += times * (area(*part) - sum(area(*covered) for covered in there if covered))
     return lacking
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    return size[0] * (size[1] if len(size) > 1 else 1)
 
 
 @dataclass(frozen=True)

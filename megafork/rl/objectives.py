@@ -7,11 +7,8 @@ the same for every parallel layout as long as it reads other tokens only through
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.recipe import Loss, RecipeError
+from megafork.user_code import import_file, name_problem, split
 
 
 @dataclass(frozen=True)
@@ -101,24 +99,16 @@ OBJECTIVES: dict[str, Objective] = {function.__name__: function for function in 
 
 
 def objective_named(name: str) -> Objective:
-    """One of `OBJECTIVES`, or the user's own as FILE.py:FUNCTION. Raises RecipeError."""
+    """One of `OBJECTIVES`, or the user's own as FILE.py:FUNCTION, imported anew. Raises RecipeError."""
+    if problem := name_problem(name, OBJECTIVES):
+        raise RecipeError(f"loss.objective is {name!r}: {problem}")
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
-        close = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
-        fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(OBJECTIVES)}, or give FILE.py:FUNCTION"
-        raise RecipeError(f"loss.objective is {name!r}: {fix}")
-    if not Path(file).is_file():
-        raise RecipeError(f"loss.objective is {name!r}: no such file; give a path relative to the working directory")
-    spec = importlib.util.spec_from_file_location("megafork_objective", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    file, function = split(name)
     try:
-        spec.loader.exec_module(module)
+        found = getattr(import_file(file, "megafork_objective"), function, None)
     except Exception as error:  # noqa: BLE001 - whatever the user's own file raises
         raise RecipeError(f"loss.objective is {name!r}: the file cannot be imported ({type(error).__name__}: {error}); fix it") from None
-    found = getattr(module, function, None)
     if not callable(found):
         raise RecipeError(f"loss.objective is {name!r}: {file} defines no function {function!r}; name one that it has")
     return found

@@ -94,8 +94,6 @@ class Sampler:
         self.recipe = recipe
         self.order = PromptOrder(prompts, recipe.run.seed)
         self.dealer = Dealer()
-        self._busy = 0.0
-        """Seconds of the last `generate`."""
         self.engine = engine
         self.verifiers = verifiers
         self.tokenizer = tokenizer
@@ -118,8 +116,8 @@ class Sampler:
             # later rounds sample enough prompts to fill the rest, judging by the share kept so far
             count = missing if round_ == 0 else min(spec.prompts, math.ceil(missing * asked * spec.samples / max(len(kept), 1)))
             prompts = self.order.take(count)
-            held = self._sample(prompts, first_group, step, done)
-            outcomes = self._share(held, done)
+            held, busy_s = self._sample(prompts, first_group, step, done)
+            outcomes = self._share(held, busy_s, done)
             self._learn(prompts, first_group, outcomes)
             first_group, asked, done.refills = first_group + count, asked + count, round_
             accuracy_sum += sum(outcome.accuracy for outcome in outcomes)
@@ -133,8 +131,8 @@ class Sampler:
         self._keep(done, kept, mine)
         return done
 
-    def _sample(self, prompts: Sequence[Prompt], first_group: int, step: int, done: Collected) -> list[Response]:
-        """Judged responses to the prompts assigned to this rank's engine; empty except on the engine's first rank."""
+    def _sample(self, prompts: Sequence[Prompt], first_group: int, step: int, done: Collected) -> tuple[list[Response], float]:
+        """Judged responses to this rank's engine's prompts, empty except on the engine's first rank; and seconds generating."""
         spec, engine = self.recipe.rollout, self.engine
         ours = [(first_group + n, prompts[n]) for n in self.dealer.deal(prompts, engine.engines)[engine.number]]
         keys = [(group, prompt, sample) for group, prompt in ours for sample in range(spec.samples)]
@@ -142,16 +140,16 @@ class Sampler:
         sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids, forks=fork_temperature(spec))
         started = time.perf_counter()
         completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
-        self._busy = time.perf_counter() - started - waited
+        busy_s = time.perf_counter() - started - waited
         if self.verifiers is None:
-            return []
+            return [], busy_s
         done.reward_seconds += waited
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
         done.first_error = done.first_error or (failed[0] if failed else None)
         if texts and not done.example:
             done.example = f"the response to {shown(keys[0][1].text)} was {shown(texts[0])}"
-        return [
+        held = [
             Response(
                 group=group,
                 sample=sample,
@@ -165,6 +163,7 @@ class Sampler:
             )
             for (group, prompt, sample), completion, verdict in zip(keys, completions, verdicts, strict=True)
         ]
+        return held, busy_s
 
     def _judged(
         self, requests: Sequence[Request], sampling: Sampling, rows: Sequence[dict[str, Any]]
@@ -192,13 +191,13 @@ class Sampler:
             verdicts = [begun[place].result() for place in range(len(completions))]
         return completions, [texts[place] for place in range(len(completions))], verdicts, time.perf_counter() - started
 
-    def _share(self, held: list[Response], done: Collected) -> list[Outcome]:
+    def _share(self, held: list[Response], busy_s: float, done: Collected) -> list[Outcome]:
         set_advantages(held, self.recipe)
         mine = [
             Outcome(r.group, r.sample, self.mesh.rank, len(r.prompt_tokens), len(r.tokens), r.accuracy, r.reward, r.truncated) for r in held
         ]
         every: list[tuple[list[Outcome], float | None]] = [([], None) for _ in range(self.mesh.world)]
-        dist.all_gather_object(every, (mine, self._busy if self.engine.rank == 0 else None), group=self.group)
+        dist.all_gather_object(every, (mine, busy_s if self.engine.rank == 0 else None), group=self.group)
         busy = [seconds for _, seconds in every if seconds is not None]
         done.busy_s, done.span_s = done.busy_s + sum(busy), done.span_s + len(busy) * max(busy)
         return sorted(outcome for part, _ in every for outcome in part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 
 from megafork.parallel.reduce import from_last_stage
 from megafork.recipe import Recipe
@@ -17,6 +17,7 @@ from megafork.train.learner import Learner
 from megafork.train.summary import entropy_metrics, update_metrics
 
 Check = Callable[[Mapping[str, float]], None]
+_objective = cache(objective_named)  # a user's file is imported once, not at each step
 
 
 def update_policy(
@@ -31,7 +32,7 @@ def update_policy(
     mesh = learner.mesh
     groups = ForkGroups(mesh.token_group, mesh.cp_group)
     everything = list(itertools.chain(*minibatches))
-    loss = partial(policy_loss, loss=recipe.loss, objective=objective_named(recipe.loss.objective), context=mesh.cp_group)
+    loss = partial(policy_loss, loss=recipe.loss, objective=_objective(recipe.loss.objective), context=mesh.cp_group)
     thresholds: list[Selection] = []
     updates: list[dict[str, float]] = []
 

@@ -26,7 +26,7 @@ class Bridge:
         self.mesh = mesh
         self.plan = Reshard(shape, mesh.layout, mesh.world, rollout_tp)
         self.local = local_parameters(chunks)
-        self.routes = [self.plan.route(mesh.rank, bucket) for bucket in self.plan.buckets]
+        self.routes = self.plan.routes(mesh.rank)
         self.received = self.buffer = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

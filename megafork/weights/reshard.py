@@ -79,17 +79,22 @@ class Reshard:
             for target in range(self.world):
                 yield from self._to(target, parameter, held)
 
-    def route(self, rank: int, bucket: list[Parameter]) -> Route:
-        """The transfers of one rank, computed without enumerating those of others."""
-        tp_rank, stage = rank % self.layout.tp, self.stage(bucket[0])
+    def routes(self, rank: int) -> list[Route]:
+        """One rank's transfers of each bucket, computed without enumerating those of others."""
+        stage, tp_rank = rank // (self.world // self.layout.pp), rank % self.layout.tp
+        # the ranks that receive their copy of this rank's shard from it
+        served = [target for target in range(self.world) if self._source(target, stage, tp_rank) == rank]
+        return [self._route(rank, bucket, served if self.stage(bucket[0]) == stage else []) for bucket in self.buckets]
+
+    def _route(self, rank: int, bucket: list[Parameter], served: list[int]) -> Route:
         receives: dict[int, list[Transfer]] = {}
         sends: dict[int, list[Transfer]] = {}
         for parameter in bucket:
             held = self._held(parameter)
             for transfer in self._to(rank, parameter, held):
                 receives.setdefault(transfer.source, []).append(transfer)
-            for target in self._served(rank) if rank // (self.world // self.layout.pp) == stage else ():
-                if sent := list(self._to(target, parameter, held, only=tp_rank)):
+            for target in served:
+                if sent := list(self._to(target, parameter, held, only=rank % self.layout.tp)):
                     sends.setdefault(target, []).extend(sent)
         return Route(sends, receives)
 
@@ -125,17 +130,6 @@ class Reshard:
         begin, end = (max(0, -((first - edge) // tp)) for edge in (target // self.node * self.node, (target // self.node + 1) * self.node))
         choice = holders[begin:end] or holders  # prefer those on the target's node
         return choice[target // tp % len(choice)]
-
-    def _served(self, rank: int) -> list[int]:
-        """The ranks that receive their copy of `rank`'s shard from it."""
-        if rank not in self._serves:
-            stage, tp_rank = rank // (self.world // self.layout.pp), rank % self.layout.tp
-            self._serves[rank] = [target for target in range(self.world) if self._source(target, stage, tp_rank) == rank]
-        return self._serves[rank]
-
-    @cached_property
-    def _serves(self) -> dict[int, list[int]]:
-        return {}
 
     def stage(self, parameter: Parameter) -> int:
         """The pipeline stage that holds a parameter."""
