@@ -107,7 +107,10 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
     `reduction: official`."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, dtype=torch.float64, attn_implementation="eager")
+    how = {"dtype": torch.float64, "attn_implementation": "eager"}
+    if read_shape(Path(spec.model.path)).moe is not None:
+        how["experts_implementation"] = "eager"  # the grouped product knows no float64
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, **how)
     o = spec.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
@@ -158,7 +161,19 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 "entropy/mean": float(torch.cat([entropy for *_, entropy in old.values()]).mean()),
             }
         )
-    return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
+    return {"history": history, "masks": masks, "weights": dict(_published(model))}
+
+
+def _published(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors under the names of its files, in which every expert has its own."""
+    for name, tensor in model.state_dict().items():
+        head, of_experts, kind = name.partition(".experts.")
+        if not of_experts:
+            yield name, tensor
+        for expert, weight in enumerate(tensor) if of_experts else ():
+            gate_up = dict(zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True))
+            for part, rows in gate_up.items() if kind == "gate_up_proj" else [(kind, weight)]:
+                yield f"{head}.experts.{expert}.{part}.weight", rows
 
 
 def _objective(
