@@ -17,7 +17,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, recipe, save_model
+from tiny import DENSE, MODELS, recipe, save_model
 from torch import Tensor
 from training import Rig
 
@@ -73,9 +73,9 @@ def names_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2), (4, 1)])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DENSE)
 def test_there_and_back_is_bit_equal(model: str, tp: int, pp: int, tmp_path: Path) -> None:
-    architecture, changes = MODELS[model]
+    architecture, changes = DENSE[model]
     source = talking(save_model(tmp_path / "in", architecture, dtype=torch.bfloat16, **changes))
     before = Contents.of(source)
     ticks: list[tuple[int, int]] = []

@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-4, tied, one KV head": ("Phi3", {"num_key_value_heads": 1}),
 }
 """Each family of the table, in the forms that make a difference to its tensors."""
+DENSE = {name: model for name, model in MODELS.items() if "Moe" not in model[0]}
 _CONFIG: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "Phi3": {"pad_token_id": None, "eos_token_id": None},

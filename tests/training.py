@@ -144,8 +144,9 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
                 loss = loss + (value * weight * weights[_name(r)]).sum()
                 clipped += int((held_back & chosen[_name(r)]).sum())
+            balance = _imbalance(model, list(itertools.chain(*micros))) if spec.loss.expert_balance else torch.zeros(())
             adam.zero_grad()
-            loss.backward()
+            (loss + spec.loss.expert_balance * balance).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
             adam.step()
             updates.append(
@@ -249,6 +250,18 @@ def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[
     logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
     return logp.gather(-1, r.tokens.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def _imbalance(model: Any, every: list[Response]) -> torch.Tensor:
+    """E sum_e f_e P_e of each response, from the logits of transformers' routers: averaged over responses, summed over layers."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r in every:
+        ids = torch.cat([r.prompt_tokens, r.tokens]).long()[:-1]  # the last token is never fed
+        for logits in model(ids[None], output_router_logits=True).router_logits:
+            chosen = logits.topk(model.config.num_experts_per_tok, -1).indices
+            shares = torch.bincount(chosen.flatten(), minlength=logits.size(1)) / chosen.numel()
+            total = total + logits.size(1) * (shares * logits.softmax(-1).mean(0)).sum()
+    return total / len(every)
 
 
 SHARES = (0.2, 1.0)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megafork.compat import cpu
 
 cpu.install()
 
+from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 
 _move_to_host = token_dispatcher.maybe_move_tensor_to_cpu
+_gather_rows, _scatter_rows = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
 
 def run_without_transformer_engine() -> None:
@@ -32,3 +36,32 @@ def read_splits_on_host() -> None:
     """Give the all-to-all of tokens its split sizes as numbers. Upstream turns only tensors on a GPU into numpy arrays; those on the CPU
     stay tensors, which `all_to_all_single` refuses. Goes when `maybe_move_tensor_to_cpu` converts both."""
     token_dispatcher.maybe_move_tensor_to_cpu = _splits
+
+
+def _gather(
+    tensor: Tensor, group: dist.ProcessGroup, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    if output_split_sizes is None or tensor.is_cuda or group.size() == 1:
+        return _gather_rows(tensor, group, output_split_sizes, use_global_buffer)
+    gathered = tensor.new_empty(sum(output_split_sizes), *tensor.shape[1:])
+    copies = tensor.repeat(group.size(), *[1] * (tensor.dim() - 1))
+    dist.all_to_all_single(gathered, copies, output_split_sizes, [len(tensor)] * group.size(), group=group)
+    return gathered
+
+
+def _reduce_scatter(
+    tensor: Tensor, group: dist.ProcessGroup, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    if input_split_sizes is None or tensor.is_cuda or group.size() == 1:
+        return _scatter_rows(tensor, group, input_split_sizes, use_global_buffer)
+    mine = input_split_sizes[group.rank()]
+    parts = tensor.new_empty(group.size() * mine, *tensor.shape[1:])
+    dist.all_to_all_single(parts, tensor.contiguous(), [mine] * group.size(), input_split_sizes, group=group)
+    return parts.unflatten(0, (group.size(), mine)).sum(0)
+
+
+def exchange_uneven_rows() -> None:
+    """Gather and reduce-scatter the tokens of an expert's tensor-parallel ranks, which differ in number, over gloo by an all-to-all: gloo's
+    own operations need equally many from each rank. Goes when gloo's do not."""
+    mappings._gather_along_first_dim = _gather
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter

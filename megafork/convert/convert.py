@@ -26,7 +26,7 @@ from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
 from megafork.model.fp8 import CONFIG, Quantized
 from megafork.recipe import Key, Parallel, RecipeError, calling
-from megafork.shape import Shape, check_layout
+from megafork.shape import Shape, check_layout, refuse_experts
 from megafork.weights.checksums import write_sums
 from megafork.weights.huggingface import HuggingFaceWeights, copy_companions, replaced
 from megafork.weights.mapping import pieces, shard_shape, stage_of
@@ -66,6 +66,7 @@ def hf_to_megatron(
         if not source.is_dir():
             raise RecipeError(Key("model.path"), f" is {str(source)!r}: no such folder; give a Hugging Face folder")
         model, weights = open_huggingface(source, keep=dtype == "keep")
+        refuse_experts(model.shape, f"SRC is {str(source)!r}", "train from this folder, no conversion is needed")
         layout = _layout(model.shape, tp, pp)
     specs = _converted(model.specs, dtype)
     tick = _counter(progress, specs, passes=1 + verify)
@@ -107,6 +108,8 @@ def megatron_to_hf(
         check_quantize(quantize, fp8=fp8, verify=verify)
     with calling(_AS_ARGUMENTS):
         model = open_source(source, keep=dtype == "keep")
+    if quantize is not None:
+        refuse_experts(model.shape, f"--quantize is {quantize!r}", "leave it out")
     specs = _converted(model.specs, dtype)
     tensors = model.read()
     if fp8:

@@ -122,6 +122,9 @@ def _layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> ModuleSp
     )
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = PackedCoreAttention
+    if sparse:
+        spec.module = experts.SparseLayer
+        layer.mlp.submodules.router = experts.Router
     modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
         modules |= precision.projections(family)

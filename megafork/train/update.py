@@ -56,4 +56,4 @@ def update_policy(
             if mesh.is_last_stage:
                 set_weights(mini, recipe.forks, recipe.loss, groups)
             updates.append(learner.train(mini, loss))
-    return metrics | update_metrics(everything, thresholds, updates, mesh)
+    return metrics | update_metrics(everything, thresholds, updates, mesh) | learner.expert_metrics()

@@ -8,14 +8,14 @@ already holds a part sends it to itself, so none receives a byte that it has, or
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from megafork.recipe import Parallel
 from megafork.shape import Shape, Span
-from megafork.weights.mapping import Parameter, Piece, full_shape, parameters, pieces, stage_of
+from megafork.weights.mapping import Parameter, Piece, Shards, full_shape, parameters, pieces, shards_of, stage_of
 
 Part = tuple[Span, Span | None]
 """Rows and columns of a Hugging Face tensor; columns None if it is one-dimensional."""
@@ -67,9 +67,9 @@ class Reshard:
     @cached_property
     def alike(self) -> list[tuple[list[Parameter], int]]:
         """One representative of each group of equal-cost buckets, and the group's size: all layers of a stage cost the same."""
-        kinds: dict[tuple[int, str], list[list[Parameter]]] = {}
+        kinds: dict[tuple[int, str, int], list[list[Parameter]]] = {}
         for bucket in self.buckets:
-            kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron), []).append(bucket)
+            kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron, len(bucket)), []).append(bucket)
         return [(buckets[0], len(buckets)) for buckets in kinds.values()]
 
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
@@ -81,20 +81,26 @@ class Reshard:
 
     def routes(self, rank: int) -> list[Route]:
         """One rank's transfers of each bucket, computed without enumerating those of others."""
-        stage, tp_rank = rank // (self.world // self.layout.pp), rank % self.layout.tp
-        # the ranks that receive their copy of this rank's shard from it
-        served = [target for target in range(self.world) if self._source(target, stage, tp_rank) == rank]
-        return [self._route(rank, bucket, served if self.stage(bucket[0]) == stage else []) for bucket in self.buckets]
+        stage = rank // (self.world // self.layout.pp)
 
-    def _route(self, rank: int, bucket: list[Parameter], served: list[int]) -> Route:
+        @cache
+        def served(shards: Shards, shard: int) -> list[int]:
+            """The ranks that receive their copy of this rank's shard from it."""
+            return [target for target in range(self.world) if self._source(target, stage, shards, shard) == rank]
+
+        return [self._route(rank, bucket, served if self.stage(bucket[0]) == stage else None) for bucket in self.buckets]
+
+    def _route(self, rank: int, bucket: list[Parameter], served: Callable[[Shards, int], list[int]] | None) -> Route:
         receives: dict[int, list[Transfer]] = {}
         sends: dict[int, list[Transfer]] = {}
         for parameter in bucket:
+            shards = self._shards(parameter)
+            shard = shards.of(rank % (self.world // self.layout.pp))
             held = self._held(parameter)
             for transfer in self._to(rank, parameter, held):
                 receives.setdefault(transfer.source, []).append(transfer)
-            for target in served:
-                if sent := list(self._to(target, parameter, held, only=rank % self.layout.tp)):
+            for target in served(shards, shard) if served and shard is not None else ():
+                if sent := list(self._to(target, parameter, held, only=shard)):
                     sends.setdefault(target, []).extend(sent)
         return Route(sends, receives)
 
@@ -102,34 +108,39 @@ class Reshard:
         return full_shape(name, self.shape)
 
     def _held(self, parameter: Parameter) -> list[list[Piece]]:
-        """The parameter's pieces on each TP rank."""
-        return [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
+        """The parameter's pieces in each shard."""
+        parts = self._shards(parameter).parts
+        return [pieces(parameter, self.shape, parts, shard) for shard in range(parts)]
+
+    def _shards(self, parameter: Parameter) -> Shards:
+        return shards_of(parameter, self.shape, self.layout)
 
     def _to(self, target: int, parameter: Parameter, held: list[list[Piece]], only: int | None = None) -> Iterator[Transfer]:
-        """The transfers to one rank. `held`: the pieces of each TP rank; `only`: the one TP rank whose transfers are wanted."""
-        own_tp, replicated = target % self.layout.tp, parameter.rule.kind == "replicated"
+        """The transfers to one rank. `held`: the pieces of each shard; `only`: the one shard whose transfers are wanted."""
+        shards, own = self._shards(parameter), target % self.layout.tp
         wanted = {name: needed(name, self.shape, self.rollout_tp, target % self.rollout_tp) for name in parameter.huggingface()}
-        for tp_rank in [own_tp] if replicated else range(self.layout.tp):
-            if only is not None and tp_rank != only:
+        for shard in [own] if parameter.rule.kind == "replicated" else range(shards.parts):
+            if only is not None and shard != only:
                 continue
-            source = self._source(target, self.stage(parameter), tp_rank)
-            for piece in held[tp_rank]:
+            source = self._source(target, self.stage(parameter), shards, shard)
+            for piece in held[shard]:
                 for part in wanted[piece.name]:
                     if common := meet(*part, piece):
                         rows, columns = common
                         left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
                         yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
 
-    def _source(self, target: int, stage: int, tp_rank: int) -> int:
+    def _source(self, target: int, stage: int, shards: Shards, shard: int) -> int:
         """The rank that sends this shard: the target if it holds it, else a holder on its node, else any, with the load spread evenly."""
-        per_stage, tp = self.world // self.layout.pp, self.layout.tp
-        first = stage * per_stage + tp_rank
-        holders = range(first, (stage + 1) * per_stage, tp)
+        per_stage, every = self.world // self.layout.pp, shards.every
+        first = stage * per_stage + shards.first + shard
+        holders = range(first, (stage + 1) * per_stage, every)
         if target in holders:
             return target
-        begin, end = (max(0, -((first - edge) // tp)) for edge in (target // self.node * self.node, (target // self.node + 1) * self.node))
+        node = target // self.node * self.node
+        begin, end = (max(0, -((first - edge) // every)) for edge in (node, node + self.node))
         choice = holders[begin:end] or holders  # prefer those on the target's node
-        return choice[target // tp % len(choice)]
+        return choice[target // every % len(choice)]
 
     def stage(self, parameter: Parameter) -> int:
         """The pipeline stage that holds a parameter."""
