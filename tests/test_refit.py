@@ -73,6 +73,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "TP2 PP2": (4, {"tp": 2, "pp": 2}),
 }
+EXPERTS = {"EP2": (2, {"ep": 2})}
 MODELS = (((True, "fp32"), (False, "bf16")), ((True, "bf16"), (False, "fp32")))
 """Tied or not, and the dtype, two at a time: each layout of two ranks meets all four; of four ranks, whose engines start slowly, a tied
 one of each dtype."""
@@ -90,14 +91,14 @@ def test_a_refitted_engine_is_a_fresh_engine(layout: str, engine_tp: int, tmp_pa
     compare(world, specs, checked)
 
 
-OTHERS = {("TP2", 1): ["Phi3", "Qwen2"], ("PP2", 2): ["Phi3", "Mistral", "Llama"]}
-"""Families besides Qwen3, each in one layout; the one whose files fuse tensors in both."""
+OTHERS = {("TP2", 1): ["Phi3", "Qwen2"], ("PP2", 2): ["Phi3", "Mistral", "Llama"], ("EP2", 2): ["Qwen3Moe"]}
+"""Families besides Qwen3, each in one layout; the one whose files fuse tensors in two."""
 
 
 @pytest.mark.parametrize(("layout", "engine_tp"), OTHERS)
 def test_every_family_is_refitted(layout: str, engine_tp: int, tmp_path: Path) -> None:
     assert {"Qwen3", *itertools.chain(*OTHERS.values())} == {name.removesuffix("ForCausalLM") for name in FAMILIES}
-    world, parallel = LAYOUTS[layout]
+    world, parallel = {**LAYOUTS, **EXPERTS}[layout]
     others = OTHERS[layout, engine_tp]
     specs = [spec_of(tmp_path, other, False, "fp32", parallel, engine_tp, seed=seed) for seed, other in enumerate(others)]
     compare(world, specs, (UPDATES,))

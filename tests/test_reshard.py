@@ -17,9 +17,9 @@ from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.plan.refit import cost, cost_of_full_gather, lower_bound
 from megafork.recipe import Parallel, Recipe
-from megafork.shape import Shape, read_shape
+from megafork.shape import Mixture, Shape, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.mapping import full_shape, parameters, pieces
+from megafork.weights.mapping import Parameter, Piece, full_shape, parameters, pieces
 from megafork.weights.policy_weights import export_policy, load_policy
 from megafork.weights.refit import Bridge
 from megafork.weights.reshard import Reshard, Transfer, needed
@@ -70,7 +70,7 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
     for parameter in parameters(shape):
         if plan.stage(parameter) != stage:
             continue
-        for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
+        for piece in _pieces(parameter, shape, layout, rank % (world // layout.pp)):
             mine, wanted = (torch.zeros(full_shape(piece.name, shape), dtype=torch.bool) for _ in range(2))
             mine[slice(*piece.rows), *([slice(*piece.columns)] if piece.columns else [])] = True
             for rows, columns in needed(piece.name, shape, tp, rank % tp):
@@ -79,11 +79,31 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
     return held
 
 
+def _pieces(parameter: Parameter, shape: Shape, layout: Parallel, place: int) -> list[Piece]:
+    """What the rank at this place of its stage holds. Of experts, by Megatron's order: etp fastest, then ep."""
+    if parameter.expert is None:
+        return pieces(parameter, shape, layout.tp, place % layout.tp)
+    etp = layout.expert_tp
+    mine = parameter.expert * layout.ep // shape.mixture.experts == place // etp % layout.ep
+    return pieces(parameter, shape, etp, place % etp) if mine else []
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["tied", "untied", "Phi-4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, model: str, dtype: str, tmp_path: Path) -> None:
-    world, parallel = LAYOUTS[layout]
+    check_refit(*LAYOUTS[layout], model, dtype, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, {"ep": 2}), (4, {"ep": 2, "tp": 2, "sp": True}), (4, {"ep": 2, "etp": 2, "tp": 2, "sp": True}), (4, {"ep": 2, "pp": 2})],
+)
+def test_no_rank_gets_experts_that_it_holds_or_does_not_need(world: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+    check_refit(world, parallel, "MoE, some layers dense", "fp32", tmp_path)
+
+
+def check_refit(world: int, parallel: dict[str, Any], model: str, dtype: str, tmp_path: Path) -> None:
     architecture, changes = MODELS[model]
     folder = save_model(tmp_path, architecture, **changes)
     spec = recipe(folder, parallel=parallel, precision={"dtype": dtype})
@@ -163,10 +183,15 @@ def test_the_plan_for_32b_needs_no_communication_and_little_traffic(layout: Para
         (24, Parallel(tp=2, pp=4), 8),
         (8, Parallel(tp=8), 1),
         (6, Parallel(tp=2, pp=3), 3),
+        (16, Parallel(tp=2, pp=2, sp=True, ep=4), 4),
+        (16, Parallel(tp=2, pp=2, sp=True, ep=2, etp=2), 2),
     ],
 )
 def test_a_ranks_route_is_its_part_of_the_plan(world: int, layout: Parallel, rollout_tp: int) -> None:
-    plan = Reshard(replace(TINY_SHAPE, layers=12, heads=24, kv_heads=4, hidden=96), layout, world, rollout_tp, node=4)
+    changes: dict[str, Any] = {"layers": 12, "heads": 24, "kv_heads": 4, "hidden": 96}
+    if layout.ep > 1:
+        changes |= {"architecture": "Qwen3MoeForCausalLM", "tied": False, "moe": Mixture(4, 2, 32, True, tuple(range(1, 12)))}
+    plan = Reshard(replace(TINY_SHAPE, **changes), layout, world, rollout_tp, node=4)
     routes = [plan.routes(rank) for rank in range(world)]
     for number, bucket in enumerate(plan.buckets):
         everything = list(plan.transfers(bucket))

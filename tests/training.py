@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import recipe
+from tiny import published, recipe
 
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
@@ -162,19 +162,7 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 "entropy/mean": float(torch.cat([entropy for *_, entropy in old.values()]).mean()),
             }
         )
-    return {"history": history, "masks": masks, "weights": dict(_published(model))}
-
-
-def _published(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's tensors under the names of its files, in which every expert has its own."""
-    for name, tensor in model.state_dict().items():
-        head, of_experts, kind = name.partition(".experts.")
-        if not of_experts:
-            yield name, tensor
-        for expert, weight in enumerate(tensor) if of_experts else ():
-            gate_up = dict(zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True))
-            for part, rows in gate_up.items() if kind == "gate_up_proj" else [(kind, weight)]:
-                yield f"{head}.experts.{expert}.{part}.weight", rows
+    return {"history": history, "masks": masks, "weights": dict(published(model))}
 
 
 def _objective(

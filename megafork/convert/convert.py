@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from megafork.convert import fp8_folder
-from megafork.convert.checkpoint_keys import Stored, chunks, extra_states, stored_parameters
+from megafork.convert.checkpoint_keys import Stored, chunks, extra_state, stored_parameters
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
 from megafork.model.fp8 import CONFIG, Quantized
@@ -66,7 +66,6 @@ def hf_to_megatron(
         if not source.is_dir():
             raise RecipeError(Key("model.path"), f" is {str(source)!r}: no such folder; give a Hugging Face folder")
         model, weights = open_huggingface(source, keep=dtype == "keep")
-        refuse_experts(model.shape, f"SRC is {str(source)!r}", "train from this folder, no conversion is needed")
         layout = _layout(model.shape, tp, pp)
     specs = _converted(model.specs, dtype)
     tick = _counter(progress, specs, passes=1 + verify)
@@ -164,9 +163,8 @@ def _write_megatron(
                         writer.add(s.key, s.size, offset, chunk)
                         tick(chunk.nbytes)
                 if rank == 0:
-                    for layer in sorted({s.layer for s in mine if s.layer is not None}):
-                        for key in extra_states(layer, shape):
-                            writer.add_value(key, None)
+                    for key in filter(None, map(extra_state, mine)):
+                        writer.add_value(key, None)
     writer.finish({"content_metadata": {"singleton_local_shards": False}})
 
 
@@ -199,7 +197,12 @@ def _layout(shape: Shape, tp: int, pp: int) -> Parallel:
         raise RecipeError(f"--tp is {tp} and --pp is {pp}: both must be 1 or more")
     attention = shape.heads * shape.head_dim
     keys_and_values = 2 * shape.kv_heads * shape.head_dim
-    for what, size in (("attention", attention), ("query, key and value", attention + keys_and_values), ("MLP", shape.ffn)):
+    sizes = [("attention", attention), ("query, key and value", attention + keys_and_values)]
+    if shape.has_mlp:
+        sizes.append(("MLP", shape.ffn))
+    if shape.moe is not None:
+        sizes.append(("experts' MLP", shape.moe.ffn))
+    for what, size in sizes:
         if size % tp:
             raise RecipeError(f"--tp is {tp} but the model's {what} has {size} rows: choose a tp that divides them")
     check_layout(shape, Parallel(pp=pp))

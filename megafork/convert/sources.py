@@ -12,7 +12,7 @@ from torch import Tensor
 from megafork.convert.checkpoint_keys import Stored, stored_parameters
 from megafork.convert.torch_dist import DistReader
 from megafork.recipe import Key, RecipeError
-from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter, refuse_experts
+from megafork.shape import Shape, read_dtype, read_shape, refuse_adapter
 from megafork.weights.checkpoint import complete, read_state
 from megafork.weights.checksums import SUMS, damaged_files
 from megafork.weights.huggingface import HuggingFaceWeights, is_finite, not_finite
@@ -80,7 +80,6 @@ def _known(dtype: torch.dtype | None) -> torch.dtype:
 def _open_megatron(folder: Path) -> Source:
     like = config_folder(folder)
     shape = read_shape(like)
-    refuse_experts(shape, f"{str(folder)!r} is a Megatron checkpoint", "use the run's hf/ folder, written after its last step")
     reader = _reader(folder)
     stored = list(stored_parameters(shape))
     _check(folder, reader, stored, shape)
@@ -137,7 +136,7 @@ def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape)
 
 def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
     """A parameter's Hugging Face tensors, as views if they are contiguous in it."""
-    whole = reader.read(stored.key, stored.layer)
+    whole = reader.read(stored.key, stored.index)
     if not is_finite(whole):
         raise not_finite(reader.folder, stored.parameter.name)
     parts = sorted(pieces(stored.parameter, shape, 1, 0), key=lambda part: part.rows)

@@ -125,6 +125,7 @@ def _layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> ModuleSp
     if sparse:
         spec.module = experts.SparseLayer
         layer.mlp.submodules.router = experts.Router
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # only a dense layer's norm is fused with what follows
     modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
         modules |= precision.projections(family)

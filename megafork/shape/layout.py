@@ -67,7 +67,7 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
             Key("parallel.tp"), f" is {layout.tp} but the model has {shape.kv_heads} key-value heads: one must be a multiple of the other"
         )
     sizes = {"hidden_size": shape.hidden}
-    if shape.moe is None or len(shape.moe.layers) < shape.layers:
+    if shape.has_mlp:
         sizes["intermediate_size"] = shape.ffn
     for name, size in sizes.items():
         if size % layout.tp:

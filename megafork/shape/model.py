@@ -89,6 +89,11 @@ class Shape:
         """Whether a layer has experts in place of an MLP."""
         return self.moe is not None and layer in self.moe.layers
 
+    @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has an MLP in place of experts."""
+        return self.moe is None or len(self.moe.layers) < self.layers
+
     def padded_vocab(self, tp: int) -> int:
         """Rows of embedding and head: the vocabulary size, rounded up to a multiple of 16 and of `tp` so that TP ranks hold equal parts."""
         multiple = math.lcm(16, tp)
