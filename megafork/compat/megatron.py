@@ -118,6 +118,7 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
     write = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms, use_fsync=True, use_msc=use_msc)
     written: queue.SimpleQueue[tuple[int, list[Any] | Exception]] = queue.SimpleQueue()
     counted: queue.Queue[int] = queue.Queue()
+    torch.set_num_threads(torch.get_num_threads())  # in a fork, replaces torch's thread pool, which two threads must not do at once
     with ThreadPoolExecutor(max(len(buckets), 1)) as pool:
         for number in range(len(buckets)):
             counted.put(number)
