@@ -91,9 +91,9 @@ def test_a_killed_writer_of_checkpoints_ends_the_run(tmp_path: Path) -> None:
     process = start_megafork("sft", "recipe.yaml", cwd=tmp_path, text=True, **streams)
     deadline, victims = time.monotonic() + 120, 0
     while process.poll() is None and time.monotonic() < deadline:
-        for rank in psutil.Process(process.pid).children():
-            for writer in rank.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            for rank in psutil.Process(process.pid).children():
+                for writer in rank.children(recursive=True):
                     writer.kill()
                     victims += 1
         time.sleep(0.01)
