@@ -27,7 +27,10 @@ FLOORS: list[dict[str, str]] = [  # from the top; each room with its purpose
     {"parallel": "mesh, vocabulary-parallel head, threshold", "data": "prompts, tokenizer, verdicts"},
     {"recipe": "one file specifies a run", "shape": "a model's sizes and layouts", "compat": "fixes to third-party code"},
 ]
-GROUND = ("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "files", "lock", "process", "secret", "joined", "gpus")
+GROUND = (
+    *("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "did_you_mean"),
+    *("files", "lock", "process", "secret", "joined", "gpus"),
+)
 """Small modules on the lowest floor; on that floor rooms may import each other."""
 WALK = ("prompts", "roll-out", "reward", "score", "forks", "update", "refit")
 """The phases of a training step."""
