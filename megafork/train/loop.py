@@ -25,7 +25,7 @@ from megafork.train.prefetch import Prefetch
 from megafork.train.redistribute import redistribute
 from megafork.train.remarks import Remarks, all_failed, mismatch
 from megafork.train.rollout_files import write_evaluation, write_rollouts
-from megafork.train.run import Metrics, Run, Stopped, build_learner
+from megafork.train.run import Metrics, Run, Save, Stopped, build_learner, unsaved
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import staleness
 from megafork.train.update import update_policy
@@ -56,8 +56,11 @@ class Trainer:
         self._compared = False
         """Whether roll-out and trainer have been found to compute the same model."""
 
-    def step(self, step: int, clock: Clock | None = None) -> Metrics:
-        """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
+    def step(self, step: int, clock: Clock | None = None, save: Save = unsaved) -> Metrics:
+        """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank.
+
+        `save`: told the state after the update while the engine still sleeps, when a checkpoint has the most memory.
+        """
         clock = clock or Clock()
         with clock("rollout"):
             collected = self.prefetch.collect(step)
@@ -70,11 +73,13 @@ class Trainer:
         if everything:
             check = partial(self.compare, step=step)
             updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
+        save(step, {**self.sampled, "rng": torch.get_rng_state()}, clock)
         with clock("refit"):
             if self.recipe.rollout.park_training:
                 self.offload.to_host()
-            self.engine.wake()
+            self.engine.wake("weights")
             self.refit(step)
+            self.engine.wake("kv_cache")
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
             write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
         metrics = self.sample_metrics(collected, everything) | staleness(collected.responses, step, self.mesh)
@@ -173,7 +178,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     remarks = Remarks(recipe)
     for step in run.steps:
         with run.step(step) as clock:
-            last = {"step": step, **trainer.step(step, clock)}
+            last = {"step": step, **trainer.step(step, clock, run.save_if_due)}
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate(step)
         told = list(remarks.after(last, first=step == run.start + 1, error=trainer.reward_error, example=trainer.example))
