@@ -27,11 +27,12 @@ from torch import Tensor
 
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import RecipeError
+from megafork.rollout.batch import NoServer
 from megafork.rollout.client import Limits, RequestRefused
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.guard import Guard
-from megafork.rollout.server import NoServer, ServerEngine
+from megafork.rollout.server import ServerEngine
 from megafork.secret import NAME
 
 GENERATE = "/inference/v1/generate"
