@@ -59,7 +59,7 @@ class ServerEngine(Engine):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._session = self._run(_open_session())
-        self._servers = [Server(url, self._session, limits, fork_decoding=config.fork_decoding) for url in urls]
+        self._servers = [Server(url, self._session, limits, fork_decoding=config.fork_decoding, entropies=config.entropies) for url in urls]
         # servers are spread over the ranks, and therefore over the nodes
         self._lanes = {
             n: Lane(server, mesh.device, limits.server_s)
