@@ -19,8 +19,9 @@ class Forks(Section):
     layout; `fixed` uses `threshold`."""
     threshold: NonNegative | None = None
     """tau in nats for `scope: fixed` (the paper's 0.672)."""
-    entropy_from: Literal["old", "current"] = "old"
-    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward)."""
+    entropy_from: Literal["old", "current", "rollout"] = "old"
+    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward), or of the roll-out, which the
+    engine returns beside the log-probs. With `rollout` and `loss.old_log_prob` other than `score` there is no scoring pass."""
     normalize_by: Literal["selected", "response"] = "selected"
     """The loss's denominator counts the selected tokens, or all response tokens."""
 
@@ -52,9 +53,13 @@ class Loss(Section):
     """c: with a negative advantage the loss of `clip` is at most c |A| (official code: 10)."""
     sapo_temperatures: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1.0, 1.05)
     """Steepness of `sapo`'s gate for positive and for negative advantages."""
+    old_log_prob: Literal["score", "rollout", "current"] = "score"
+    """p_old, the denominator of the ratio: scored by the trainer at the start of the step; the roll-out's, so that the ratio also corrects
+    for its older weights or other precision; or the updated policy's own, without gradient, so that the ratio is 1 (needs
+    `train.minibatches: 1`)."""
     importance_cap: Positive | None = None
     """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs from older weights or in another precision. Unset: no
-    weighting."""
+    weighting. Not with `old_log_prob: rollout`, where that is 1."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean per micro-batch, weighted by its number of sequences; or a mean
     per response (GRPO)."""

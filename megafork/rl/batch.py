@@ -38,6 +38,8 @@ class Response:
     advantage: float = 0.0
     versions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     """int32 [n], the step whose weights sampled each token; empty if the response was not sampled in this run."""
+    entropies: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [n], nats, the roll-out engine's at the temperature that drew the tokens; empty unless `forks.entropy_from` is `rollout`."""
 
     @property
     def length(self) -> int:
@@ -80,10 +82,12 @@ class MicroBatch:
     """fp32 [P], at which each token was drawn and its log-prob is taken. Under `rollout.fork_temperature` it is 1 until scoring."""
     entropy_temperature: float
     """Temperature at which entropies are taken: the roll-out's, or 1 under `rollout.fork_temperature`."""
+    rollout_entropy: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], nats; empty unless the engine returned entropies."""
     old_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], log-prob under the policy that starts the step."""
+    """fp32 [P], log-prob under the policy that starts the step, or the roll-out's (`loss.old_log_prob`)."""
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], nats, at `entropy_temperature`."""
+    """fp32 [P], nats, at `entropy_temperature`: those that select the forks (`forks.entropy_from`)."""
     mask: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     """bool [P], the forks."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))

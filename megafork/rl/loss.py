@@ -23,7 +23,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective at the micro-batch's forks, with the sums that the log shows. Every rank of `context` (CP) must call."""
     at = micro.selected
-    old, advantage = micro.old_log_prob[at], micro.advantage[at]
+    old = log_prob.detach() if loss.old_log_prob == "current" else micro.old_log_prob[at]
+    advantage = micro.advantage[at]
     tokens = Tokens(log_prob, old, advantage, micro.sequence[at], len(micro.responses), context)
     value, clipped = objective(tokens, loss)
     with torch.no_grad():
@@ -36,8 +37,8 @@ def policy_loss(
 
 
 def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step over the policy
-    that sampled the response (truncated importance sampling, Ionides 2008)."""
+    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step (under
+    `old_log_prob: current`, the one being updated) over the policy that sampled the response (Ionides 2008)."""
     return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
 
 

@@ -71,7 +71,7 @@ class Trainer:
         everything = [micro for mini in minibatches for micro in mini]
         updated: Metrics = {}
         if everything:
-            check = partial(self.compare, step=step)
+            check = None if self._compared else partial(self.compare, step=step)
             updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
         save(step, {**self.sampled, "rng": torch.get_rng_state()}, clock)
         with clock("refit"):
@@ -97,13 +97,15 @@ class Trainer:
             for rank, micros in enumerate(placed):
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
-        mine = {(r.group, r.sample): r for r in redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
+        entropies = self.recipe.forks.entropy_from == "rollout"
+        received = redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh, entropies=entropies)
+        mine = {(r.group, r.sample): r for r in received}
         packed = packer(self.mesh, whole=self.recipe.micro_batch_padding, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def compare(self, metrics: Mapping[str, float], step: int) -> None:
-        """Raise Stopped if the first scored step shows that roll-out and trainer do not compute the same model."""
-        if not self._compared and (reason := mismatch(metrics, self.recipe)):
+        """Raise Stopped if the first step's comparison shows that roll-out and trainer do not compute the same model."""
+        if reason := mismatch(metrics, self.recipe):
             raise Stopped(f"step {step}: {reason}")
         self._compared = True
 
