@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -315,10 +314,9 @@ def test_tokens_of_uneven_number_are_exchanged_over_gloo() -> None:
 def _queue_processes() -> tuple[int, int]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    megatron_fixes.use_file_for_results()
+    megatron_fixes.write_checkpoints_in_one_process()
     results = filesystem_async._get_write_results_queue()
-    with pytest.raises(queue.Empty):
-        results.get_nowait()
+    assert "was killed" in str(results.get_nowait())
     results.put({"any": "thing"})
     assert results.get_nowait() == {"any": "thing"}
     fixed = len(psutil.Process().children())
