@@ -14,8 +14,13 @@ from tiny import MODELS, recipe, save_model
 from training import Results, Rig, compare, reference, specs, train_on_rank
 
 from megafork.convert.convert import megatron_to_hf
-from megafork.recipe import Parallel, Recipe, RecipeError
+from megafork.model import fp8, precision
+from megafork.plan.hardware import gpu_named
+from megafork.plan.planner import make_plan
+from megafork.plan.refit import count_refit
+from megafork.recipe import Parallel, Precision, Recipe, RecipeError
 from megafork.shape import check_layout, check_rollout_tp, check_world, read_shape
+from megafork.train.inputs import read_inputs
 from megafork.weights.checkpoint import Checkpoints
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -245,3 +250,26 @@ def test_ranks_that_do_not_hold_all_experts(layout: Parallel, ranks: int, said: 
 def test_etp_without_ep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parallel\.etp is 2 but parallel\.ep is 1"):
         recipe(tmp_path, parallel={"etp": 2})
+
+
+def test_what_does_not_know_experts_says_so(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", "MoE")
+    shape, gpu = read_shape(folder), gpu_named("h100")
+    fp8_rollouts = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
+    calls: dict[str, Callable[[], Any]] = {
+        "megafork plan": lambda: make_plan(shape, recipe(folder), 1, gpu),
+        "megafork plan --refit": lambda: count_refit(shape, Parallel(ep=2), 2, 1),
+        "precision.rollout_fp8 is true": lambda: fp8.check_rollouts(shape, fp8_rollouts),
+        "precision.train_fp8 is true": lambda: precision.check_training(shape, Precision(train_fp8=True), 1),
+        "--fp8": lambda: megatron_to_hf(folder, tmp_path / "out", fp8=True),
+    }
+    for what, call in calls.items():
+        with pytest.raises(RecipeError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{what}: not yet supported for a mixture of experts; ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_has_no_experts_to_balance(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"loss\.expert_balance is 0\.1 but the model is dense, it has no experts: leave it out"):
+        read_inputs(recipe(save_model(tmp_path), loss={"expert_balance": 0.1}), supervised=True)
