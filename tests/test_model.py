@@ -17,7 +17,7 @@ from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.shape import FAMILIES, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
-from megafork.weights.mapping import parameters
+from megafork.weights.mapping import parameters, shards_of
 from megafork.weights.policy_weights import export_policy, load_policy, local_parameters
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,8 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
     if mesh.is_rank_zero:
         write_folder(out, exported.items(), like=Path(spec.model.path))
     if spec.parallel.pp == 1:
-        assert list(local_parameters(chunks)) == [parameter.name for parameter in parameters(shape)], "the table has Megatron's order"
+        held = [p.name for p in parameters(shape) if shards_of(p, shape, spec.parallel).of(mesh.rank) is not None]
+        assert list(local_parameters(chunks)) == held, "the table has Megatron's order"
     answers: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
         run_micro_batches(

@@ -222,7 +222,7 @@ def test_every_form_is_read_as_transformers_reads_it(config: dict[str, Any]) -> 
     check_form(config)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(MIXTURES)
 def test_every_mixture_is_read_as_transformers_reads_it(config: dict[str, Any]) -> None:
     check_form(config)
@@ -409,7 +409,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({**MOE, "mlp_only_layers": [2]}, "its mlp_only_layers is [2]: must be a list of layers of the model, from 0 to 1"),
     ({**MOE, "mlp_only_layers": [True]}, "its mlp_only_layers is [True]: must be a list of layers"),
     ({**MOE, "mlp_only_layers": 1}, "its mlp_only_layers is 1: must be a list of layers"),
-    ({**MOE, "router_aux_loss_coef": "0.1"}, "its router_aux_loss_coef is '0.1': must be a number"),
+    ({**MOE, "router_aux_loss_coef": "0.1"}, "its router_aux_loss_coef is '0.1': transformers reads only"),
     ({**MOE, "output_router_logits": None}, "its output_router_logits is None: must be true or false"),
     ({**MOE, "shared_expert_intermediate_size": 64}, "its shared_expert_intermediate_size is 64: megafork does not know"),  # vLLM reads it
     ({**MOE, "n_group": 2}, "its n_group is 2: megafork does not know what it changes"),

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 
 _move_to_host = token_dispatcher.maybe_move_tensor_to_cpu
-_gather_rows, _scatter_rows = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+_gather_rows = mappings._gather_along_first_dim
 
 
 def run_without_transformer_engine() -> None:
@@ -49,19 +49,7 @@ def _gather(
     return gathered
 
 
-def _reduce_scatter(
-    tensor: Tensor, group: dist.ProcessGroup, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
-) -> Tensor:
-    if input_split_sizes is None or tensor.is_cuda or group.size() == 1:
-        return _scatter_rows(tensor, group, input_split_sizes, use_global_buffer)
-    mine = input_split_sizes[group.rank()]
-    parts = tensor.new_empty(group.size() * mine, *tensor.shape[1:])
-    dist.all_to_all_single(parts, tensor.contiguous(), [mine] * group.size(), input_split_sizes, group=group)
-    return parts.unflatten(0, (group.size(), mine)).sum(0)
-
-
-def exchange_uneven_rows() -> None:
-    """Gather and reduce-scatter the tokens of an expert's tensor-parallel ranks, which differ in number, over gloo by an all-to-all: gloo's
-    own operations need equally many from each rank. Goes when gloo's do not."""
+def gather_uneven_rows() -> None:
+    """Gather the tokens of an expert's tensor-parallel ranks, which differ in number, over gloo by an all-to-all: gloo's own gather needs
+    equally many from each rank. Goes when gloo's does not."""
     mappings._gather_along_first_dim = _gather
-    mappings._reduce_scatter_along_first_dim = _reduce_scatter

@@ -26,7 +26,7 @@ def settings(shape: Shape, layout: Parallel) -> dict[str, Any]:
         return {}
     fixes.run_without_transformer_engine()
     fixes.read_splits_on_host()
-    fixes.exchange_uneven_rows()
+    fixes.gather_uneven_rows()
     return {
         "num_moe_experts": shape.moe.experts,
         "moe_layer_freq": _frequency(shape),

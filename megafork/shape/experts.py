@@ -31,7 +31,8 @@ def read_mixture(config: Keys, layers: int) -> Mixture:
             "num_experts_per_tok", "with norm_topk_prob the weight of a token's one expert is always 1, and no router learns"
         )
     config.flag("output_router_logits", default=False)
-    config.number("router_aux_loss_coef", above=-1e15, default=0.001)
+    if type(config.values.get("router_aux_loss_coef", 0.001)) is not float:
+        raise config.error("router_aux_loss_coef", "transformers reads only a number with a decimal point, such as 0.001")
     return Mixture(
         experts=experts,
         per_token=per_token,
