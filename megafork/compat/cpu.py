@@ -81,14 +81,14 @@ def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return created
 
 
-class _Stream:
+class Stream:
     """Stand-in for a CUDA stream or event: CPU operations already run in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event or _Stream()
+        return event or Stream()
 
     def record(self, stream: Any = None) -> None: ...
     def wait(self, stream: Any = None) -> None: ...
@@ -102,11 +102,11 @@ def _redirect_cuda_calls() -> None:
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     for name in ("synchronize", "set_device", "reset_peak_memory_stats"):
         setattr(cuda, name, _no_operation(name))
-    stream = _Stream()
+    stream = Stream()
     cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
     cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    cuda.Stream = type("Stream", (_Stream,), {})  # type: ignore[assignment, misc]
-    cuda.Event = type("Event", (_Stream,), {})  # type: ignore[assignment, misc]
+    cuda.Stream = type("Stream", (Stream,), {})  # type: ignore[assignment, misc]
+    cuda.Event = type("Event", (Stream,), {})  # type: ignore[assignment, misc]
 
 
 def _no_operation(name: str) -> Callable[..., None]:

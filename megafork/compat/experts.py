@@ -53,3 +53,10 @@ def gather_uneven_rows() -> None:
     """Gather the tokens of an expert's tensor-parallel ranks, which differ in number, over gloo by an all-to-all: gloo's own gather needs
     equally many from each rank. Goes when gloo's does not."""
     mappings._gather_along_first_dim = _gather
+
+
+def wait_for_no_stream() -> None:
+    """Let the dispatcher copy its counts to the host without CUDA. It makes its stream from `torch.cuda.Stream`, which vLLM on the CPU
+    replaces by one whose events are None. Goes when vLLM's stand-in returns an event."""
+    if not torch.cuda.is_available():
+        token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = cpu.Stream()

@@ -27,6 +27,7 @@ def settings(shape: Shape, layout: Parallel) -> dict[str, Any]:
     fixes.run_without_transformer_engine()
     fixes.read_splits_on_host()
     fixes.gather_uneven_rows()
+    fixes.wait_for_no_stream()
     return {
         "num_moe_experts": shape.moe.experts,
         "moe_layer_freq": _frequency(shape),
