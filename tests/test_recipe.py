@@ -55,6 +55,10 @@ WRONG = {
     "forks.rest_weight=1.5": "forks.rest_weight is 1.5: must be a number, at least 0 and at most 1",
     "forks.horvitz_thompson=true": "forks.horvitz_thompson is true with forks.select=top: only `random` and `prefix` select by chance",
     "forks.threshold=0.6": "forks.threshold is 0.6 with forks.scope=minibatch: give a threshold with scope=fixed, and only with it",
+    "loss.importance_level=sequence": "loss.importance_level is sequence without loss.importance_cap: no ratio weighs the loss; set a cap",
+    "loss.mismatch.token_mask=[2,5]": "loss.mismatch.token_mask is 2: must be a list of 2 (a number, at least 0 and at most 1; a number",
+    "loss.mismatch.tokn_mask=[0.5,5]": "unknown key loss.mismatch.tokn_mask = [0.5, 5]: did you mean 'token_mask'?",
+    "loss.mismatch.veto=1": "loss.mismatch.veto is 1: must be a number, above 0 and below 1 or null",
     "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
     "model.path=null": "model.path is null: must be text",
@@ -158,6 +162,12 @@ def test_the_last_override_wins_and_sections_agree_only_at_the_end(recipe: Path)
 FILES = {
     LEAST + "forks: {select: gmts, scope: fixed, threshold: 0.5}\n": (
         "forks.select is gmts with forks.scope=fixed: a fixed threshold in nats selects `top` or `bottom`"
+    ),
+    LEAST + "forks: {select: prefix}\nloss: {mismatch: {veto: 1e-4}}\n": (
+        "loss.mismatch.veto is 0.0001 with forks.select=prefix: the ratio of a response needs all its tokens"
+    ),
+    LEAST + "forks: {select: prefix}\nloss: {importance_cap: 2, importance_level: geometric}\n": (
+        "loss.importance_level is geometric with forks.select=prefix: the ratio of a response needs all its tokens"
     ),
     LEAST + "forks: {select: covariance, scope: sequence}\n": (
         "forks.select is covariance with forks.scope=sequence: all tokens of a response have the same advantage"

@@ -78,6 +78,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "forks": {"select": "prefix", "top_entropy_quantile": 0.6, "horvitz_thompson": True, "normalize_by": "response"},
         "loss": {"reduction": "seq-mean"},
     },
+    "IcePop": {"loss": {"importance_cap": 2.0, "mismatch": {"token_mask": [0.5, 2.0]}}},
+    "sequence importance, geometric mask": {
+        "loss": {"importance_cap": 3.0, "importance_level": "sequence", "mismatch": {"geometric_mask": [0.8, 1.25]}, "objective": "gspo"}
+    },
+    "geometric importance, sequence mask, veto": {
+        "loss": {"importance_cap": 1.1, "importance_level": "geometric", "mismatch": {"sequence_mask": [0.01, 100.0], "veto": 0.2}}
+    },
     "all tokens in the denominator": {"forks": {"normalize_by": "response"}, "rollout": {"temperature": 1.5}},
 }
 

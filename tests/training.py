@@ -14,7 +14,7 @@ from tiny import recipe
 
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
-from megafork.recipe import Forks, Recipe, Rollout
+from megafork.recipe import Forks, Loss, Recipe, Rollout
 from megafork.rl import prefix
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer, placement, plan
@@ -144,8 +144,7 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 masked = weights[_name(r)] > 0
                 masks.update({(step, *_name(r), n): bool(m) for n, m in enumerate(masked)})
                 value, held_back = _objective(spec, _score(model, r, drawn_at)[0], old_log_prob, r.advantage, masked)
-                cap = spec.loss.importance_cap
-                weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
+                weight = correction(spec.loss, (old_log_prob - r.log_probs).tolist())
                 loss = loss + (value * weight * weights[_name(r)]).sum()
                 clipped += int((held_back & masked).sum())
             adam.zero_grad()
@@ -189,6 +188,22 @@ def _objective(
     if loss.dual_clip is not None and advantage < 0:
         value = value.clamp(max=-advantage * loss.dual_clip)
     return value, bound > free
+
+
+def correction(loss: Loss, log_ratios: list[float]) -> torch.Tensor:
+    """The factor of each token's loss of a response, from the log of p_old / p_rollout of each: fp64."""
+    spec, n = loss.mismatch, len(log_ratios)
+    product, ratios = math.exp(sum(log_ratios)), [math.exp(x) for x in log_ratios]
+    of_level = {"token": ratios, "sequence": [product] * n, "geometric": [product ** (1 / n)] * n}
+    cap = loss.importance_cap
+    factors = [1.0 if cap is None else min(ratio, cap) for ratio in of_level[loss.importance_level]]
+    bands = {"token": spec.token_mask, "sequence": spec.sequence_mask, "geometric": spec.geometric_mask}
+    for level, band in bands.items():
+        if band is not None:
+            factors = [f * (band[0] <= ratio <= band[1]) for f, ratio in zip(factors, of_level[level], strict=True)]
+    if spec.veto is not None and min(ratios) < spec.veto:
+        factors = [0.0] * n
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 def _name(r: Response) -> tuple[int, int]:

@@ -71,11 +71,20 @@ class Recipe(Section):
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
         for key, value in {"precision.rollout_fp8": self.precision.rollout_fp8, "rollout.staleness": self.rollout.staleness}.items():
-            if value and self.loss.importance_cap is None:
+            if value and self.loss.importance_cap is None and not self.loss.mismatch.masks:
                 raise ValueError(
                     f"{key} is {str(value).lower()} without loss.importance_cap: tokens would count as if the newest weights in full "
                     f"precision had drawn them; set loss.importance_cap=2, or leave {key} out"
                 )
+        if self.forks.select == "prefix":
+            whole = {f"mismatch.{key}": value for key, value in self.loss.mismatch.of_responses.items()}
+            whole["importance_level"] = self.loss.importance_level if self.loss.importance_level != "token" else None
+            for key, bound in whole.items():
+                if bound is not None:
+                    raise ValueError(
+                        f"loss.{key} is {bound} with forks.select=prefix: the ratio of a response needs all its tokens, and the last are "
+                        "cut off; choose loss.mismatch.token_mask or another forks.select"
+                    )
         if self.reward.overlong == "shaping" and self.reward.overlong_buffer > self.rollout.max_response_length:
             raise ValueError(
                 f"reward.overlong_buffer is {self.reward.overlong_buffer} but rollout.max_response_length is "

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megafork.recipe.kinds import AboveOne, BelowOne, CountOrZero, Fraction, Megabytes, NonNegative, Positive, Section
+from megafork.recipe.kinds import (
+    AboveOne,
+    AtLeastOne,
+    AtMostOne,
+    BelowOne,
+    CountOrZero,
+    Fraction,
+    InsideOne,
+    Megabytes,
+    NonNegative,
+    Positive,
+    Section,
+)
 from megafork.user_code import name_problem
 
 RULES = ("top", "bottom", "random", "all", "prefix", "gmts", "gradient", "covariance", "rsi", "stapo")
@@ -33,7 +45,7 @@ class Forks(Section):
     """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward)."""
     normalize_by: Literal["selected", "response"] = "selected"
     """The loss's denominator counts the selected tokens, or all response tokens."""
-    rest_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    rest_weight: AtMostOne = 0.0
     """Weight of the tokens that are not selected, relative to the selected ones: 0 masks them, 1 trains on all alike."""
     horvitz_thompson: bool = False
     """Divide the loss of each token by the probability with which it was selected: an unbiased estimate of the loss over all tokens. Only
@@ -101,6 +113,31 @@ class Forks(Section):
         return self
 
 
+Band = Annotated[tuple[AtMostOne, AtLeastOne], Field(strict=False)]
+"""Bounds of a ratio, which is 1 where both policies agree."""
+
+
+class Mismatch(Section):
+    token_mask: Band | None = None
+    """[low, high]: tokens with p_old / p_rollout outside do not count (IcePop: [0.5, 5] with `importance_cap=5`)."""
+    sequence_mask: Band | None = None
+    """Responses whose product of these ratios is outside do not count."""
+    geometric_mask: Band | None = None
+    """Responses whose geometric mean of these ratios is outside do not count."""
+    veto: InsideOne | None = None
+    """Responses with a token whose ratio is below this do not count (1e-4 is usual)."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether any token may not count."""
+        return any(bound is not None for bound in (self.token_mask, *self.of_responses.values()))
+
+    @property
+    def of_responses(self) -> dict[str, object]:
+        """The masks that need all tokens of a response, by key."""
+        return {"sequence_mask": self.sequence_mask, "geometric_mask": self.geometric_mask, "veto": self.veto}
+
+
 class Loss(Section):
     objective: str = "clip"
     """`clip` (PPO's with clip-higher, as the paper), `gspo` (sequence ratio), `cispo` (clipped weight), `sapo` (soft gate), `reinforce`
@@ -116,6 +153,10 @@ class Loss(Section):
     importance_cap: Positive | None = None
     """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs from older weights or in another precision. Unset: no
     weighting."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """The ratio that `importance_cap` truncates: the token's own, the product of all of its response, or their geometric mean."""
+    mismatch: Mismatch = Mismatch()
+    """Masks on the same ratios. What does not count has no loss and stays in its denominator; formulas: docs/algorithm.md."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean per micro-batch, weighted by its number of sequences; or a mean
     per response (GRPO)."""
@@ -125,7 +166,11 @@ class Loss(Section):
     """MiB for the one [chunk, vocabulary / TP] fp32 buffer of the log-prob and entropy head."""
 
     @model_validator(mode="after")
-    def _dual_clip_bounds_a_clip(self) -> Loss:
+    def _keys_have_an_effect(self) -> Loss:
+        if self.importance_level != "token" and self.importance_cap is None:
+            raise ValueError(
+                f"loss.importance_level is {self.importance_level} without loss.importance_cap: no ratio weighs the loss; set a cap"
+            )
         if self.dual_clip is not None and self.objective != "clip":
             raise ValueError(f"loss.dual_clip is {self.dual_clip} with loss.objective={self.objective}: only `clip` has it; leave it out")
         return self

@@ -98,6 +98,8 @@ class MicroBatch:
     """bool [P], the tokens with a loss: the forks, or all under `forks.rest_weight`."""
     emphasis: Tensor | None = None
     """fp32 [P], weight of each token in the mask relative to the others. None: 1."""
+    correction: Tensor | None = None
+    """fp32 [P], factor of each token's loss for roll-outs from another policy (after scoring). None: 1."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], weight of each position's loss; 0 outside the mask."""
 

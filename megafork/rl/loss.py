@@ -30,16 +30,13 @@ def policy_loss(
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
         report = {"tokens": torch.full_like(at[:0].sum(), len(at)), "clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
-        if loss.importance_cap is None:
+        if micro.correction is None:
             return value, report
-        ratio = importance(old, micro.rollout_log_prob[micro.selected], loss.importance_cap)
-    return value * ratio, {**report, "importance": ratio.sum(), "capped": (ratio >= loss.importance_cap).sum()}
-
-
-def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step over the policy
-    that sampled the response (truncated importance sampling, Ionides 2008)."""
-    return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
+        factor = micro.correction[at]
+        report |= {"importance": factor.sum(), "masked": (factor == 0).sum()}
+        if loss.importance_cap is not None:
+            report["capped"] = (factor >= loss.importance_cap).sum()
+    return value * factor, report
 
 
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:

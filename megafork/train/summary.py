@@ -22,11 +22,17 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
         delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
         levels = percentiles([micro.entropy for micro in micros], (0.5, 0.8, 0.95), group=groups.tokens)
         shares = dict(zip(("entropy/p50", "entropy/p80", "entropy/p95"), levels, strict=True))
+        divergences = [_k3(micro.old_log_prob - micro.rollout_log_prob) for micro in micros]
+        levels = percentiles(divergences, (0.5, 0.95, 0.99), group=groups.tokens)
+        shares |= dict(zip(("rollout_mismatch/kl_p50", "rollout_mismatch/kl_p95", "rollout_mismatch/kl_p99"), levels, strict=True))
         sums = {
             "tokens": entropy.numel(),
             "entropy": entropy.double().sum(),
             "low": (entropy < 0.05).sum(),
             "kl": (delta.exp() - 1 - delta).sum(),
+            "k1": -delta.sum(),
+            "ratio": delta.clamp(max=300.0).exp().sum(),
+            "square": (2.0 * delta.clamp(max=300.0)).exp().sum(),
         }
         worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
     total = over_tokens(sums, mesh)
@@ -35,8 +41,16 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
         "entropy/mean": total["entropy"] / total["tokens"],
         "entropy/share_below_0.05": total["low"] / total["tokens"],
         "rollout_mismatch/kl": total["kl"] / total["tokens"],
+        "rollout_mismatch/k1": total["k1"] / total["tokens"],
+        "rollout_mismatch/ess": total["ratio"] ** 2 / total["square"] / total["tokens"],
         "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
     }
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """r - 1 - log r of each token, fp32, 0 or more; its mean over tokens that p_rollout drew is KL(rollout || trainer)."""
+    wide = log_ratio.double()
+    return (torch.expm1(wide) - wide).clamp(min=0.0).float()
 
 
 def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, float]:
@@ -58,7 +72,7 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
     learned = max(sum(update["tokens"] for update in updates), 1)
     capped = {
         f"loss/{name}": sum(update[key] for update in updates) / learned
-        for name, key in (("importance", "importance"), ("capped_fraction", "capped"))
+        for name, key in (("importance", "importance"), ("capped_fraction", "capped"), ("masked_fraction", "masked"))
         if key in updates[0]
     }
     return {

@@ -11,6 +11,7 @@ from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.loss import policy_loss, set_weights
+from megafork.rl.mismatch import set_corrections
 from megafork.rl.objectives import objective_named
 from megafork.train.clock import Clock
 from megafork.train.learner import Learner
@@ -42,6 +43,8 @@ def update_policy(
 
     with clock("score"):
         learner.score(everything)
+        if mesh.is_last_stage:
+            set_corrections(everything, recipe.loss, mesh.cp_group)
         metrics = entropy_metrics(everything, groups, mesh)
         if check is not None:
             check(metrics)
