@@ -14,10 +14,11 @@ from torch import Tensor
 from training import Rig, correction, responses
 
 from megafork.recipe import Forks, Loss
+from megafork.rl import mismatch
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups, select_forks
 from megafork.rl.loss import policy_loss, set_weights
-from megafork.rl.mismatch import set_corrections
+from megafork.rl.mismatch import set_response_corrections
 from megafork.rl.packing import pack
 
 RESPONSES = make_responses([*random_lengths(14), (1, 1), (5, 40)])
@@ -41,14 +42,19 @@ def drifted() -> dict[Name, Tensor]:
     return {name(r): r.log_probs + 0.35 * torch.randn(len(r.tokens), generator=generator) for r in RESPONSES}
 
 
+def factor_of(micro: MicroBatch, loss: Loss) -> Tensor | None:
+    everywhere = torch.arange(len(micro.positions))
+    return mismatch.correction(micro.old_log_prob - micro.rollout_log_prob, micro.response_correction, everywhere, loss)
+
+
 def correct(micros: list[MicroBatch], groups: ForkGroups, log_probs: dict[Name, Tensor]) -> list[dict[Token, float] | None]:
     """This rank's factors by token, case by case."""
     found: list[dict[Token, float] | None] = []
     for micro in micros:
         micro.old_log_prob = spread(micro, log_probs)
     for case in CASES:
-        set_corrections(micros, case, groups.context)
-        factors = [micro.correction for micro in micros if micro.correction is not None]
+        set_response_corrections(micros, case, groups.context)
+        factors = [factor for micro in micros if (factor := factor_of(micro, case)) is not None]
         found.append(by_token(micros, factors) if factors else None)
     return found
 
@@ -76,14 +82,16 @@ def test_what_does_not_count_has_no_loss_and_stays_in_the_denominator() -> None:
     for batch, spec in ((micro, loss), (plain, Loss())):
         batch.old_log_prob = spread(batch, drifted())
         batch.entropy = torch.rand(len(batch.positions), generator=torch.Generator().manual_seed(0))
-        set_corrections([batch], spec, None)
+        set_response_corrections([batch], spec, None)
         select_forks([batch], Forks(top_entropy_quantile=0.5), ForkGroups(), seed=0, step=0)
         set_weights([batch], Forks(), spec, ForkGroups())
         value, report = policy_loss(batch.old_log_prob[batch.selected] + 0.1, batch, loss=spec)
         shares.append((value, report))
     assert torch.equal(micro.weight, plain.weight)
     (masked, report), (whole, bare) = shares
-    out = micro.correction[micro.selected] == 0  # type: ignore[index]
+    factor = factor_of(micro, loss)
+    assert factor is not None
+    out = factor[micro.selected] == 0
     assert 0 < int(out.sum()) == int(report["masked"]) < len(out)
     assert torch.equal(masked[~out], whole[~out]) and not masked[out].any()
     assert "masked" not in bare

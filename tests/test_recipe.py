@@ -169,6 +169,10 @@ FILES = {
     LEAST + "forks: {select: prefix}\nloss: {importance_cap: 2, importance_level: geometric}\n": (
         "loss.importance_level is geometric with forks.select=prefix: the ratio of a response needs all its tokens"
     ),
+    LEAST + "loss: {old_log_prob: rollout, mismatch: {token_mask: [0.5, 2]}}\n": "loss.mismatch has a mask with loss.old_log_prob=rollout",
+    LEAST + "loss: {old_log_prob: current, mismatch: {geometric_mask: [0.5, 2]}}\n": (
+        "loss.mismatch.geometric_mask is (0.5, 2.0) with loss.old_log_prob=current: the ratio of a response needs all its tokens' log-probs"
+    ),
     LEAST + "forks: {select: covariance, scope: sequence}\n": (
         "forks.select is covariance with forks.scope=sequence: all tokens of a response have the same advantage"
     ),

@@ -41,8 +41,9 @@ class Forks(Section):
     layout; `fixed` uses `threshold`."""
     threshold: NonNegative | None = None
     """tau in nats for `scope: fixed` (the paper's 0.672)."""
-    entropy_from: Literal["old", "current"] = "old"
-    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward)."""
+    entropy_from: Literal["old", "current", "rollout"] = "old"
+    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward), or of the roll-out, which the
+    engine returns beside the log-probs. With `rollout` and `loss.old_log_prob` other than `score` there is no scoring pass."""
     normalize_by: Literal["selected", "response"] = "selected"
     """The loss's denominator counts the selected tokens, or all response tokens."""
     rest_weight: AtMostOne = 0.0
@@ -130,12 +131,7 @@ class Mismatch(Section):
     @property
     def masks(self) -> bool:
         """Whether any token may not count."""
-        return any(bound is not None for bound in (self.token_mask, *self.of_responses.values()))
-
-    @property
-    def of_responses(self) -> dict[str, object]:
-        """The masks that need all tokens of a response, by key."""
-        return {"sequence_mask": self.sequence_mask, "geometric_mask": self.geometric_mask, "veto": self.veto}
+        return self != Mismatch()
 
 
 class Loss(Section):
@@ -150,9 +146,13 @@ class Loss(Section):
     """c: with a negative advantage the loss of `clip` is at most c |A| (official code: 10)."""
     sapo_temperatures: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1.0, 1.05)
     """Steepness of `sapo`'s gate for positive and for negative advantages."""
+    old_log_prob: Literal["score", "rollout", "current"] = "score"
+    """p_old, the denominator of the ratio: scored by the trainer at the start of the step; the roll-out's, so that the ratio also corrects
+    for its older weights or other precision; or the updated policy's own, without gradient, so that the ratio is 1 (needs
+    `train.minibatches: 1`)."""
     importance_cap: Positive | None = None
     """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs from older weights or in another precision. Unset: no
-    weighting."""
+    weighting. Not with `old_log_prob: rollout`, where that is 1."""
     importance_level: Literal["token", "sequence", "geometric"] = "token"
     """The ratio that `importance_cap` truncates: the token's own, the product of all of its response, or their geometric mean."""
     mismatch: Mismatch = Mismatch()
@@ -164,6 +164,13 @@ class Loss(Section):
     """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
     head_memory_mb: Megabytes = 256
     """MiB for the one [chunk, vocabulary / TP] fp32 buffer of the log-prob and entropy head."""
+
+    @property
+    def ratios_of_responses(self) -> dict[str, object]:
+        """What is set of the keys that need the log-probs of all tokens of a response."""
+        keys = {"importance_level": None if self.importance_level == "token" else self.importance_level}
+        keys |= {f"mismatch.{key}": getattr(self.mismatch, key) for key in ("sequence_mask", "geometric_mask", "veto")}
+        return {key: value for key, value in keys.items() if value is not None}
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> Loss:

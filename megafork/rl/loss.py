@@ -16,6 +16,7 @@ from megafork.parallel.to_device import to_device
 from megafork.recipe import Forks, Loss
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
+from megafork.rl.mismatch import correction
 from megafork.rl.objectives import Objective, Tokens, clip
 
 
@@ -24,15 +25,16 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective at the micro-batch's forks, with the sums that the log shows. Every rank of `context` (CP) must call."""
     at = micro.selected
-    old, advantage = micro.old_log_prob[at], micro.advantage[at]
+    old = log_prob.detach() if loss.old_log_prob == "current" else micro.old_log_prob[at]
+    advantage = micro.advantage[at]
     tokens = Tokens(log_prob, old, advantage, micro.sequence[at], len(micro.responses), context)
     value, clipped = objective(tokens, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
         report = {"tokens": torch.full_like(at[:0].sum(), len(at)), "clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
-        if micro.correction is None:
+        factor = correction(old - micro.rollout_log_prob[at], micro.response_correction, at, loss)
+        if factor is None:
             return value, report
-        factor = micro.correction[at]
         report |= {"importance": factor.sum(), "masked": (factor == 0).sum()}
         if loss.importance_cap is not None:
             report["capped"] = (factor >= loss.importance_cap).sum()

@@ -23,30 +23,47 @@ MOST = 20.0
 """Largest |log ratio| that is told apart."""
 
 
-def set_corrections(micros: list[MicroBatch], loss: Loss, context: dist.ProcessGroup | None) -> None:
-    """Set `correction` of every micro-batch from its old and its roll-out log-probs.
-
-    Every rank of `context` (CP) on the last pipeline stage must call; only ratios of responses communicate, in at most two all-reduces per
-    micro-batch."""
-    for micro in micros:
-        micro.correction = correction(micro, loss, context) if loss.importance_cap is not None or loss.mismatch.masks else None
-
-
-def correction(micro: MicroBatch, loss: Loss, context: dist.ProcessGroup | None) -> Tensor:
-    """The factor of each token's loss, fp32 [P], 0 or more. Collective behaviour as for `set_corrections`."""
-    spec, log_ratio = loss.mismatch, micro.old_log_prob - micro.rollout_log_prob
-    ratios = {"token": log_ratio.clamp(max=MOST).exp()}
-    if loss.importance_level != "token" or spec.sequence_mask or spec.geometric_mask:
-        total, mean = (part[micro.sequence].clamp(-MOST, MOST).exp().float() for part in _of_responses(micro, log_ratio, context))
-        ratios |= {"sequence": total, "geometric": mean}
-    factor = torch.ones_like(log_ratio) if loss.importance_cap is None else ratios[loss.importance_level].clamp(max=loss.importance_cap)
-    bands = {"token": spec.token_mask, "sequence": spec.sequence_mask, "geometric": spec.geometric_mask}
-    for level, band in bands.items():
-        if band is not None:
-            factor = factor * ((ratios[level] >= band[0]) & (ratios[level] <= band[1]))
-    if spec.veto is not None:
-        factor = factor * (_worst(micro, log_ratio, context) >= math.log(spec.veto))[micro.sequence]
+def correction(log_ratio: Tensor, of_response: Tensor | None, at: Tensor, loss: Loss) -> Tensor | None:
+    """The factor of the loss of the tokens at the indices `at` [P'], from their log r_t [P'] and the `response_correction` [P]: fp32 [P'],
+    0 or more; None if it is 1. No communication."""
+    ratio, mask = log_ratio.clamp(max=MOST).exp(), loss.mismatch.token_mask
+    factor = None if of_response is None else of_response[at]
+    if loss.importance_cap is not None and loss.importance_level == "token":
+        factor = _times(factor, ratio.clamp(max=loss.importance_cap))
+    if mask is not None:
+        factor = _times(factor, _within(ratio, mask).float())
     return factor
+
+
+def set_response_corrections(micros: list[MicroBatch], loss: Loss, context: dist.ProcessGroup | None) -> None:
+    """Set `response_correction` of every micro-batch from its old and its roll-out log-probs.
+
+    Every rank of `context` (CP) on the last pipeline stage must call. Two all-reduces per micro-batch at most, none if no key asks.
+    """
+    for micro in micros:
+        micro.response_correction = _response_correction(micro, loss, context) if loss.ratios_of_responses else None
+
+
+def _response_correction(micro: MicroBatch, loss: Loss, context: dist.ProcessGroup | None) -> Tensor:
+    spec, log_ratio = loss.mismatch, micro.old_log_prob - micro.rollout_log_prob
+    total, mean = (part.clamp(-MOST, MOST).exp() for part in _of_responses(micro, log_ratio, context))
+    factor = torch.ones_like(total)
+    if loss.importance_cap is not None and loss.importance_level != "token":
+        factor = (total if loss.importance_level == "sequence" else mean).clamp(max=loss.importance_cap)
+    for ratio, band in ((total, spec.sequence_mask), (mean, spec.geometric_mask)):
+        if band is not None:
+            factor = factor * _within(ratio, band)
+    if spec.veto is not None:
+        factor = factor * (_worst(micro, log_ratio, context) >= math.log(spec.veto))
+    return factor.float()[micro.sequence]
+
+
+def _times(factor: Tensor | None, other: Tensor) -> Tensor:
+    return other if factor is None else factor * other
+
+
+def _within(ratio: Tensor, band: tuple[float, float]) -> Tensor:
+    return (ratio >= band[0]) & (ratio <= band[1])
 
 
 def _of_responses(micro: MicroBatch, values: Tensor, context: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ def cut(response: Response, recipe: Recipe, *, step: int) -> Response:
         tokens=response.tokens[:end],
         log_probs=response.log_probs[:end],
         versions=response.versions[:end],
+        entropies=response.entropies[:end],
         cut=length - end,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,37 +15,19 @@ from megafork.rl.forks import ForkGroups, Selection
 
 
 def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
-    """Entropy of the step's response tokens, and mismatch between the engine's and the trainer's log-probs, before any update."""
+    """Entropy of the step's response tokens, before any update."""
     shares: dict[str, float] = {}
     sums: dict[str, Tensor | float] = {}
-    worst: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
         entropy = torch.cat([micro.entropy for micro in micros])
-        delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
         levels = percentiles([micro.entropy for micro in micros], (0.5, 0.8, 0.95), group=groups.tokens)
         shares = dict(zip(("entropy/p50", "entropy/p80", "entropy/p95"), levels, strict=True))
-        divergences = [_k3(micro.old_log_prob - micro.rollout_log_prob) for micro in micros]
-        levels = percentiles(divergences, (0.5, 0.95, 0.99), group=groups.tokens)
-        shares |= dict(zip(("rollout_mismatch/kl_p50", "rollout_mismatch/kl_p95", "rollout_mismatch/kl_p99"), levels, strict=True))
-        sums = {
-            "tokens": entropy.numel(),
-            "entropy": entropy.double().sum(),
-            "low": (entropy < 0.05).sum(),
-            "kl": (delta.exp() - 1 - delta).sum(),
-            "k1": -delta.sum(),
-            "ratio": delta.clamp(max=300.0).exp().sum(),
-            "square": (2.0 * delta.clamp(max=300.0)).exp().sum(),
-        }
-        worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
+        sums = {"tokens": entropy.numel(), "entropy": entropy.double().sum(), "low": (entropy < 0.05).sum()}
     total = over_tokens(sums, mesh)
     return {
         **from_last_stage(shares, mesh),
         "entropy/mean": total["entropy"] / total["tokens"],
         "entropy/share_below_0.05": total["low"] / total["tokens"],
-        "rollout_mismatch/kl": total["kl"] / total["tokens"],
-        "rollout_mismatch/k1": total["k1"] / total["tokens"],
-        "rollout_mismatch/ess": total["ratio"] ** 2 / total["square"] / total["tokens"],
-        "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
     }
 
 
@@ -51,6 +35,41 @@ def _k3(log_ratio: Tensor) -> Tensor:
     """r - 1 - log r of each token, fp32, 0 or more; its mean over tokens that p_rollout drew is KL(rollout || trainer)."""
     wide = log_ratio.double()
     return (torch.expm1(wide) - wide).clamp(min=0.0).float()
+
+
+def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Mismatch between the engine's and the trainer's log-probs and, if `masks` is given, entropies, on scored micro-batches.
+
+    masks: for each micro-batch, the forks by the trainer's entropies and those by the engine's; they are read on the last stage.
+    """
+    levels: dict[str, float] = {}
+    sums: dict[str, Tensor | float] = {}
+    worst: dict[str, Tensor | float] = {}
+    if mesh.is_last_stage:
+        delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
+        found = percentiles(_k3(delta), (0.5, 0.95, 0.99), group=mesh.token_group)
+        levels = dict(zip(("rollout_mismatch/kl_p50", "rollout_mismatch/kl_p95", "rollout_mismatch/kl_p99"), found, strict=True))
+        sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum(), "k1": -delta.sum()}
+        sums |= {"ratio": delta.clamp(max=300.0).exp().sum(), "square": (2.0 * delta.clamp(max=300.0)).exp().sum()}
+        worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
+        if masks:
+            apart = torch.cat([micro.entropy - micro.rollout_entropy for micro in micros]).double()
+            sums["entropy"] = apart.abs().sum()
+            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in masks]).sum()
+            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in masks]).sum()
+    total = over_tokens(sums, mesh)
+    tokens = max(total["tokens"], 1)
+    metrics = {
+        "rollout_mismatch/kl": total["kl"] / tokens,
+        "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
+        "rollout_mismatch/k1": total["k1"] / tokens,
+        "rollout_mismatch/ess": total["ratio"] ** 2 / (total["square"] or 1.0) / tokens,
+        **from_last_stage(levels, mesh),
+    }
+    if "forks" in total:
+        metrics["rollout_mismatch/entropy"] = total["entropy"] / tokens
+        metrics["rollout_mismatch/mask"] = total["differ"] / max(total["forks"], 1)
+    return metrics
 
 
 def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, float]:
