@@ -85,6 +85,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "geometric importance, sequence mask, veto": {
         "loss": {"importance_cap": 1.1, "importance_level": "geometric", "mismatch": {"sequence_mask": [0.01, 100.0], "veto": 0.2}}
     },
+    "two clips and two penalties": {  # Archer's
+        "forks": {"rest_weight": 1.0},
+        "loss": {"clip_low": 0.3, "clip_high": 0.4, "clip_rest": [0.02, 0.03], "kl": {"coef": 0.02, "rest_coef": 0.2}},
+    },
+    "k1": {"loss": {"kl": {"coef": 0.1, "estimator": "k1"}}},
+    "k2, entropy bonus": {"loss": {"kl": {"coef": 0.1, "estimator": "k2"}, "entropy_bonus": 0.05}},
+    "Clip-Cov": {"forks": {"top_entropy_quantile": 1.0}, "loss": {"clip_cov": [1.0, 0.05, 5.0]}},
+    "KL-Cov": {"forks": {"top_entropy_quantile": 1.0}, "loss": {"kl_cov": [0.1, 0.5]}},
     "all tokens in the denominator": {"forks": {"normalize_by": "response"}, "rollout": {"temperature": 1.5}},
 }
 

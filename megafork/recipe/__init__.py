@@ -112,19 +112,36 @@ class Recipe(Section):
             )
         if self.loss.old_log_prob == "rollout" and self.loss.mismatch.masks:
             raise ValueError(
-                "loss.mismatch has a mask with loss.old_log_prob=rollout: p_old / p_rollout is 1, so nothing is outside; leave the mask out, or "
+                "loss.mismatch has a mask with loss.old_log_prob=rollout: p_old / p_rollout is 1, so nothing is outside; leave it out, or "
                 "set old_log_prob=score"
             )
         if self.loss.old_log_prob == "current" and self.loss.ratios_of_responses:
             key, value = next(iter(self.loss.ratios_of_responses.items()))
             raise ValueError(
-                f"loss.{key} is {value} with loss.old_log_prob=current: the ratio of a response needs all its tokens' log-probs, and an update "
-                "computes those of the forks; set old_log_prob=score"
+                f"loss.{key} is {value} with loss.old_log_prob=current: the ratio of a response needs all its tokens' log-probs, and an "
+                "update computes those of the forks; set old_log_prob=score"
             )
         if self.loss.old_log_prob == "rollout" and self.loss.importance_cap is not None:
             raise ValueError(
                 f"loss.importance_cap is {self.loss.importance_cap} with loss.old_log_prob=rollout: p_old / p_rollout is 1, and the ratio "
                 "already corrects; leave importance_cap out, or set old_log_prob=score"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_apply(self) -> Recipe:
+        kl = self.loss.kl
+        for key, value in {"loss.clip_rest": self.loss.clip_rest, "loss.kl.rest_coef": kl.rest_coef}.items():
+            if value is not None and not self.forks.rest_weight:
+                raise ValueError(f"{key} is {value} with forks.rest_weight=0: tokens that are not selected have no loss; set rest_weight=1")
+        if kl.kept and self.rollout.fork_temperature:
+            raise ValueError(
+                f"loss.kl.coef is {kl.coef} with rollout.fork_temperature: the reference has no temperature of its own; leave one out"
+            )
+        if kl.kept and self.precision.train_fp8:
+            raise ValueError(
+                f"loss.kl.coef is {kl.coef} with precision.train_fp8: the reference's weights would pass through the policy's FP8 copies; "
+                "leave one of them out"
             )
         return self
 

@@ -91,7 +91,12 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
     learned = max(sum(update["tokens"] for update in updates), 1)
     capped = {
         f"loss/{name}": sum(update[key] for update in updates) / learned
-        for name, key in (("importance", "importance"), ("capped_fraction", "capped"), ("masked_fraction", "masked"))
+        for name, key in (
+            ("importance", "importance"),
+            ("capped_fraction", "capped"),
+            ("masked_fraction", "masked"),
+            ("reference_kl", "reference_kl"),
+        )
         if key in updates[0]
     }
     return {

@@ -9,6 +9,7 @@ from functools import cache, partial
 from megafork.parallel.reduce import from_last_stage
 from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
+from megafork.rl.covariance import restrain
 from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.loss import policy_loss, set_weights
 from megafork.rl.mismatch import set_response_corrections
@@ -45,6 +46,9 @@ def update_policy(
     metrics = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
     if check is not None:
         check(metrics)
+    if recipe.loss.kl.kept:
+        with clock("reference"):
+            learner.score_reference(everything)
     with clock("update"):
         metrics |= entropy_metrics(everything, groups, mesh)
         if mesh.is_last_stage:
@@ -58,5 +62,6 @@ def update_policy(
                 select(mini)
             if mesh.is_last_stage:
                 set_weights(mini, recipe.forks, recipe.loss, groups)
-            updates.append(learner.train(mini, loss))
+                restrain(mini, recipe.loss, groups, seed=recipe.run.seed, step=step)
+            updates.append(learner.train(mini, loss, entropy_bonus=recipe.loss.entropy_bonus))
     return metrics | update_metrics(everything, thresholds, updates, mesh)
