@@ -110,6 +110,7 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
         "loss/clip_fraction": sum(update["clipped"] for update in updates) / learned,
         "loss/approx_kl": sum(update["kl"] for update in updates) / learned,
         "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
+        "update/tokens": sum(update["tokens"] for update in updates),
         "update/skipped": sum(update["skipped"] for update in updates),
         "lr": updates[-1]["lr"],
     }
