@@ -377,11 +377,13 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
         mine, theirs = ({k: v for k, v in row.items() if not k.startswith(clocks)} for row in (there, here))
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert wanted[-1]["accuracy/mean"] > 0 and wanted[-1]["grad_norm"] > 0
-    stale = run("stale", "rollout.staleness=2", "loss.importance_cap=2", f"rollout.servers=[{servers[1][0]}]")  # the other is starting
+    kit = ["loss.importance_cap=2", "loss.importance_level=geometric", "loss.mismatch.token_mask=[0.5,2]"]
+    stale = run("stale", "rollout.staleness=2", *kit, f"rollout.servers=[{servers[1][0]}]")  # the other is starting
     behind = [row["staleness/max"] for row in stale[1:]]
     assert behind[0] == 0.0 and max(behind) == 2.0, "a slow server writes with newer weights than those that it began with"
     late = [row for row in stale[1:] if row["staleness/max"] > 0]
     assert all(row["rollout_mismatch/max"] > 1e-3 for row in late), "stale weights give other log-probs"
+    assert all(0 <= row["loss/masked_fraction"] < 1 and row["loss/importance"] > 0 for row in late if "loss/policy" in row)
 
 
 def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> None:
