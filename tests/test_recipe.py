@@ -63,6 +63,7 @@ WRONG = {
     "loss.kl.rest_coef=0.1": "loss.kl.rest_coef is 0.1 with forks.rest_weight=0: tokens that are not selected have no loss",
     "loss.kl.estimator=k4": "loss.kl.estimator is 'k4': must be one of k1, k2, k3",
     "loss.clip_cov=[0.1,5,1]": "loss.clip_cov is [0.1, 5.0, 1.0]: low must not exceed high",
+    "loss.kl_cov=[0.1,1]": "loss.kl_cov is [0.1, 1.0] with train.minibatches=1: at a step's first update the policy is p_old",
     "loss.kl_cov=[0.1]": "loss.kl_cov is [0.1]: must be a list of 2",
     "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",

@@ -97,7 +97,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-BASE: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
+BASE: dict[str, Any] = {"train": {"micro_batch_tokens": 64, "minibatches": 2}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
 
 
 @pytest.fixture(scope="module")

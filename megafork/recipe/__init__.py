@@ -134,6 +134,11 @@ class Recipe(Section):
         for key, value in {"loss.clip_rest": self.loss.clip_rest, "loss.kl.rest_coef": kl.rest_coef}.items():
             if value is not None and not self.forks.rest_weight:
                 raise ValueError(f"{key} is {value} with forks.rest_weight=0: tokens that are not selected have no loss; set rest_weight=1")
+        if self.loss.kl_cov is not None and self.train.minibatches == 1 and self.loss.old_log_prob != "rollout":
+            raise ValueError(
+                f"loss.kl_cov is {list(self.loss.kl_cov)} with train.minibatches=1: at a step's first update the policy is p_old, and the "
+                "penalty has no gradient; raise train.minibatches, or use loss.clip_cov"
+            )
         if kl.kept and self.rollout.fork_temperature:
             raise ValueError(
                 f"loss.kl.coef is {kl.coef} with rollout.fork_temperature: the reference has no temperature of its own; leave one out"
