@@ -27,7 +27,9 @@ def policy_loss(
     at = micro.selected
     old = log_prob.detach() if loss.old_log_prob == "current" else micro.old_log_prob[at]
     advantage = micro.advantage[at]
-    tokens = Tokens(log_prob, old, advantage, micro.sequence[at], len(micro.responses), context, micro.fork[at])
+    tokens = Tokens(
+        log_prob, old, advantage, micro.sequence[at], len(micro.responses), context, micro.fork[at] if len(micro.fork) else None
+    )
     value, clipped = objective(tokens, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
@@ -47,8 +49,8 @@ def _penalty(log_prob: Tensor, old: Tensor, micro: MicroBatch, loss: Loss) -> Te
     """What `loss.kl` and `loss.kl_cov` add to the loss of each token in the mask, fp32 [P']; None if they add nothing."""
     at, total = micro.selected, None
     if loss.kl.kept:
-        rest = loss.kl.coef if loss.kl.rest_coef is None else loss.kl.rest_coef
-        total = torch.where(micro.fork[at], loss.kl.coef, rest) * divergence(micro.reference_log_prob[at] - log_prob, loss.kl.estimator)
+        beta = loss.kl.coef if loss.kl.rest_coef is None else torch.where(micro.fork[at], loss.kl.coef, loss.kl.rest_coef)
+        total = beta * divergence(micro.reference_log_prob[at] - log_prob, loss.kl.estimator)
     if micro.old_kl is not None:
         held = micro.old_kl[at] * divergence(log_prob - old, "k3")
         total = held if total is None else total + held
