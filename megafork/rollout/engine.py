@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
@@ -38,6 +38,8 @@ class Sampling:
     """Token ids that end a response (and are part of it)."""
     forks: ForkTemperature | None = None
     """Entropy-dependent temperatures that replace `temperature`; each log-prob of a completion is then at its token's temperature."""
+    entropies: bool = False
+    """Whether completions carry each token's entropy at `temperature`. Not with `forks`."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,17 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """A drawn response: its tokens, their log-probs at the sampling temperature, whether it was truncated at max_tokens, and the version
-    of the weights (see `refit`) that generated each token."""
+    of the weights (see `refit`) that generated each token. If asked for, the entropy in nats of each token's distribution at that
+    temperature; else empty."""
 
     tokens: list[int]
     log_probs: list[float]
     truncated: bool
     versions: list[int]
+    entropies: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(sum(self.log_probs)):
+        if not math.isfinite(sum(self.log_probs) + sum(self.entropies)):
             raise RecipeError(
                 "model.path: the model's log-probs are not numbers (NaN or infinite), so its weights are damaged or its activations "
                 "overflow: restore the weights, try precision.dtype=fp32, or, where training made them, a smaller optimizer.lr"

@@ -13,6 +13,7 @@ from megafork.data.reward import Verifiers
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe
+from megafork.rl import prefix
 from megafork.rl.batch import MicroBatch
 from megafork.rl.packing import packer, placement
 from megafork.run_folder import is_evaluated
@@ -73,11 +74,11 @@ class Trainer:
             self.sampled, self.example = collected.state, collected.example
             self.engine.sleep()
             self.offload.to_device()
-        minibatches = self.place(collected)
+        minibatches = self.place(collected, step)
         everything = [micro for mini in minibatches for micro in mini]
         updated: Metrics = {}
         if everything:
-            check = partial(self.compare, step=step)
+            check = None if self._compared else partial(self.compare, step=step)
             updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
             self.rollout_files.write(step, everything)
         save(step, {**self.sampled, "rng": torch.get_rng_state()}, clock)
@@ -92,23 +93,28 @@ class Trainer:
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
-    def place(self, collected: Collected) -> list[list[MicroBatch]]:
-        """Send each response to the ranks that train on it. Returns this rank's packed micro-batches of each non-empty mini-batch."""
+    def place(self, collected: Collected, step: int) -> list[list[MicroBatch]]:
+        """Send each response to the ranks that train on it, and cut it there (`forks.select: prefix`).
+
+        Returns this rank's packed micro-batches of each non-empty mini-batch."""
         plans: list[list[list[Outcome]]] = []
         dp_rank_of: dict[tuple[int, int], int] = {}
         for groups in _split(collected.groups, self.recipe.train.minibatches):
             outcomes = [outcome for outcome in collected.outcomes if outcome.group in groups]
-            placed = placement([o.prompt_tokens + o.tokens - 1 for o in outcomes], self.recipe.micro_batch_tokens, self.mesh)
+            lengths = [o.prompt_tokens + prefix.kept(o.tokens, o.group, o.sample, self.recipe, step=step) - 1 for o in outcomes]
+            placed = placement(lengths, self.recipe.micro_batch_tokens, self.mesh)
             for rank, micros in enumerate(placed):
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
-        mine = {(r.group, r.sample): r for r in redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
+        entropies = self.recipe.forks.entropy_from == "rollout"
+        received = redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh, entropies=entropies)
+        mine = {(r.group, r.sample): prefix.cut(r, self.recipe, step=step) for r in received}
         packed = packer(self.mesh, whole=self.recipe.micro_batch_padding, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def compare(self, metrics: Mapping[str, float], step: int) -> None:
-        """Raise Stopped if the first scored step shows that roll-out and trainer do not compute the same model."""
-        if not self._compared and (reason := mismatch(metrics, self.recipe)):
+        """Raise Stopped if the first step's comparison shows that roll-out and trainer do not compute the same model."""
+        if reason := mismatch(metrics, self.recipe):
             raise Stopped(f"step {step}: {reason}")
         self._compared = True
 

@@ -82,7 +82,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        megatron_fixes.use_file_for_results()
+        megatron_fixes.write_checkpoints_in_one_process()
         content = {**_sharded(chunks, optimizer, self.mesh, loading=False), "run": state}
         everyone = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(), self.mesh.token_group
@@ -115,7 +115,10 @@ class Checkpoints:
         """Raise OSError for a full disk, which can surface as many errors: any file may be truncated, on this rank or another."""
         try:
             yield
-        except (CheckpointException, OSError, RuntimeError, ValueError):
+        except CheckpointException as error:  # torch's, not an Exception
+            check_room(self.folder)
+            raise RuntimeError(f"the checkpoint could not be written: {_reasons(error)}") from error
+        except (OSError, RuntimeError, ValueError):
             check_room(self.folder)
             raise
 
@@ -167,8 +170,11 @@ def _load(folder: Path, content: dict[str, Any], mesh: Mesh, common: LoadCommonS
     except pickles.ForbiddenType as error:
         raise _forbidden(folder, error) from None
     except CheckpointException as error:  # torch's, not an Exception
-        reason = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
-        raise RuntimeError(f"the checkpoint {str(folder)!r} cannot be loaded: {reason}") from error
+        raise RuntimeError(f"the checkpoint {str(folder)!r} cannot be loaded: {_reasons(error)}") from error
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))
 
 
 def _take(chunks: list[Policy], loaded: dict[str, Any]) -> None:
