@@ -304,8 +304,8 @@ def _train(command: Command, recipe: Recipe, inputs: Inputs | None) -> int:
     from megafork.parallel.mesh import build_mesh, join_world
     from megafork.train.inputs import read_inputs
     from megafork.train.loop import train
-    from megafork.train.run import Stopped
     from megafork.train.sft import sft
+    from megafork.train.stopped import Stopped
 
     device = join_world()
     mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)

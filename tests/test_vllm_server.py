@@ -372,7 +372,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
 
     wanted, killed = run("colocated", "rollout.servers=[]"), run_and_kill("killed")
     assert killed[-1]["refit/servers"] == 1
-    clocks = ("time/", "throughput/", "memory/", "refit/")
+    clocks = ("time/", "throughput/", "memory/", "rollout/idle_share", "refit/")
     for there, here in zip(killed, wanted, strict=True):
         mine, theirs = ({k: v for k, v in row.items() if not k.startswith(clocks)} for row in (there, here))
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
