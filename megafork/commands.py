@@ -226,7 +226,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
         precision.check_training(shape, recipe.precision, recipe.parallel.tp)
         precision.check_machine(recipe.precision)
     from megafork.data.reward import Verifiers
-    from megafork.rl.objectives import check_objective
+    from megafork.rl.own import check_functions
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs
     from megafork.train.profile import check_profile
@@ -235,7 +235,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     boards.check_boards(recipe.log)
     check_profile(recipe.log)
     if command == "train":
-        check_objective(recipe.loss)
+        check_functions(recipe)
     if command == "train" and ":" in recipe.reward.verifier:  # the user's own file may not load
         with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
             pass

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import free_port, import_vllm, on_ranks
+from ranks import free_port, import_vllm, on_ranks, own_thread_pool
 
 from megafork import commands
 from megafork import ranks as launcher
@@ -64,6 +64,7 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
+    own_thread_pool()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.root.handlers.clear()  # pytest's

@@ -84,6 +84,7 @@ def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
 
 def _child(rank: int, world: int, store: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    own_thread_pool()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -93,6 +94,12 @@ def _child(rank: int, world: int, store: str, send: Connection, function: Callab
     send.send_bytes(pickle.dumps(answer))  # plain pickle: tensors by value, the rank is about to end
     send.close()
     os._exit(0)  # skip other tests' exit handlers inherited from the parent
+
+
+def own_thread_pool() -> None:
+    """Give a forked process its own pool of threads now: torch replaces the inherited one when it is first used, and fails ("Invalid thread
+    pool") if two threads do that at once."""
+    torch.set_num_threads(1)
 
 
 def free_port() -> int:

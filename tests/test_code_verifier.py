@@ -231,7 +231,7 @@ def test_partial_and_all_or_nothing() -> None:
     for partial, expected in ((False, 0.0), (True, 0.25)):
         with Verifiers(reward(partial=partial)) as scorer:
             assert scorer.score([(slow, row)]) == [Verdict(expected)]
-    with Verifiers(reward(partial=True, timeout_s=2.5)) as scorer:
+    with Verifiers(reward(partial=True, timeout_s=4.0)) as scorer:
         assert scorer.score([(fenced("while 1: pass"), row), (fenced("print(input())"), row)]) == [Verdict(0.0), Verdict(0.5)]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -248,10 +247,9 @@ def test_pipeline_stages_exchange_shapes_without_the_gpu() -> None:
 def _queue_processes() -> tuple[int, int]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    megatron_fixes.use_file_for_results()
+    megatron_fixes.write_checkpoints_in_one_process()
     results = filesystem_async._get_write_results_queue()
-    with pytest.raises(queue.Empty):
-        results.get_nowait()
+    assert "was killed" in str(results.get_nowait())
     results.put({"any": "thing"})
     assert results.get_nowait() == {"any": "thing"}
     fixed = len(psutil.Process().children())

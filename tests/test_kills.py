@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -80,3 +81,23 @@ def test_kills_under_random_layouts(tmp_path: Path) -> None:
     assert [loss for _, loss in broken] == pytest.approx([loss for _, loss in whole], rel=1e-3)
     weights = [load_file(tmp_path / f"runs/{name}/hf/model.safetensors") for name in ("unbroken", "killed")]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])
+
+
+def test_a_killed_writer_of_checkpoints_ends_the_run(tmp_path: Path) -> None:
+    """As the kernel does with a process that takes too much memory."""
+    make_task(tmp_path)
+    write_recipe(tmp_path, run={"folder": str(tmp_path / "runs")}, train={"steps": 400}, checkpoint={"every": 1, "background": True})
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = start_megafork("sft", "recipe.yaml", cwd=tmp_path, text=True, **streams)
+    deadline, victims = time.monotonic() + 120, 0
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            for rank in psutil.Process(process.pid).children():
+                for writer in rank.children(recursive=True):
+                    writer.kill()
+                    victims += 1
+        time.sleep(0.01)
+    _, stderr = process.communicate(timeout=60)
+    assert victims
+    assert process.returncode == 1
+    assert "the process that was writing this rank's files was killed" in stderr

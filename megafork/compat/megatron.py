@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,16 +107,34 @@ class _FileQueue:
         self.file.flush()
 
     def get_nowait(self) -> Any:
+        """An exception, as upstream's for a failed writer, if nothing was written."""
         self.file.seek(0)
         if not (content := self.file.read()):
-            raise queue.Empty
+            return RuntimeError("the process that was writing this rank's files was killed; has the machine run out of memory?")
         return pickle.loads(content)
 
 
-def use_file_for_results() -> None:
-    """Make a checkpoint's writer process return its results through a file, new for each save and rank. Call before saving.
+def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: _FileQueue) -> None:
+    write = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms, use_fsync=True, use_msc=use_msc)
+    written: queue.SimpleQueue[tuple[int, list[Any] | Exception]] = queue.SimpleQueue()
+    counted: queue.Queue[int] = queue.Queue()
+    torch.set_num_threads(torch.get_num_threads())  # in a fork, replaces torch's thread pool, which two threads must not do at once
+    with ThreadPoolExecutor(max(len(buckets), 1)) as pool:
+        for number in range(len(buckets)):
+            counted.put(number)
+        for done in [pool.submit(write, number, bucket, written, counted) for number, bucket in enumerate(buckets)]:
+            done.result()
+    found = dict(written.get_nowait() for _ in buckets)
+    errors = [part for part in found.values() if isinstance(part, Exception)]
+    results.put(errors[0] if errors else found)
 
-    Upstream starts a manager process per rank for this, which imports `__main__` again (0.4 GB) and outlives a rank that ends by
-    `os._exit`; a pipe holds only 64 KB.
+
+def write_checkpoints_in_one_process() -> None:
+    """Write a rank's files of a checkpoint in threads, and return the results through a file, new for each save and rank. Call before
+    saving.
+
+    Upstream forks a process per file and waits forever for one that is killed, as by a lack of memory. For the results it starts a manager
+    process per rank, which imports `__main__` again (0.4 GB) and outlives a rank that ends by `os._exit`; a pipe holds only 64 KB.
     """
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     filesystem_async._results_queue = _FileQueue()

@@ -15,7 +15,7 @@ from megafork.parallel.mesh import Mesh
 from megafork.recipe import RecipeError
 from megafork.recipe.kinds import shown
 from megafork.rollout.config import EngineConfig
-from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
+from megafork.rollout.engine import Completion, Ended, Engine, Memory, Request, Sampling, Weights
 from megafork.rollout.vllm_arguments import engine_arguments, sampling_arguments
 from megafork.shape import check_engines
 
@@ -114,12 +114,11 @@ class ColocatedEngine(Engine):
         return self._cost()
 
     def sleep(self) -> None:
-        if torch.cuda.is_available():
-            self._llm.sleep(level=2)
+        """On the CPU vLLM takes the same calls, and keeps its memory."""
+        self._llm.sleep(level=2)
 
-    def wake(self) -> None:
-        if torch.cuda.is_available():
-            self._llm.wake_up()
+    def wake(self, part: Memory) -> None:
+        self._llm.wake_up(tags=[part])  # vLLM schedules again once both parts are awake
 
     def close(self) -> None:
         """Drop the engine; the process groups stay up. Every rank must call."""

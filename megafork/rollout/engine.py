@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from megafork.rl.fork_temperature import ForkTemperature
 
 Weights = Iterable[tuple[str, Tensor]]
 """A whole model: (Hugging Face name, full-shape tensor), each tensor once. The tensors are fresh, so the receiver may keep them."""
+Memory = Literal["weights", "kv_cache"]
+"""What an engine that sleeps has no memory for."""
 _T = TypeVar("_T")
 Progress = Callable[[Callable[[], str]], None]
 """Receives a function that describes a roll-out's progress in words. The description must not change while nothing is drawn."""
@@ -112,8 +114,9 @@ class Engine(Protocol):
         """Release accelerator memory until `wake`."""
         return
 
-    def wake(self) -> None:
-        """Undo `sleep`. The weights may be undefined until the next `refit`."""
+    def wake(self, part: Memory) -> None:
+        """Undo `sleep` for one part: first for the weights, which are undefined until the `refit` that follows, and after it for the KV
+        cache, so that the refit's buckets have its memory."""
         return
 
     def close(self) -> None:

@@ -69,11 +69,12 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
     """Metrics of the step's forks and updates: `thresholds`, one per selection; `updates`, as returned by `Learner.train`."""
     sums: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
-        sums = {"entropy": sum(micro.entropy[micro.selected].double().sum() for micro in micros)}
+        sums = {"entropy": sum((micro.entropy.double() * micro.fork).sum() for micro in micros)}
     selected = sum(threshold.selected for threshold in thresholds)
     forks = max(selected, 1)
+    learned = max(sum(update["tokens"] for update in updates), 1)
     capped = {
-        f"loss/{name}": sum(update[key] for update in updates) / forks
+        f"loss/{name}": sum(update[key] for update in updates) / learned
         for name, key in (("importance", "importance"), ("capped_fraction", "capped"))
         if key in updates[0]
     }
@@ -85,8 +86,8 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
         "forks/ties": sum(threshold.ties for threshold in thresholds),
         "forks/near_tau": sum(threshold.near for threshold in thresholds) / max(sum(threshold.total for threshold in thresholds), 1),
         "loss/policy": sum(update["loss"] for update in updates) / len(updates),
-        "loss/clip_fraction": sum(update["clipped"] for update in updates) / forks,
-        "loss/approx_kl": sum(update["kl"] for update in updates) / forks,
+        "loss/clip_fraction": sum(update["clipped"] for update in updates) / learned,
+        "loss/approx_kl": sum(update["kl"] for update in updates) / learned,
         "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
         "update/skipped": sum(update["skipped"] for update in updates),
         "lr": updates[-1]["lr"],

@@ -22,7 +22,7 @@ from megafork.data.verdicts.runner import Limits, Nursery, Outcome, Program
 _LANGUAGES = ("", "py", "python", "python3")
 _CLOCK_SHARE = 4
 """Wall-clock seconds per CPU second of a test's limit, so that a busy machine does not fail a program."""
-_SHARE_OF_TIME = 0.9
+_SHARE_OF_TIME = 0.8
 """Share of a verdict's time limit given to the tests: a program that takes too long is wrong rather than a failed verdict."""
 
 
