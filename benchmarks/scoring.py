@@ -87,5 +87,8 @@ def _steps(recipes: dict[str, Recipe], repeats: int, port: int) -> tuple[dict[st
                 series[name].cpu.append(cpu)
                 phases[name].append({phase: metrics.get(f"time/{phase}") or 0.0 for phase in PHASES})
     trainer.close()
-    middle = {name: {p: sorted(row[p] for row in rows)[len(rows) // 2] for p in PHASES if any(r[p] for r in rows)} for name, rows in phases.items()}
+    middle = {
+        name: {p: sorted(row[p] for row in rows)[len(rows) // 2] for p in PHASES if any(r[p] for r in rows)}
+        for name, rows in phases.items()
+    }
     return series, middle

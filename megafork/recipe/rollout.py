@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from megafork.recipe.kinds import (
     Count,
@@ -61,9 +61,9 @@ class Rollout(Section):
     round trip per step. Not with `servers`, which have their own GPUs."""
     max_running: Count = 256
     """Requests that an engine decodes at once."""
-    engine: dict[str, Any] = Field(default={})
+    engine: dict[str, JsonValue] = Field(default={})
     """Further arguments of vLLM's engine by vLLM's own names (`EngineArgs`), such as `speculative_config`, `max_num_batched_tokens` or
-    `kv_cache_dtype`. Those that the recipe sets elsewhere, and those that would change the model, are refused (docs/recipes.md)."""
+    `kv_cache_dtype`. Those that the recipe sets elsewhere, and those that would change the model, are refused (docs/cluster.md)."""
     servers: list[str] = Field(default=[])
     """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`; those on other
     machines share the secret MEGAFORK_SECRET with the trainer. If empty, engines run in the trainer's own processes."""

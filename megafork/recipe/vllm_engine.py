@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megafork.did_you_mean import did_you_mean
 from megafork.recipe.kinds import shown
 
 OWN = {
@@ -71,7 +71,7 @@ def engine_problem(arguments: Mapping[str, Any]) -> str | None:
         if name in FIXED:
             return f"{said}{FIXED[name]}; leave it out"
         if known and name not in known:
-            return f"{said}vLLM's engine has no such argument{_nearest(name, known)}"
+            return f"{said}vLLM's engine has no such argument; {did_you_mean(name, known, 'leave it out')}"
     return _speculation_problem(arguments.get("speculative_config"))
 
 
@@ -89,15 +89,10 @@ def _speculation_problem(config: Any) -> str | None:
     known = _fields("config/speculative.py", "SpeculativeConfig")
     for name, value in config.items():
         if known and name not in known:
-            return f".speculative_config.{name} is {shown(value)}: vLLM has no such argument{_nearest(name, known)}"
+            return f".speculative_config.{name} is {shown(value)}: vLLM has no such argument; {did_you_mean(name, known, 'leave it out')}"
     if config.get("rejection_sample_method") == "synthetic":
         return f"{said}`synthetic` accepts tokens that the model did not draw; use rejection_sample_method=standard or block"
     return None
-
-
-def _nearest(name: str, known: frozenset[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else "; leave it out"
 
 
 @cache

@@ -68,15 +68,12 @@ def sample(micros: list[MicroBatch], count: int, recipe: Recipe, mesh: Mesh, ste
 
 
 def _mismatch(micros: list[MicroBatch], recipe: Recipe, groups: ForkGroups, mesh: Mesh, step: int) -> dict[str, float]:
-    masks: list[tuple[Tensor, Tensor]] = []
+    forks: list[tuple[Tensor, Tensor]] = []
     if recipe.forks.entropy_from == "rollout" and mesh.is_last_stage:
-        ours, theirs = _with(micros, "entropy"), _with(micros, "rollout_entropy")
+        ours, theirs = [replace(micro) for micro in micros], [replace(micro, entropy=micro.rollout_entropy) for micro in micros]
+        if recipe.loss.old_log_prob != "score":  # which some rules read
+            theirs = [replace(micro, old_log_prob=micro.rollout_log_prob) for micro in theirs]
         for either in (ours, theirs):
             select_forks(either, recipe.forks, groups, seed=recipe.run.seed, step=step)
-        masks = [(one.mask, other.mask) for one, other in zip(ours, theirs, strict=True)]
-    return mismatch_metrics(micros, masks, mesh)
-
-
-def _with(micros: list[MicroBatch], entropies: str) -> list[MicroBatch]:
-    """Copies whose `entropy` is that attribute."""
-    return [replace(micro, entropy=getattr(micro, entropies)) for micro in micros]
+        forks = [(one.fork, other.fork) for one, other in zip(ours, theirs, strict=True)]
+    return mismatch_metrics(micros, forks, mesh)

@@ -31,10 +31,10 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
     }
 
 
-def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
-    """Mismatch between the engine's and the trainer's log-probs and, if `masks` is given, entropies, on scored micro-batches.
+def mismatch_metrics(micros: list[MicroBatch], forks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Mismatch between the engine's and the trainer's log-probs and, if `forks` is given, entropies, on scored micro-batches.
 
-    masks: for each micro-batch, the forks by the trainer's entropies and those by the engine's; they are read on the last stage.
+    forks: for each micro-batch, those by the trainer's entropies and those by the engine's; they are read on the last stage.
     """
     sums: dict[str, Tensor | float] = {}
     worst: dict[str, Tensor | float] = {}
@@ -42,11 +42,11 @@ def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Ten
         delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
         sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum()}
         worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
-        if masks:
+        if forks:
             apart = torch.cat([micro.entropy - micro.rollout_entropy for micro in micros]).double()
             sums["entropy"] = apart.abs().sum()
-            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in masks]).sum()
-            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in masks]).sum()
+            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in forks]).sum()
+            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in forks]).sum()
     total = over_tokens(sums, mesh)
     tokens = max(total["tokens"], 1)
     metrics = {"rollout_mismatch/kl": total["kl"] / tokens, "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"]}
