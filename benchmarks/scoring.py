@@ -35,7 +35,7 @@ QUESTIONS = ("What is a fork?", "Name three rivers.", "Why is the sky blue?", "D
 
 
 def run(quick: bool) -> list[Figure]:
-    repeats, samples, tokens = (1, 2, 4) if quick else (5, 8, 48)
+    repeats, samples, tokens = (1, 2, 4) if quick else (3, 4, 32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if quick:

@@ -481,12 +481,13 @@ def test_entropies_of_the_second_model_runner() -> None:
 
 
 def _temperatures() -> tuple[list[float], list[float]]:
+    from vllm.utils import cpu_triton_utils
     from vllm.v1.sample import rejection_sampler
 
-    values, ends = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 3, 3], dtype=torch.int32)
-    before = rejection_sampler.expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1).tolist()
+    values, ends, written = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 3, 3], dtype=torch.int32), torch.full((3,), -1.0)
+    cpu_triton_utils._expand_kernel_impl(written, values, ends, 0, 1)
     vllm_fixes.expand_temperatures()
-    return before, rejection_sampler.expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1).tolist()
+    return written.tolist(), rejection_sampler.expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1).tolist()
 
 
 @pytest.mark.slow
