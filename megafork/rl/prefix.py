@@ -1,8 +1,8 @@
 """Prefix cutting (`forks.select: prefix`): a random beginning of each response is trained on; the rest is neither scored nor fed.
 
 Random prefix cutting is NAT's (arXiv 2603.06619); the law of the cut is as we define it. Of a response of n tokens, ceil(n U^a) are kept,
-with U uniform in (0, 1] and a = (1 - rho) / rho: on average the share rho, rounded up to whole tokens; rho = 0.5 cuts uniformly. Token t (from 0) is
-kept with probability
+with U uniform in (0, 1] and a = (1 - rho) / rho: on average the share rho, rounded up to whole tokens; rho = 0.5 cuts uniformly. Token t
+(from 0) is kept with probability
 
     P(ceil(n U^a) > t) = 1 - (t / n)^(1 / a)
 
