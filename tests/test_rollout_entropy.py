@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from entropies import check_entropies
 from ranks import free_port, on_ranks
 from task import make_task, write_recipe
 from tiny import FolderWeights, recipe, save_model
@@ -75,10 +76,7 @@ def _generate(spec: Recipe, folder: Path, port: int) -> list[tuple[list[Completi
 
 def test_each_token_has_its_entropy_and_log_prob(tmp_path: Path) -> None:
     """On both ranks of an engine of TP 2."""
-    import transformers
-
     folder = save_model(tmp_path / "model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     spec = recipe(
         folder,
         data={"max_prompt_length": 150},
@@ -91,15 +89,8 @@ def test_each_token_has_its_entropy_and_log_prob(tmp_path: Path) -> None:
     for (answers, preempted, accepted), what in zip(ranks[0], ENGINES, strict=True):
         assert preempted, "choose a smaller cache"
         assert (accepted > 20) == (what == "speculation")
-        for request, completion in zip(REQUESTS, answers, strict=True):
-            with torch.no_grad():
-                ids = torch.tensor([[*request.prompt, *completion.tokens]])
-                logits = model(ids).logits[0, len(request.prompt) - 1 : -1].double() / SAMPLING.temperature
-            log_prob = logits.log_softmax(-1)
-            entropy = -(log_prob.exp() * log_prob).sum(-1)
-            drawn = log_prob.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(completion.entropies).double(), entropy, atol=1e-4, rtol=0)
-            torch.testing.assert_close(torch.tensor(completion.log_probs).double(), drawn, atol=1e-4, rtol=0)
+        check_entropies(folder, REQUESTS, answers, SAMPLING.temperature)
+        for completion in answers:
             assert completion.truncated == (completion.tokens[-1] != 7) and 7 not in completion.tokens[:-1]
 
 
