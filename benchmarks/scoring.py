@@ -1,8 +1,8 @@
 """Our step with the scoring pass against our step without it (`forks.entropy_from: rollout`, `loss.old_log_prob: current`), on-policy.
 
-SmolLM2-135M in fp32, one rank on one core with its own vLLM engine: real roll-out, update of a fifth of the tokens and refit, from the same
-weights, with the same prompts and seeds. The first row leaves nothing for the trainer to score; the second scores a sample of the responses
-for `rollout_mismatch/*`, as every step does by default.
+SmolLM2-135M in fp32, one rank on one core with its own vLLM engine: real roll-out, update of a fifth of the tokens and refit, the two steps
+in turn, with the same prompts and seeds, at a learning rate that changes nothing. `rollout.mismatch_responses` is 0: by default a step also
+scores 16 of its responses, whose cost is their share of the scoring pass.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
 
-SCORED, WITHOUT, SAMPLED = "with the scoring pass", "without", "without, a sample of 2 scored"
+SCORED, WITHOUT = "with the scoring pass", "without"
 SOURCES: dict[str, tuple[str, ...]] = {
     SCORED: (),
     WITHOUT: ("forks.entropy_from=rollout", "loss.old_log_prob=current", "rollout.mismatch_responses=0"),
-    SAMPLED: ("forks.entropy_from=rollout", "loss.old_log_prob=current", "rollout.mismatch_responses=2"),
 }
-PHASES = ("rollout", "score", "compare", "update", "refit")
+PHASES = ("rollout", "score", "update", "refit")
 QUESTIONS = ("What is a fork?", "Name three rivers.", "Why is the sky blue?", "Describe a good morning.")
 
 
 def run(quick: bool) -> list[Figure]:
-    repeats, samples, tokens = (1, 2, 4) if quick else (3, 4, 32)
+    repeats, samples, tokens = (1, 2, 4) if quick else (3, 4, 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if quick:
@@ -56,10 +55,7 @@ def run(quick: bool) -> list[Figure]:
         [(steps, phases)] = on_ranks(1, _steps, recipes, repeats, free_port(), timeout_s=3600, engines=True)
     what = f"a step on SmolLM2-135M, {4 * samples} responses of up to {tokens} tokens"
     means = {f"{phase}_s, {name}": value for name in (SCORED, WITHOUT) for phase, value in phases[name].items()}
-    return [
-        Figure(what, "s", steps[WITHOUT], steps[SCORED], at_least=1.2, extra=means),
-        Figure(what, "s", steps[SAMPLED], steps[SCORED]),
-    ]
+    return [Figure(what, "s", steps[WITHOUT], steps[SCORED], at_least=1.2, extra=means)]
 
 
 def _steps(recipes: dict[str, Recipe], repeats: int, port: int) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
