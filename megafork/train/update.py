@@ -41,11 +41,12 @@ def update_policy(
         found = select_forks(micros, recipe.forks, groups, seed=recipe.run.seed, step=step) if mesh.is_last_stage else None
         thresholds.append(from_last_stage(found, mesh))
 
-    metrics = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
+    compared = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
     if check is not None:
-        check(metrics)
+        check(compared)
+    logged = recipe.scores_everything or recipe.rollout.mismatch_responses  # or the first step after a resumption would log more
     with clock("update"):
-        metrics |= entropy_metrics(everything, groups, mesh)
+        metrics = entropy_metrics(everything, groups, mesh) | (compared if logged else {})
         if recipe.forks.scope == "batch":
             select(everything)
         for mini in minibatches:
