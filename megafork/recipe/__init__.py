@@ -71,7 +71,12 @@ class Recipe(Section):
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
         ratio_corrects = self.loss.old_log_prob == "rollout" and self.loss.objective != "reinforce"
-        for key, value in {"precision.rollout_fp8": self.precision.rollout_fp8, "rollout.staleness": self.rollout.staleness}.items():
+        inexact = {
+            "precision.rollout_fp8": self.precision.rollout_fp8,
+            "rollout.staleness": self.rollout.staleness,
+            "rollout.engine.kv_cache_dtype": self.rollout.cache_is_quantised and self.rollout.engine["kv_cache_dtype"],
+        }
+        for key, value in inexact.items():
             if value and self.loss.importance_cap is None and not (self.loss.mismatch.masks or ratio_corrects):
                 raise ValueError(
                     f"{key} is {str(value).lower()} without loss.importance_cap: tokens would count as if the newest weights in full "

@@ -37,10 +37,10 @@ def _k3(log_ratio: Tensor) -> Tensor:
     return (torch.expm1(wide) - wide).clamp(min=0.0).float()
 
 
-def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
-    """Mismatch between the engine's and the trainer's log-probs and, if `masks` is given, entropies, on scored micro-batches.
+def mismatch_metrics(micros: list[MicroBatch], forks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Mismatch between the engine's and the trainer's log-probs and, if `forks` is given, entropies, on scored micro-batches.
 
-    masks: for each micro-batch, the forks by the trainer's entropies and those by the engine's; they are read on the last stage.
+    forks: for each micro-batch, those by the trainer's entropies and those by the engine's; they are read on the last stage.
     """
     levels: dict[str, float] = {}
     sums: dict[str, Tensor | float] = {}
@@ -52,11 +52,11 @@ def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Ten
         sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum(), "k1": -delta.sum()}
         sums |= {"ratio": delta.clamp(max=300.0).exp().sum(), "square": (2.0 * delta.clamp(max=300.0)).exp().sum()}
         worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
-        if masks:
+        if forks:
             apart = torch.cat([micro.entropy - micro.rollout_entropy for micro in micros]).double()
             sums["entropy"] = apart.abs().sum()
-            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in masks]).sum()
-            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in masks]).sum()
+            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in forks]).sum()
+            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in forks]).sum()
     total = over_tokens(sums, mesh)
     tokens = max(total["tokens"], 1)
     metrics = {

@@ -43,14 +43,15 @@ def update_policy(
         found = select_forks(micros, recipe.forks, groups, seed=recipe.run.seed, step=step) if mesh.is_last_stage else None
         thresholds.append(from_last_stage(found, mesh))
 
-    metrics = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
+    compared = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
     if check is not None:
-        check(metrics)
+        check(compared)
+    logged = recipe.scores_everything or recipe.rollout.mismatch_responses  # or the first step after a resumption would log more
     if recipe.loss.kl.kept:
         with clock("reference"):
             learner.score_reference(everything)
     with clock("update"):
-        metrics |= entropy_metrics(everything, groups, mesh)
+        metrics = entropy_metrics(everything, groups, mesh) | (compared if logged else {})
         if mesh.is_last_stage:
             set_response_corrections(everything, recipe.loss, mesh.cp_group)
         if recipe.forks.scope == "batch":
