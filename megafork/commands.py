@@ -290,7 +290,7 @@ def _ranks_here(recipe: Recipe) -> int:
         return recipe.run.ranks
     import torch
 
-    return torch.cuda.device_count() or recipe.parallel.model_size
+    return torch.cuda.device_count() or recipe.parallel.smallest_world
 
 
 def _gpus(multiple: int) -> int:

@@ -39,6 +39,10 @@ class PackedSequences(PackedSeqParams):
     """int64 [T / cp]: the position, within its sequence, of each token that this rank holds."""
     order: Tensor | None = None
     """int64 [T], with context parallelism: the index of each token in the concatenation of all ranks' tokens (`unzigzag_index`)."""
+    owner: Tensor | None = None
+    """int64 [T / cp], for routers: the number of the sequence that each token belongs to, -1 for padding."""
+    balance: float = 0.0
+    """Weight of each sequence's balancing loss, for routers."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
@@ -46,9 +50,18 @@ class PackedSequences(PackedSeqParams):
         return cls.packed(lengths, places_of(lengths, torch.arange(sum(lengths))).to(device))
 
     @classmethod
-    def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None) -> PackedSequences:
+    def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None, **routing: Any) -> PackedSequences:
+        """`routing`: `owner` and `balance`."""
         longest = max(lengths)
-        return cls(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths), places=places, order=order)
+        return cls(
+            qkv_format="thd",
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=tuple(lengths),
+            places=places,
+            order=order,
+            **routing,
+        )
 
 
 class PackedCoreAttention(MegatronModule):

@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megafork.model import precision
+from megafork.model import experts, precision
 from megafork.model.attention import PackedCoreAttention
 from megafork.model.policy import Policy, RMSNorm
 from megafork.model.rope import PackedRotary, inverse_frequencies, softmax_scale
@@ -81,6 +83,7 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> 
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        **experts.settings(shape, layout),
         **precision.settings(config.precision),
         **_recompute(config),
     )
@@ -103,17 +106,32 @@ def _recompute(config: PolicyConfig) -> dict[str, Any]:
 def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with our norm (for sequence parallelism), our core attention (for packing and context parallelism) and,
     in FP8, Transformer Engine's projections."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    specs = {sparse: _layer(shape, config, sparse=sparse) for sparse in {shape.is_sparse(layer) for layer in range(shape.layers)}}
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[shape.is_sparse(layer)] for layer in range(first, first + count)], layer_norm=RMSNorm
+    )
+
+
+def _layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
+    """The spec of a layer with experts (`sparse`) or without."""
     family = shape.family
-    spec = get_gpt_layer_local_spec(qk_layernorm=family.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.mixture.experts if sparse else None, qk_layernorm=family.qk_norm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = PackedCoreAttention
+    if sparse:
+        spec.module = experts.SparseLayer
+        layer.mlp.submodules.router = experts.Router
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # only a dense layer's norm is fused with what follows
     modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
         modules |= precision.projections(family)
     for name, module in modules.items():
         _replace(layer, name, module)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+    return spec
 
 
 def _replace(layer: Any, name: str, module: type) -> None:
