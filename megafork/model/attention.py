@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,15 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megafork.parallel.context import places_of
+from megafork.parallel.to_device import to_device
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed micro-batch, plus everything its layers need to know about lengths, computed once on the host.
 
-    Megatron's `cu_seqlens` stay unset: with them it would read the lengths back from the device in each layer, for queries and for keys.
+    In plain layers Megatron's `cu_seqlens` stay unset: with them it would read the lengths back from the device in each layer, for queries
+    and for keys. Fused layers need them (`for_fused_layers`).
     """
 
     lengths: tuple[int, ...] = ()
@@ -39,6 +42,8 @@ class PackedSequences(PackedSeqParams):
     """int64 [T / cp]: the position, within its sequence, of each token that this rank holds."""
     order: Tensor | None = None
     """int64 [T], with context parallelism: the index of each token in the concatenation of all ranks' tokens (`unzigzag_index`)."""
+    edges: Tensor | None = None
+    """int32 [sequences + 1]: where each sequence starts among all T tokens, and the end of the last."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
@@ -48,7 +53,19 @@ class PackedSequences(PackedSeqParams):
     @classmethod
     def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None) -> PackedSequences:
         longest = max(lengths)
-        return cls(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths), places=places, order=order)
+        edges = to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), places.device)
+        found = cls(lengths=tuple(lengths), places=places, order=order, edges=edges)
+        found.qkv_format, found.max_seqlen_q, found.max_seqlen_kv = "thd", longest, longest
+        return found
+
+    def for_fused_layers(self) -> PackedSequences:
+        """The packing as Transformer Engine reads it: padded lengths count as lengths, and CP ranks hold the same zigzag chunks.
+
+        Padded and other lengths are the same tensor: torch sees that without comparing them on the device, for which each layer would wait.
+        """
+        found = copy(self)
+        found.cu_seqlens_q = found.cu_seqlens_kv = found.cu_seqlens_q_padded = found.cu_seqlens_kv_padded = self.edges
+        return found
 
 
 class PackedCoreAttention(MegatronModule):

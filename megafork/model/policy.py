@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
+from megafork.model.attention import PackedSequences
 from megafork.parallel.vocab import gather_rows, log_prob_and_entropy
 
 
@@ -71,6 +72,10 @@ class Policy(GPTModel):
             self.output_layer.__class__ = VocabHead
             self.output_layer.real_vocab_size = real_vocab_size
             self.output_layer.chunk = head_chunk
+
+    def forward(self, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any) -> Any:
+        fused = self.config.apply_rope_fusion
+        return super().forward(*args, packed_seq_params=packed_seq_params.for_fused_layers() if fused else packed_seq_params, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, labels: HeadRequest | None, **unused: Any) -> Any:
         if not self.post_process:

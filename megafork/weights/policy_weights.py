@@ -12,21 +12,22 @@ from torch import Tensor
 
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
-from megafork.shape import Shape
+from megafork.shape import UNFUSED, Shape
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, pieces, shard_shape, stage_of
 
 
 def global_name(chunk: Policy, name: str) -> str:
-    """A parameter's name, with the layer numbered within the whole model instead of within this stage."""
+    """A parameter's name in plain layers, with the layer numbered within the whole model instead of within this stage."""
     if not name.startswith(f"{LAYERS}."):
         return name
     head, _, rest = name.removeprefix(f"{LAYERS}.").partition(".")
+    rest = UNFUSED.get(rest, rest)
     return f"{LAYERS}.{chunk.decoder.layers[int(head)].layer_number - 1}.{rest}"
 
 
 def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by global name."""
+    """This rank's parameters by global name, whether its layers are fused or plain."""
     return {global_name(chunk, name): parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
 
 
