@@ -19,7 +19,7 @@ class Model(Section):
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
     kernels: Kernels = "auto"
     """What computes the layers. `fused`: Transformer Engine's layers, which need a GPU and `precision.dtype: bf16`. `plain`: Megatron's and
-    PyTorch's own. `auto`: fused where both are possible, else plain. Weights, checkpoints and results are interchangeable."""
+    PyTorch's own. `auto`: fused where both are possible, else plain. Weights and checkpoints are the same for both."""
 
     @field_validator("path")
     @classmethod
