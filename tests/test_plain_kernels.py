@@ -42,7 +42,7 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 
 def _attend(monkeyed: bool) -> None:
-    """This rank's share of the outputs, and of the gradients, is the reference's; the pieces are found once."""
+    """This rank's share of the outputs, and of the gradients, is the reference's."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -60,12 +60,8 @@ def _attend(monkeyed: bool) -> None:
     core = PackedCoreAttention(Config(), 1, AttnMaskType.causal, "self", pg_collection=groups)
     packing = PackedSequences.packed(LENGTHS, places_of(LENGTHS, held), unzigzag_index(LENGTHS, cp) if cp > 1 else None)
     local = [x.detach()[held].requires_grad_() for x in whole]
-    pieces = None
-    for _ in range(2):
-        found = core(*local, packed_seq_params=packing).view(-1, HEADS, DIM)
-        torch.testing.assert_close(found.double(), wanted[held], atol=1e-5, rtol=0)
-        assert (packing.pieces is not None) == monkeyed and (pieces is None or pieces is packing.pieces)
-        pieces = packing.pieces
+    found = core(*local, packed_seq_params=packing.for_plain_layers(cp, rank)).view(-1, HEADS, DIM)
+    torch.testing.assert_close(found.double(), wanted[held], atol=1e-5, rtol=0)
     for got, full in zip(torch.autograd.grad((found * weight[held]).sum(), local), gradients, strict=True):
         torch.testing.assert_close(got, full[held], atol=1e-5, rtol=0)
 

@@ -174,10 +174,10 @@ MOST_WAITS = 2
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (1, {}),
+        (1, {"precision": {"dtype": "bf16"}}),
         pytest.param(2, {"parallel": {"tp": 2, "sp": True}, "model": {"recompute": "full"}}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": {"pp": 2}}, marks=pytest.mark.slow),
-        pytest.param(2, {"parallel": {"cp": 2}, "loss": {"importance_cap": 2.0}}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel": {"cp": 2}, "loss": {"importance_cap": 2.0}, "precision": {"dtype": "bf16"}}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": {"pp": 2, "vpp": 2}, "precision": {"dtype": "bf16"}}, marks=pytest.mark.slow),
     ],
     ids=["one rank", "TP2 SP recompute", "PP2", "CP2", "PP2 VPP2"],

@@ -49,7 +49,7 @@ class PackedSequences(PackedSeqParams):
     edges: Tensor | None = None
     """int32 [sequences + 1]: where each sequence starts among all T tokens, and the end of the last."""
     pieces: Pieces | None = None
-    """Made by the first layer that needs it."""
+    """What an attention call of plain layers on a GPU is given."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
@@ -62,6 +62,12 @@ class PackedSequences(PackedSeqParams):
         edges = to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), places.device)
         found = cls(lengths=tuple(lengths), places=places, order=order, edges=edges)
         found.qkv_format, found.max_seqlen_q, found.max_seqlen_kv = "thd", longest, longest
+        return found
+
+    def for_plain_layers(self, cp: int, rank: int) -> PackedSequences:
+        """The packing with the pieces of CP rank `rank`, so that no layer has to move indices to the device."""
+        found = copy(self)
+        found.pieces = Pieces.of(self, cp, rank)
         return found
 
     def for_fused_layers(self) -> PackedSequences:
@@ -148,18 +154,16 @@ class PackedCoreAttention(MegatronModule):
         """query [T, heads, d], key and value [T, kv heads, d] of this rank -> [T, heads * d]."""
         cp = self.cp_group.size() if self.cp_group is not None else 1
         if in_one_call(query):
-            out = self._in_one_call(query, key, value, packed_seq_params, cp)
+            out = self._in_one_call(query, key, value, packed_seq_params.pieces)
         elif cp == 1:
             out = torch.cat([self._causal(*part) for part in _runs(query, key, value, packed_seq_params.lengths)])
         else:
             out = self._context_parallel(query, key, value, packed_seq_params, cp)
         return out.reshape(out.size(0), -1)
 
-    def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences, cp: int) -> Tensor:
+    def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces | None) -> Tensor:
         """[T, heads, d], as `query`. The kernel aligns a piece's last query with its last key."""
-        if packing.pieces is None:
-            packing.pieces = Pieces.of(packing, cp, self.cp_group.rank() if self.cp_group is not None else 0)
-        pieces = packing.pieces
+        assert pieces is not None
         if pieces.seen is not None:
             key, value = (self._gathered(x).index_select(0, pieces.seen) for x in (key, value))
         edges = (pieces.queries, pieces.keys, *pieces.longest)

@@ -75,8 +75,11 @@ class Policy(GPTModel):
             self.output_layer.chunk = head_chunk
 
     def forward(self, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any) -> Any:
-        fused = self.config.apply_rope_fusion
-        return super().forward(*args, packed_seq_params=packed_seq_params.for_fused_layers() if fused else packed_seq_params, **kwargs)
+        if self.config.apply_rope_fusion:
+            packing = packed_seq_params.for_fused_layers()
+        else:
+            packing = packed_seq_params.for_plain_layers(self.pg_collection.cp.size(), self.pg_collection.cp.rank())
+        return super().forward(*args, packed_seq_params=packing, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, labels: HeadRequest | None, **unused: Any) -> Any:
         if not self.post_process:

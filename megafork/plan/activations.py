@@ -50,7 +50,7 @@ def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
         (width * (q + kv) if fused else 0.0) + 4 * (q + kv) / d if shape.family.qk_norm else 0.0
     )  # Transformer Engine copies its input
     angles = 0.0 if fused else 4 * d * width
-    core = width * (q + (2 * kv * layout.cp if gathered else kv)) + (0.0 if again else 4 * q / d)
+    core = width * (q + (2 * kv * (layout.cp + 0.5) if gathered else kv)) + (0.0 if again else 4 * q / d)
     return Layer(
         norms=2 * (2 * stream + 4),
         attention=width * mixed + qk_norms + angles + core + width * q,

@@ -47,15 +47,14 @@ def more_than_fused(shape: Shape, recipe: Recipe) -> Traffic:
     tp, width = recipe.parallel.tp, WIDTH[recipe.precision.dtype]
     inner = width * shape.ffn / tp
     rotated = width * (shape.heads / tp + max(shape.kv_heads / tp, 1)) * shape.head_dim
-    # cosines and sines in fp32, then rounded, for queries and for keys
-    angles = 2 * 2 * (4 + 4 + 4 + width) * shape.head_dim
+    angles = 2 * 2 * (5 * 4 + width) * shape.head_dim  # cosines and sines, times 1, rounded, for queries and for keys
     parameters = (count_parameters(replace(shape, layers=2)) - count_parameters(replace(shape, layers=1))) / tp
     return Traffic(
         # Rotary: 12 passes (2 products of 2, half negated 1, joined 2, sum 3, joined again 2) for 2
         # SwiGLU: 7 (silu 2, + 0 2, product 3) for 3
         forward=(12 - 2) * rotated + angles + (7 - 3) * inner,
-        # Rotary: 10 (2 products of 2, half negated 1, joined 2, sum 3) for 2
+        # Rotary: 14 (2 products of 2, half negated 1, joined 2, sum 3, nothing beyond the rotated part: 1, added 3) for 2
         # SwiGLU: 13 (products 3 and 3, silu 3, joined 4) for 5
-        backward=(10 - 2) * rotated + (13 - 5) * inner,
+        backward=(14 - 2) * rotated + (13 - 5) * inner,
         weights=2 * width * parameters,  # a gradient is written before it is added
     )
