@@ -2,7 +2,8 @@
 
 The first rows are timed with real vLLM engines. The last are counted from the plan for Qwen3-32B in bf16 on 64 GPUs, 8 per node: the data
 received by the busiest rank, and the total traffic between nodes; `megafork plan --refit` counts the same for any model. A rank must
-receive whatever its engine loads that it does not hold itself; the plan moves exactly that (`tests/test_reshard.py`).
+receive whatever its engine loads that it does not hold itself, and a node whatever its engines load and none of its ranks holds; the plan
+moves exactly that (`tests/test_reshard.py`).
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def _planning(world: int) -> Figure:
     layout, times = Parallel(tp=8, pp=4, sp=True), []
     for enumerate_all in (False, True):
         plan = Reshard(KNOWN["qwen3-32b"], layout, world, 8)
+        layers = {plan.stage(bucket[0]): bucket for bucket in plan.buckets if bucket[0].layer is not None}.values()
         start = time.perf_counter()
-        _ = [list(plan.transfers(bucket)) for bucket, _ in plan.alike] if enumerate_all else plan.routes(world // 2)
+        _ = [list(plan.transfers(bucket)) for bucket in layers] if enumerate_all else plan.routes(world // 2)
         times.append(time.perf_counter() - start)
     return Figure(
         f"Qwen3-32B, TP8 PP4 to TP8, planning on {world} ranks",

@@ -219,7 +219,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     check_layout(shape, recipe.parallel)
     from megafork.data.reward import Verifiers
     from megafork.model import fp8, kernels, precision
-    from megafork.rl.objectives import check_objective
+    from megafork.rl.own import check_functions
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs
     from megafork.train.profile import check_profile
@@ -233,7 +233,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
     boards.check_boards(recipe.log)
     check_profile(recipe.log)
     if command == "train":
-        check_objective(recipe.loss)
+        check_functions(recipe)
     if command == "train" and ":" in recipe.reward.verifier:  # the user's own file may not load
         with Verifiers(recipe.reward.model_copy(update={"workers": 1})):
             pass

@@ -6,13 +6,14 @@ Unknown keys are refused, and the nearest known key is suggested. `recipe_yaml.p
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
+from megafork.did_you_mean import did_you_mean
 from megafork.recipe import Data, Key, Recipe, RecipeError
 from megafork.recipe.kinds import MOST, limit, shown
 from megafork.recipe_yaml import is_mapping, kind_of, parse, parse_value
@@ -123,21 +124,20 @@ def _validate(values: dict[str, Any]) -> Recipe:
 def _refuse_unknown(values: dict[str, Any]) -> None:
     for section, inner in values.items():
         if section not in Recipe.model_fields:
-            raise RecipeError(f"unknown section {section!r}{_nearest(str(section), list(Recipe.model_fields))}")
+            raise RecipeError(f"unknown section {section!r}{_nearest(str(section), Recipe.model_fields)}")
         if not isinstance(inner, dict):
             raise RecipeError(f"{section} is {shown(inner)}: it must be a section with keys below it")
         for key, value in inner.items():
             if key not in _keys(section):
-                raise RecipeError(f"unknown key {section}.{key} = {shown(value)}{_nearest(str(key), list(_keys(section)))}")
+                raise RecipeError(f"unknown key {section}.{key} = {shown(value)}{_nearest(str(key), _keys(section))}")
 
 
 def _keys(section: str) -> dict[str, Any]:
     return Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return ": " + did_you_mean(name, known, f"known are {', '.join(known)}")
 
 
 def _explain(item: Any) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+
+from megafork.did_you_mean import did_you_mean
 
 
 def split(name: str) -> tuple[Path, str]:
@@ -23,8 +24,7 @@ def name_problem(name: str, built_in: Iterable[str]) -> str | None:
     if name in known:
         return None
     if path.suffix != ".py" or not function.isidentifier():
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}, or give FILE.py:FUNCTION"
+        return did_you_mean(name, known, f"known are {', '.join(known)}, or give FILE.py:FUNCTION")
     return None if path.is_file() else "no such file; give a path relative to the working directory"
 
 

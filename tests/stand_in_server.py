@@ -37,6 +37,7 @@ class Habits:
     longest: int = 4096
     raw_log_probs: bool = False
     fork_decoding: bool = True
+    entropies: bool = True
     refuses: bool = False
     """Every roll-out request."""
     secret: str = ""
@@ -51,9 +52,14 @@ def answer(seed: int, version: str, weights: float) -> dict[str, Any]:
     return {
         "token_ids": tokens,
         "finish_reason": "stop",
-        "logprobs": {"content": [{"token_id": token, "logprob": -token / 7, "rank": 1} for token in tokens]},
+        "logprobs": {"content": [_said(token, -token / 7, token / 11) for token in tokens]},
         "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
     }
+
+
+def _said(token: int, log_prob: float, entropy: float) -> dict[str, Any]:
+    own = {"token_id": token, "logprob": log_prob, "rank": 1}
+    return {**own, "top_logprobs": [own, {"token_id": -1, "logprob": entropy, "rank": 2}]}
 
 
 class StandIn:
@@ -183,7 +189,10 @@ class _Routes:
         if "seed" not in sampling:  # the look at what log-probs are
             choice = answer(0, self.version, 0.0) | {"token_ids": [1]}
             certain = self.habits.fork_decoding if "extra_args" in sampling else not self.habits.raw_log_probs
-            choice["logprobs"]["content"] = [{"logprob": 0.0 if certain else -2.0}]
+            said = _said(1, 0.0 if certain else -2.0, 0.5)
+            if not self.habits.entropies or sampling["logprobs"] < 2:
+                said["top_logprobs"].pop()
+            choice["logprobs"]["content"] = [said]
             return web.json_response({"choices": [choice]})
         if self.habits.refuses:
             return web.Response(status=400, text="the prompt is too long")

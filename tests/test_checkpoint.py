@@ -12,7 +12,10 @@ from ranks import on_ranks
 from tiny import recipe, save_model
 from training import STEPS, Rig
 
+from megafork.plan.parameters import stage_weights
+from megafork.plan.saving import saving
 from megafork.recipe import Recipe, RecipeError
+from megafork.shape import read_shape
 from megafork.weights.checkpoint import Checkpoints, complete, read_state
 from megafork.weights.optimizer_state import optimizer_content
 
@@ -65,6 +68,48 @@ def test_saved_under_one_layout_continued_under_others(background: bool, tied: b
             for step, expected in zip(got, history, strict=True):
                 assert step == pytest.approx(expected, rel=1e-4, abs=1e-6), name
             assert all((loaded[key] - weights[key]).abs().max() < 2e-5 for key in weights), name
+
+
+def _read(spec: Recipe, folder: Path) -> tuple[int, int]:
+    """Bytes read from the checkpoint's tensor files after they have been verified, and their size."""
+    rig = Rig(spec)
+    checkpoints = Checkpoints(folder, rig.mesh, keep_last=2)
+    checkpoints.save(1, rig.learner.chunks, rig.learner.optimizer, {})
+    checkpoints.load(1, rig.learner.chunks, rig.learner.optimizer)  # whatever is imported or cached is by now
+    counted = Counted()
+    with counted:
+        checkpoints.load(1, rig.learner.chunks, rig.learner.optimizer)
+    files = sum(file.stat().st_size for file in (folder / "step_000001").glob("*.distcp"))
+    return counted.read, files
+
+
+class Counted:
+    """Counts what this process reads by system calls in a `with` block."""
+
+    def __enter__(self) -> None:
+        self.read = -self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self.read += self._now()
+
+    @staticmethod
+    def _now() -> int:
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_of_all_replicas_one_reads_a_weight(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "m", hidden_size=256, intermediate_size=1024, vocab_size=4096)
+    for number, (world, sections) in enumerate(((4, {}), (4, {"parallel": {"tp": 2}}))):
+        seen = on_ranks(world, _read, _spec(model, sections), tmp_path / str(number))
+        size = seen[0][1]
+        assert size > 5e6
+        shape, spec = read_shape(model), _spec(model, sections)
+        planned = saving(shape, spec, world, [stage_weights(shape, spec, 0, world)])
+        assert planned.total == pytest.approx(size, rel=0.02)
+        ranks = [sum(f.stat().st_size for f in (tmp_path / str(number)).glob(f"*/__{rank}_*.distcp")) for rank in range(world)]
+        assert min(ranks) > 0 and planned.written == pytest.approx(max(ranks), rel=0.25), "the largest parameter is a fifth of a share"
+        # once to verify the files, once to load them; a replica that read its weights itself would add a quarter of the files
+        assert sum(read for read, _ in seen) < 2.2 * size
 
 
 def _damage(spec: Recipe, folder: Path) -> list[str]:

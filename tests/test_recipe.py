@@ -47,7 +47,13 @@ WRONG = {
     "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller one",
     "parallel.sp=1": "parallel.sp is 1: must be true or false",
     "parallel.sp=true": "parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1",
-    "forks.select=topp": "forks.select is 'topp': must be one of top, bottom, random, all",
+    "forks.select=topp": "forks.select is 'topp': did you mean 'top'?",
+    "forks.select=xyzzy": "forks.select is 'xyzzy': known are top, bottom, random, all, prefix, gmts",
+    "forks.select=rsi": "forks.rsi_interval is None with forks.select=rsi: give it with select=rsi, and only with it",
+    "forks.rsi_interval=[0.5,2]": "forks.rsi_interval is (0.5, 2.0) with forks.select=top: give it with select=rsi, and only with it",
+    "forks.stapo=[0.1,0.5]": "forks.stapo is [0.1, 0.5] with forks.select=top: only `stapo` has it; leave it out",
+    "forks.rest_weight=1.5": "forks.rest_weight is 1.5: must be a number, at least 0 and at most 1",
+    "forks.horvitz_thompson=true": "forks.horvitz_thompson is true with forks.select=top: only `random` and `prefix` select by chance",
     "forks.threshold=0.6": "forks.threshold is 0.6 with forks.scope=minibatch: give a threshold with scope=fixed, and only with it",
     "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
@@ -150,6 +156,20 @@ def test_the_last_override_wins_and_sections_agree_only_at_the_end(recipe: Path)
 
 
 FILES = {
+    LEAST + "forks: {select: gmts, scope: fixed, threshold: 0.5}\n": (
+        "forks.select is gmts with forks.scope=fixed: a fixed threshold in nats selects `top` or `bottom`"
+    ),
+    LEAST + "forks: {select: covariance, scope: sequence}\n": (
+        "forks.select is covariance with forks.scope=sequence: all tokens of a response have the same advantage"
+    ),
+    LEAST + "forks: {select: rsi, rsi_interval: [2, 0.5]}\n": "forks.rsi_interval is [2.0, 0.5]: the first must not exceed the second",
+    LEAST + "forks: {select: random, horvitz_thompson: true}\n": "forks.horvitz_thompson is true with forks.normalize_by=selected",
+    LEAST + "forks: {select: random, horvitz_thompson: true, normalize_by: response, rest_weight: 0.1}\n": (
+        "forks.rest_weight is 0.1 with forks.horvitz_thompson: choose one of the two weights"
+    ),
+    LEAST + "forks: {select: prefix, rest_weight: 0.1}\n": (
+        "forks.rest_weight is 0.1 with forks.select=prefix: the tokens after the cut are never scored"
+    ),
     "": "model is missing: add the section to the recipe; data is missing: add the section to the recipe",
     "model: {path: m}\ndata: {}\n": "data.train is missing: add it to the recipe or give data.train=...",
     LEAST + "train: 5\n": "train is 5: it must be a section with keys below it",

@@ -30,7 +30,14 @@ def _generate(spec: Recipe, folders: list[Path], port: int) -> list[list[Complet
     requests = [Request(prompt, request_seed(1, n, s)) for n, prompt in enumerate(PROMPTS) for s in range(2)]
     answers = []
     for version, weights.folder in enumerate(folders):
+        if version:
+            engine.sleep()
+            engine.wake("weights")
         engine.refit(version)
+        if version:
+            assert engine._llm.llm_engine.is_sleeping(), "vLLM draws nothing without its KV cache"
+            engine.wake("kv_cache")
+        assert not engine._llm.llm_engine.is_sleeping()
         ended: dict[int, Completion] = {}
         answers.append(engine.generate(requests, Sampling(max_tokens=12, temperature=0.8, stop=(7,)), ended.__setitem__))
         assert ended == dict(enumerate(answers[-1])), "each is told of as it ends"

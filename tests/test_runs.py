@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from command import megafork, run_on_forks, start_megafork
 from task import make_task, write_recipe
+
+from megafork.train.metrics import RunLog
+from megafork.weights.checkpoint import complete
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -45,7 +51,7 @@ PARKED = {"unbroken": False, "killed": True}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> None:
+def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = layout.replace(" ", "_").replace(",", "")
     changes = {k: dict(v) for k, v in LAYOUTS[layout].items()}
     model = {"path": str(task / "runs/sft/hf")}
@@ -69,6 +75,8 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path) -> No
 
     run_on_forks("train", task / f"{name}-unbroken.yaml")
     kill_a_rank_after_step(task, f"{name}-killed.yaml", task / "runs" / f"{name}-killed", step=3)
+    if "DP2" in layout:
+        kill_before_the_checkpoint_is_published(task, f"{name}-killed.yaml", task / "runs" / f"{name}-killed", monkeypatch)
     done = megafork("train", f"{name}-killed.yaml", cwd=task)
     assert done.returncode == 0, done.stderr
 
@@ -100,6 +108,24 @@ def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> N
     assert "rank 1 was killed by SIGKILL" in stderr
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+def kill_before_the_checkpoint_is_published(cwd: Path, recipe: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go on from step 2, and kill -9 rank 0 when the checkpoint of step 4 is written, and its line of metrics is not."""
+    write = RunLog.write
+
+    def kill(log: RunLog, metrics: Mapping[str, Any]) -> None:
+        if metrics["step"] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(log, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", kill)  # of the ranks that are forked from here
+        assert megafork("train", recipe, cwd=cwd).returncode == 1
+    written = run / "checkpoints/step_000004.writing"
+    assert any(file.stat().st_size > 100_000 for file in written.glob("*.distcp")), "vLLM's wake and the log wait for it"
+    assert [step for step, _ in complete(run / "checkpoints")] == [2]
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 3]
 
 
 def check_evaluations(run: Path, rows: list[dict[str, Any]]) -> None:

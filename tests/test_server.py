@@ -27,11 +27,12 @@ from torch import Tensor
 
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import RecipeError
+from megafork.rollout.batch import NoServer
 from megafork.rollout.client import Limits, RequestRefused
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.guard import Guard
-from megafork.rollout.server import NoServer, ServerEngine
+from megafork.rollout.server import ServerEngine
 from megafork.secret import NAME
 
 GENERATE = "/inference/v1/generate"
@@ -57,9 +58,15 @@ def total(value: float) -> float:
     return 3 * 70 * value
 
 
-def roll_outs(urls: list[str], limits: Limits, versions: list[int], **rollout: Any) -> list[list[Completion]] | Exception:
+ENTROPIES = "returns no entropies, which forks.entropy_from=rollout needs"
+
+
+def roll_outs(
+    urls: list[str], limits: Limits, versions: list[int], *, entropies: bool = False, **rollout: Any
+) -> list[list[Completion]] | Exception:
     """On every rank: refit to each version and ask everything."""
-    spec = recipe(Path("no model is read"), rollout={"servers": urls, **rollout})
+    forks = {"entropy_from": "rollout" if entropies else "old"}
+    spec = recipe(Path("no model is read"), rollout={"servers": urls, **rollout}, forks=forks)
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     try:
         weights = Weights(0.0)
@@ -68,16 +75,25 @@ def roll_outs(urls: list[str], limits: Limits, versions: list[int], **rollout: A
         for version in versions:
             weights.value = float(version)
             engine.refit(version)
-            answers.append(complete(engine, REQUESTS, Sampling(max_tokens=8)))
+            answers.append(complete(engine, REQUESTS, Sampling(max_tokens=8, entropies=entropies)))
         engine.close()
         return answers
     except (NoServer, RequestRefused, RecipeError) as error:
         return error
 
 
-def expected(version: int) -> list[Completion]:
+def expected(version: int, *, entropies: bool = False) -> list[Completion]:
     answers = [answer(request.seed, str(version), total(version)) for request in REQUESTS]
-    return [Completion(a["token_ids"], [t["logprob"] for t in a["logprobs"]["content"]], False, [version] * 3) for a in answers]
+    return [
+        Completion(
+            a["token_ids"],
+            [t["logprob"] for t in a["logprobs"]["content"]],
+            False,
+            [version] * 3,
+            [t["top_logprobs"][1]["logprob"] for t in a["logprobs"]["content"]] if entropies else [],
+        )
+        for a in answers
+    ]
 
 
 def test_each_request_is_answered_once_in_order_and_few_at_a_time() -> None:
@@ -89,6 +105,13 @@ def test_each_request_is_answered_once_in_order_and_few_at_a_time() -> None:
     assert sorted(seed for s in stats for seed in s["answered"]) == sorted(3 * [r.seed for r in REQUESTS])
     assert all(len(s["answered"]) > 60 and s["peak"] == LIMITS.in_flight for s in stats), "the servers share the work"
     assert all(s["calls"]["/init_weight_transfer_engine"] == 1 for s in stats), "one link serves all updates"
+
+
+def test_entropies_come_with_their_tokens() -> None:
+    with StandIn() as server:
+        answers = on_ranks(1, partial(roll_outs, entropies=True), [server.url], LIMITS, [1])[0]
+    assert answers == [expected(1, entropies=True)]
+    assert answers[0][0].entropies and answers != [expected(1)]
 
 
 def test_a_server_that_is_killed_in_mid_roll_out_costs_nothing() -> None:
@@ -174,13 +197,15 @@ def test_a_refused_request_is_not_asked_again() -> None:
         (Habits(longest=63), RecipeError, "takes 63 tokens, the recipe needs 64"),
         (Habits(raw_log_probs=True), NoServer, "--logprobs-mode processed_logprobs"),
         (Habits(fork_decoding=False), NoServer, "does not know rollout.fork_temperature"),
+        (Habits(entropies=False), NoServer, ENTROPIES),
     ],
-    ids=["absent", "short", "raw log-probs", "no fork-aware decoding"],
+    ids=["absent", "short", "raw log-probs", "no fork-aware decoding", "no entropies"],
 )
 def test_a_server_that_is_not_set_up_as_the_run_needs_is_named(habits: Habits | None, kind: type[Exception], words: str) -> None:
     limits = Limits(in_flight=4, server_s=3.0, poll_s=0.1)
     with StandIn(habits, up=habits is not None) as server:
-        for error in on_ranks(2, partial(roll_outs, fork_temperature=(0.7, 1.3, 0.5)), [server.url], limits, [1]):
+        ask = partial(roll_outs, entropies=True) if words == ENTROPIES else partial(roll_outs, fork_temperature=(0.7, 1.3, 0.5))
+        for error in on_ranks(2, ask, [server.url], limits, [1]):
             assert isinstance(error, kind) and words in str(error) and server.url in str(error) and "\n" not in str(error)
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from public_models import LLAMA3, MODELS, YARN
 
 from megafork.model.rope import inverse_frequencies, softmax_scale
-from megafork.recipe import RecipeError
-from megafork.shape import FAMILIES, Shape, Yarn, read_dtype, read_shape
+from megafork.recipe import Parallel, RecipeError
+from megafork.shape import FAMILIES, Shape, Yarn, check_layout, read_dtype, read_shape
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -484,3 +484,10 @@ def test_reading_a_shape_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "megatron", "vllm"} & set(done.stdout.split())
+
+
+def test_a_layout_that_would_split_a_row_is_refused() -> None:
+    shape = Shape("Qwen3ForCausalLM", 2, 48, 60, 12, 1, 4, 99, True, 1e-6, 1e4, None, 512)
+    check_layout(shape, Parallel(tp=2))
+    with pytest.raises(RecipeError, match=r"parallel\.tp is 3 but the model's queries, keys and values have 56 rows"):
+        check_layout(shape, Parallel(tp=3))

@@ -210,7 +210,7 @@ def test_every_phase_and_a_roll_out_that_goes_on_are_signs_of_life(task: Path, t
     drawn = [one for one in said if "to finish" in one]
     assert [one for one in said if one not in drawn] == [
         "step 0, begins",
-        *(f"step 1, {phase}" for phase in ("rollout", "score", "update", "refit", "checkpoint", "export")),
+        *(f"step 1, {phase}" for phase in ("rollout", "score", "update", "checkpoint", "refit", "export")),
     ]
     assert len(drawn) >= 6 and len(set(drawn)) == len(drawn), "each of vLLM's steps is seen, and none twice"
     assert drawn[0] == "step 1, rollout, 32 responses to finish, 0 tokens of them drawn"

@@ -68,17 +68,45 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "CISPO": {"loss": {"objective": "cispo", "clip_high": 0.1}},
     "SAPO": {"loss": {"objective": "sapo", "sapo_temperatures": [1.0, 1.5]}, "forks": {"top_entropy_quantile": 1.0}},
     "REINFORCE": {"loss": {"objective": "reinforce"}},
+    "GMTS": {"forks": {"select": "gmts"}},
+    "the gradient at the logits": {"forks": {"select": "gradient", "scope": "minibatch"}},
+    "covariance": {"forks": {"select": "covariance", "top_entropy_quantile": 0.3}, "loss": {"reduction": "seq-mean"}},
+    "RSI-S": {"forks": {"select": "rsi", "rsi_interval": [0.95, 1.05]}},
+    "STAPO": {"forks": {"select": "stapo", "stapo": [0.01, 0.5]}},
+    "a weight in place of a mask": {"forks": {"rest_weight": 0.25}, "loss": {"reduction": "official"}},
+    "prefixes, unbiased": {
+        "forks": {"select": "prefix", "top_entropy_quantile": 0.6, "horvitz_thompson": True, "normalize_by": "response"},
+        "loss": {"reduction": "seq-mean"},
+    },
     "all tokens in the denominator": {"forks": {"normalize_by": "response"}, "rollout": {"temperature": 1.5}},
 }
 
 
+BASE: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
+
+
+@pytest.fixture(scope="module")
+def switched(wanted: Any) -> Callable[[int], list[dict[str, Any]]]:
+    """What the reference makes of every switch, by the number of DP ranks, which is that of the micro-batches' owners."""
+    folder = wanted(True)[0]
+
+    @cache
+    def make(switch: str, dp: int) -> dict[str, Any]:
+        return reference(recipe(folder, **BASE, **SWITCHES[switch]), dp=dp)
+
+    def all_of(dp: int) -> list[dict[str, Any]]:
+        by_micro_batch = [s for s in SWITCHES if "official" in str(SWITCHES[s]) or "microbatch" in str(SWITCHES[s])]
+        return [make(switch, dp if switch in by_micro_batch else 1) for switch in SWITCHES]
+
+    return all_of
+
+
 @pytest.mark.parametrize("layout", ["TP2 SP", "DP2", "PP2 VPP2", "CP2"])
-def test_every_switch_equals_the_reference_in_every_layout(layout: str, wanted: Any) -> None:
+def test_every_switch_equals_the_reference_in_every_layout(layout: str, wanted: Any, switched: Any) -> None:
     folder, plain, _ = wanted(True)
     world, sections = LAYOUTS[layout]
-    base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
-    every = [recipe(folder, **base, **switches, **sections) for switches in SWITCHES.values()]
-    expected = [reference(spec, dp=2 if layout == "DP2" else 1) for spec in every]
+    every = [recipe(folder, **BASE, **switches, **sections) for switches in SWITCHES.values()]
+    expected = switched(2 if layout == "DP2" else 1)
     compare(on_ranks(world, train_on_rank, every), expected)
     for name, result in zip(SWITCHES, expected, strict=True):
         assert result["history"][-1]["loss/policy"] != pytest.approx(plain[0]["history"][-1]["loss/policy"]), f"{name!r} changes something"

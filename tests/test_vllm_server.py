@@ -33,11 +33,12 @@ from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.background import Background
+from megafork.rollout.batch import NoServer
 from megafork.rollout.client import Limits
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling, Weights, request_seed
 from megafork.rollout.guard import credentials
-from megafork.rollout.server import NoServer, ServerEngine
+from megafork.rollout.server import ServerEngine
 from megafork.rollout.transfer import GlooLink, buckets, describe
 from megafork.secret import NAME, is_loopback
 from megafork.shape import read_shape

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -27,7 +28,10 @@ FLOORS: list[dict[str, str]] = [  # from the top; each room with its purpose
     {"parallel": "mesh, vocabulary-parallel head, threshold", "data": "prompts, tokenizer, verdicts"},
     {"recipe": "one file specifies a run", "shape": "a model's sizes and layouts", "compat": "fixes to third-party code"},
 ]
-GROUND = ("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "files", "lock", "process", "secret", "joined", "gpus")
+GROUND = (
+    *("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "did_you_mean"),
+    *("files", "lock", "process", "secret", "joined", "gpus"),
+)
 """Small modules on the lowest floor; on that floor rooms may import each other."""
 WALK = ("prompts", "roll-out", "reward", "score", "forks", "update", "refit")
 """The phases of a training step."""
@@ -44,7 +48,7 @@ def floor_of() -> dict[str, int]:
 
 def render(package: Path) -> str:
     """The picture as SVG; `package` is the folder that shows which rooms are folders."""
-    height = 20 + _STEP * len(FLOORS) + 116
+    height = 20 + _STEP * len(FLOORS) + 133
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" font-family="ui-sans-serif,system-ui,sans-serif" role="img" '
         f'aria-label="The rooms of megafork on {len(FLOORS)} floors; a room imports only from floors below it">',
@@ -53,8 +57,9 @@ def render(package: Path) -> str:
     for depth, floor in enumerate(FLOORS):
         lines += _floor(package, len(FLOORS) - depth, floor, 20 + _STEP * depth)
     top = 20 + _STEP * len(FLOORS)
-    lines.append(_text(_LEFT, top + 4, "and " + ", ".join(f"{room}.py" for room in GROUND), size=12, colour=_SOFT, mono=True))
-    lines += _walk(top + 30)
+    ground = textwrap.wrap("and " + ", ".join(f"{room}.py" for room in GROUND), 110)
+    lines += [_text(_LEFT, top + 4 + 17 * row, words, size=12, colour=_SOFT, mono=True) for row, words in enumerate(ground)]
+    lines += _walk(top + 13 + 17 * len(ground))
     return "\n".join([*lines, "</svg>", ""])
 
 

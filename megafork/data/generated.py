@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 
 from megafork.data.row_files import FORMS, Rows
+from megafork.did_you_mean import did_you_mean
 from megafork.recipe import RecipeError
 from megafork.recipe.kinds import shown
 
@@ -50,8 +50,7 @@ def _parts(source: str, field: str) -> tuple[str, int, int]:
 def _refuse(made: dict[str, object], task: str, source: str, field: str) -> None:
     """Raise RecipeError if the generator sent a reason for failure instead of a row."""
     if "unknown" in made:
-        close = difflib.get_close_matches(task, made["unknown"], n=1, cutoff=0.5)  # type: ignore[call-overload]
-        fix = f"did you mean {close[0]!r}?" if close else "see reasoning_gym.factory.DATASETS for the names"
+        fix = did_you_mean(task, made["unknown"], "see reasoning_gym.factory.DATASETS for the names")  # type: ignore[arg-type]
         raise RecipeError(f"{field} is {source!r}: reasoning_gym has no task {task!r}: {fix}")
     if "failed" in made:
         raise RecipeError(f"{field} is {source!r}: the task cannot be made with its default settings and this seed ({made['failed']})")

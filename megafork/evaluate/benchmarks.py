@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from megafork.data import reward as verifiers
 from megafork.data.prompts import Prompt, Remark, load_prompts
 from megafork.data.tokenizer import Tokenizer
+from megafork.did_you_mean import did_you_mean
 from megafork.recipe import Data, RecipeError, Reward
 
 KNOWN = {
@@ -71,6 +71,5 @@ def _named(word: str) -> tuple[str, str]:
         return word, word
     if Path(word).suffix or "/" in word or "*" in word or os.path.isdir(os.path.expanduser(word)):
         return Path(word).stem, word
-    close = difflib.get_close_matches(word, KNOWN, n=1, cutoff=0.4)
-    fix = f"did you mean {close[0]!r}? Known are" if close else "known are"
-    raise RecipeError(f"--benchmarks names {word!r}: {fix} {', '.join(KNOWN)}, and .jsonl, .json or .parquet files, or folders of them")
+    known = f"known are {', '.join(KNOWN)}, and .jsonl, .json or .parquet files, or folders of them"
+    raise RecipeError(f"--benchmarks names {word!r}: {did_you_mean(word, KNOWN, known)}")

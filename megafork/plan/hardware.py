@@ -39,6 +39,11 @@ NETWORK = 50e9
 HOST = 50e9
 """Bytes per second between a GPU and its host's memory, each way: PCIe 5.0 x 16 less its overhead, as on an H100 SXM."""
 
+STORAGE = 2e9
+"""Bytes per second that a node writes to the shared file system. Assumed."""
+GLOO = 1e9
+"""Bytes per second that a rank exchanges between host memories, over TCP. Assumed."""
+
 # Achieved shares of the peaks. Assumed, and set once so that NeMo-RL's published step (Qwen3-32B, 32 x H100, 376 s) comes out about right.
 MATMUL_SHARE = 0.50
 FP8_GAIN = 1.4

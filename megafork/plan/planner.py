@@ -13,6 +13,8 @@ from megafork.plan.hardware import Gpu
 from megafork.plan.layers import Layers, layers_of
 from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
+from megafork.plan.refit import planning_s
+from megafork.plan.saving import Saving, saving
 from megafork.plan.speed import Step, step_time
 from megafork.recipe import Recipe, RecipeError
 from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world
@@ -57,6 +59,17 @@ class Plan:
         return Deadlines.of(self.step)
 
     @property
+    def saving(self) -> Saving:
+        """A checkpoint, which the step's time does not include."""
+        return saving(self.shape, self.recipe, self.gpus, [stage.weights for stage in self.stages])
+
+    @property
+    def refit_planning_s(self) -> float | None:
+        """Seconds that a rank spends at the start of a run on planning its refits: measured now, on this machine. None with servers, to
+        which whole tensors go. A refit plans nothing."""
+        return None if self.recipe.rollout.servers else planning_s(self.shape, self.recipe.parallel, self.gpus, self.recipe.rollout.tp)
+
+    @property
     def fits(self) -> bool:
         return not self.over
 
@@ -92,6 +105,7 @@ class Plan:
             "over": self.over,
             "fits": self.fits,
             "step": {**vars(step), "seconds": step.seconds, "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu},
+            "checkpoint": vars(self.saving),
             "job": {**vars(deadlines), "hang": deadlines.hang},
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -129,6 +130,14 @@ def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtyp
     check_engines(rollout_tp, gpus)
     plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
     return Refit(layout, gpus, rollout_tp, WIDTH[dtype], cost(plan), cost_of_full_gather(plan), lower_bound(plan))
+
+
+def planning_s(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int) -> float:
+    """Seconds that a rank takes for its routes, measured here. Layout, GPUs and engines must fit."""
+    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
+    begin = time.perf_counter()
+    plan.routes(gpus // 2)
+    return time.perf_counter() - begin
 
 
 def refits(shape: Shape, recipe: Recipe, gpus: int) -> list[Refit]:

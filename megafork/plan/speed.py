@@ -90,7 +90,7 @@ def step_time(
     dp = gpus // layout.model_size
     micro_batches = _micro_batches(recipe, load, load.samples / recipe.train.minibatches / dp)
     every = _pass(shape, recipe, gpu, load, _micro_batches(recipe, load, load.samples / dp), linear=1, head=1.0, moves=1)
-    chosen = 1.0 if spec.select == "all" else spec.top_entropy_quantile
+    chosen = spec.share_with_loss
     again = recipe.model.recompute == "full"
     # forward 1, backward 2, recomputation 1; the head recomputes its logits in the backward: 4 times its forward in total
     one = _pass(shape, recipe, gpu, load, micro_batches, linear=3 + again, head=4 * chosen, moves=2 + again)

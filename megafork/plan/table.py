@@ -21,6 +21,7 @@ from megafork.plan.hardware import (
     LINK_SHARE,
     MATMUL_SHARE,
     RESERVED,
+    STORAGE,
     VLLM_ASLEEP,
     VLLM_OVERHEAD,
 )
@@ -123,14 +124,17 @@ def _marked(size: int, most: int) -> str:
 
 
 def _times(plan: Plan) -> Table:
-    step, spec = plan.step, plan.recipe
+    step, spec, saved = plan.step, plan.recipe, plan.saving
     rows = [
         ("roll-out", f"{step.rollout:,.0f}", f"{step.running} responses at once on an engine"),
         ("score", f"{step.score:,.0f}", "one forward"),
         ("update", f"{step.update:,.0f}", f"{spec.train.minibatches} x {step.micro_batches} micro-batches per DP rank"),
         ("refit", f"{step.refit:,.1f}", f"{_gib(plan.stages[0].engine.weights)} GiB to each GPU"),
         ("step", f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f} trained tokens/s/GPU"),
+        ("checkpoint", f"{saved.seconds:,.0f}", f"{_gib(saved.total)} GiB in all, {_gib(saved.host)} GiB of host memory a rank"),
     ]
+    if (planning := plan.refit_planning_s) is not None:
+        rows.append(("refit's plan", f"{planning:,.1f}", "once, when the run starts: timed here"))
     table = _table("a step, estimated", ("phase", "seconds ~", ""), rows)
     table.columns[2].justify = "left"
     return table
@@ -157,7 +161,8 @@ def _assumptions(plan: Plan) -> str:
     return (
         f"Assumed: responses of {plan.step.response:,.0f} tokens on average, prompts of {plan.step.prompt:,.0f},{refills} "
         f"{MATMUL_SHARE:.0%} of the bf16 peak in matmuls,{fp8} {DECODE_SHARE:.0%} of the memory's bandwidth in decoding, "
-        f"{LINK_SHARE:.0%} of the links'. Rewards, evaluation and checkpoints are not included."
+        f"{LINK_SHARE:.0%} of the links', {STORAGE / 1e9:g} GB/s from a node to the file system. The step does not include rewards, "
+        "evaluation and checkpoints."
     )
 
 

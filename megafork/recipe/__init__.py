@@ -70,8 +70,9 @@ class Recipe(Section):
             )
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
+        ratio_corrects = self.loss.old_log_prob == "rollout" and self.loss.objective != "reinforce"
         for key, value in {"precision.rollout_fp8": self.precision.rollout_fp8, "rollout.staleness": self.rollout.staleness}.items():
-            if value and self.loss.importance_cap is None:
+            if value and self.loss.importance_cap is None and not ratio_corrects:
                 raise ValueError(
                     f"{key} is {str(value).lower()} without loss.importance_cap: tokens would count as if the newest weights in full "
                     f"precision had drawn them; set loss.importance_cap=2, or leave {key} out"
@@ -96,6 +97,31 @@ class Recipe(Section):
         if self.log.profile is not None and (last := max(self.log.profile.steps)) > self.train.steps:
             raise ValueError(f"log.profile.steps has {last} but train.steps is {self.train.steps}: choose steps that the run has")
         return self
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> Recipe:
+        """Where entropies and old log-probs come from."""
+        if self.forks.entropy_from == "rollout" and self.rollout.fork_temperature:
+            raise ValueError(
+                "forks.entropy_from is rollout with rollout.fork_temperature: the engine's entropies are at each token's own temperature, "
+                "those that select forks at 1; choose entropy_from=old"
+            )
+        if self.loss.old_log_prob == "current" and self.train.minibatches > 1:
+            raise ValueError(
+                f"loss.old_log_prob is current with train.minibatches={self.train.minibatches}: after the first update the ratio would "
+                "still be 1 although the policy has moved; set train.minibatches=1, or old_log_prob=rollout"
+            )
+        if self.loss.old_log_prob == "rollout" and self.loss.importance_cap is not None:
+            raise ValueError(
+                f"loss.importance_cap is {self.loss.importance_cap} with loss.old_log_prob=rollout: p_old / p_rollout is 1, and the ratio "
+                "already corrects; leave importance_cap out, or set old_log_prob=score"
+            )
+        return self
+
+    @property
+    def scores_everything(self) -> bool:
+        """Whether a step needs the trainer's own log-probs or entropies of all responses before its first update."""
+        return self.loss.old_log_prob == "score" or self.forks.entropy_from != "rollout"
 
     @property
     def longest_sequence(self) -> int:

@@ -7,22 +7,48 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megafork.recipe.kinds import AboveOne, BelowOne, CountOrZero, Fraction, Megabytes, NonNegative, Positive, Section
+from megafork.user_code import name_problem
+
+RULES = ("top", "bottom", "random", "all", "prefix", "gmts", "gradient", "covariance", "rsi", "stapo")
+"""Selection rules by name, as in `rl/rules.py`."""
+_OF_ENTROPY = ("top", "bottom")
+_WITHOUT_SHARE = ("all", "rsi", "stapo")
+_WITH_KNOWN_ODDS = ("random", "prefix")
 
 
 class Forks(Section):
     top_entropy_quantile: Fraction = 0.2
-    """rho, the share of response tokens kept for the update."""
-    select: Literal["top", "bottom", "random", "all"] = "top"
-    """Which share is kept: highest entropy, lowest, random, or every token."""
+    """rho, the share of response tokens kept for the update (under `select: prefix` on average)."""
+    select: str = "top"
+    """Which share is kept: highest entropy (`top`), lowest (`bottom`), `random`, the beginning of each response (`prefix`), the highest
+    |A| H (`gmts`), gradient at the logits (`gradient`) or covariance of log-prob and advantage (`covariance`). Or which tokens: `all`,
+    those with a relative surprisal in `rsi_interval` (`rsi`), all but spurious ones (`stapo`). Or a rule of your own as FILE.py:FUNCTION
+    (docs/extending.md). Formulas: docs/algorithm.md."""
     scope: Literal["batch", "minibatch", "microbatch", "sequence", "fixed"] = "minibatch"
     """Tokens that share one threshold. Given the same entropies, `batch` and `minibatch` select the same tokens under every parallel
     layout; `fixed` uses `threshold`."""
     threshold: NonNegative | None = None
     """tau in nats for `scope: fixed` (the paper's 0.672)."""
-    entropy_from: Literal["old", "current"] = "old"
-    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward)."""
+    entropy_from: Literal["old", "current", "rollout"] = "old"
+    """Entropies of the policy at the start of the step (free), or before each mini-batch (one more forward), or of the roll-out, which the
+    engine returns beside the log-probs. With `rollout` and `loss.old_log_prob` other than `score` there is no scoring pass."""
     normalize_by: Literal["selected", "response"] = "selected"
     """The loss's denominator counts the selected tokens, or all response tokens."""
+    rest_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Weight of the tokens that are not selected, relative to the selected ones: 0 masks them, 1 trains on all alike."""
+    horvitz_thompson: bool = False
+    """Divide the loss of each token by the probability with which it was selected: an unbiased estimate of the loss over all tokens. Only
+    with `select: random` or `prefix`, and with `normalize_by: response`."""
+    rsi_interval: Annotated[tuple[NonNegative, Positive], Field(strict=False)] | None = None
+    """Least and greatest -log p / H of the tokens that `select: rsi` keeps; needed with it, and only with it."""
+    stapo: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | None = None
+    """tau_p and q of `select: stapo`: below which probability a token is rare, and up to which quantile of their entropies rare tokens of
+    responses with a positive advantage are silenced. Unset: 0.002 and 0.75, the authors'."""
+
+    @property
+    def share_with_loss(self) -> float:
+        """Of the response tokens, about."""
+        return 1.0 if self.rest_weight or self.select in _WITHOUT_SHARE else self.top_entropy_quantile
 
     @model_validator(mode="after")
     def _fixed_needs_threshold(self) -> Forks:
@@ -35,8 +61,44 @@ class Forks(Section):
                 "forks.entropy_from is current with forks.scope=batch: one threshold for the whole step can only use the policy at its "
                 "start; choose scope=minibatch, or entropy_from=old"
             )
-        if self.scope == "fixed" and self.select in ("random", "all"):
-            raise ValueError(f"forks.select is {self.select} with forks.scope=fixed: a fixed threshold selects `top` or `bottom`")
+        if self.scope == "fixed" and self.select not in _OF_ENTROPY:
+            raise ValueError(f"forks.select is {self.select} with forks.scope=fixed: a fixed threshold in nats selects `top` or `bottom`")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_has_what_it_needs(self) -> Forks:
+        if ".py:" not in self.select and (problem := name_problem(self.select, RULES)):
+            raise ValueError(f"forks.select is {self.select!r}: {problem}")
+        if (self.select == "rsi") != (self.rsi_interval is not None):
+            raise ValueError(
+                f"forks.rsi_interval is {self.rsi_interval} with forks.select={self.select}: give it with select=rsi, and only with it"
+            )
+        if self.rsi_interval is not None and self.rsi_interval[0] > self.rsi_interval[1]:
+            raise ValueError(f"forks.rsi_interval is {list(self.rsi_interval)}: the first must not exceed the second")
+        if self.select == "covariance" and self.scope == "sequence":
+            raise ValueError(
+                "forks.select is covariance with forks.scope=sequence: all tokens of a response have the same advantage, so their "
+                "covariance is 0; choose scope=minibatch"
+            )
+        if self.stapo is not None and self.select != "stapo":
+            raise ValueError(f"forks.stapo is {list(self.stapo)} with forks.select={self.select}: only `stapo` has it; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_one_meaning(self) -> Forks:
+        if self.horvitz_thompson and self.select not in _WITH_KNOWN_ODDS:
+            raise ValueError(
+                f"forks.horvitz_thompson is true with forks.select={self.select}: only `random` and `prefix` select by chance; leave it out"
+            )
+        if self.horvitz_thompson and self.normalize_by == "selected":
+            raise ValueError(
+                "forks.horvitz_thompson is true with forks.normalize_by=selected: the estimate of a sum over all tokens is divided by "
+                "their number; set normalize_by=response"
+            )
+        if self.horvitz_thompson and self.rest_weight:
+            raise ValueError(f"forks.rest_weight is {self.rest_weight} with forks.horvitz_thompson: choose one of the two weights")
+        if self.select == "prefix" and self.rest_weight:
+            raise ValueError(f"forks.rest_weight is {self.rest_weight} with forks.select=prefix: the tokens after the cut are never scored")
         return self
 
 
@@ -52,9 +114,13 @@ class Loss(Section):
     """c: with a negative advantage the loss of `clip` is at most c |A| (official code: 10)."""
     sapo_temperatures: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1.0, 1.05)
     """Steepness of `sapo`'s gate for positive and for negative advantages."""
+    old_log_prob: Literal["score", "rollout", "current"] = "score"
+    """p_old, the denominator of the ratio: scored by the trainer at the start of the step; the roll-out's, so that the ratio also corrects
+    for its older weights or other precision; or the updated policy's own, without gradient, so that the ratio is 1 (needs
+    `train.minibatches: 1`)."""
     importance_cap: Positive | None = None
     """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs from older weights or in another precision. Unset: no
-    weighting."""
+    weighting. Not with `old_log_prob: rollout`, where that is 1."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean per micro-batch, weighted by its number of sequences; or a mean
     per response (GRPO)."""

@@ -48,6 +48,9 @@ class Rollout(Section):
     max_mismatch: Positive | None = None
     """KL between vLLM's and the trainer's log-probs at equal weights, in nats per token, above which the first step stops the run before it
     trains. Unset: 1e-4 in fp32, 0.01 in bf16, 0.05 with FP8."""
+    mismatch_responses: CountOrZero = 16
+    """Responses per step that the trainer scores only to compare (`rollout_mismatch/*` in the metrics), where `forks.entropy_from` and
+    `loss.old_log_prob` make a scoring pass needless. 0: none; only the first step scores 16, for `max_mismatch`."""
     kv_cache_mb: Megabytes | None = None
     """KV cache per engine in MiB. Unset: limited by `gpu_memory_fraction` of the GPU, or 256 without a GPU."""
     gpu_memory_fraction: Fraction = 0.6

@@ -38,6 +38,16 @@ class Response:
     advantage: float = 0.0
     versions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     """int32 [n], the step whose weights sampled each token; empty if the response was not sampled in this run."""
+    entropies: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [n], nats, the roll-out engine's at the temperature that drew the tokens; empty unless `forks.entropy_from` is `rollout`."""
+
+    cut: int = 0
+    """Tokens removed from its end before training (`forks.select: prefix`)."""
+
+    @property
+    def whole_length(self) -> int:
+        """Response tokens as sampled, including those cut off."""
+        return len(self.tokens) + self.cut
 
     @property
     def length(self) -> int:
@@ -50,7 +60,7 @@ class MicroBatch:
     """Responses packed back to back, as one CP rank sees them.
 
     P counts the positions of this CP rank that predict a response token. Vectors of length P follow the order of the responses and of
-    their tokens. `old_log_prob`, `entropy` (after scoring) and `mask` (after selection) exist on the last pipeline stage.
+    their tokens. `old_log_prob`, `entropy` (after scoring), `fork` and `mask` (after selection) exist on the last pipeline stage.
     """
 
     responses: list[Response]
@@ -80,12 +90,18 @@ class MicroBatch:
     """fp32 [P], at which each token was drawn and its log-prob is taken. Under `rollout.fork_temperature` it is 1 until scoring."""
     entropy_temperature: float
     """Temperature at which entropies are taken: the roll-out's, or 1 under `rollout.fork_temperature`."""
+    rollout_entropy: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], nats; empty unless the engine returned entropies."""
     old_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], log-prob under the policy that starts the step."""
+    """fp32 [P], log-prob under the policy that starts the step, or the roll-out's (`loss.old_log_prob`)."""
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
-    """fp32 [P], nats, at `entropy_temperature`."""
+    """fp32 [P], nats, at `entropy_temperature`: those that select the forks (`forks.entropy_from`)."""
+    fork: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    """bool [P], the tokens that the rule selects (after selection)."""
     mask: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    """bool [P], the forks."""
+    """bool [P], the tokens with a loss: the forks, or all under `forks.rest_weight`."""
+    emphasis: Tensor | None = None
+    """fp32 [P], weight of each token in the mask relative to the others. None: 1."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], weight of each position's loss; 0 outside the mask."""
 
@@ -93,7 +109,7 @@ class MicroBatch:
 
     @property
     def selected(self) -> Tensor:
-        """int64 [P'], the forks as indices into vectors of length P. Only the first call for a mask waits for the device; indexing by
+        """int64 [P'], the mask as indices into vectors of length P. Only the first call for a mask waits for the device; indexing by
         the mask itself would wait every time."""
         return self._find_selected()[0]
 

@@ -1,9 +1,10 @@
-"""Which tokens are forks: one exact entropy threshold, the same for every parallel layout (arXiv 2506.01939)."""
+"""Which tokens learn: a rule (`rules.py`) and one exact threshold, the same for every parallel layout (arXiv 2506.01939)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from megafork.parallel.quantile import top_threshold
 from megafork.parallel.reduce import all_sum
-from megafork.parallel.to_device import to_device
 from megafork.recipe import Forks
+from megafork.rl import draws, prefix
 from megafork.rl.batch import MicroBatch
+from megafork.rl.rules import Candidates, rule_named
 
 Group = dist.ProcessGroup | None
 NEAR = 0.01
 """Share of tau within which an entropy counts as near it: rounding in bf16 may put such a token on either side."""
+_SIGNS = {"top": 1.0, "bottom": -1.0}
+"""Of the entropy in the score; other scores are no entropies."""
+_rule = cache(rule_named)  # a user's file is imported once, not at each step
 
 
 @dataclass(frozen=True)
@@ -30,104 +35,100 @@ class ForkGroups:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a threshold selected, counted over all ranks."""
+    """What a rule selected, counted over all ranks."""
 
     tau: float
     """Nats. The mean if there are many thresholds; NaN if entropies are not compared."""
     selected: int
     total: int
+    """All response tokens, also those that `select: prefix` cuts off."""
     ties: int
-    """Tokens whose entropy equals tau."""
+    """Tokens whose score equals the threshold."""
     near: int
     """Tokens whose entropy is within `NEAR` of tau."""
 
 
 def select_forks(micros: list[MicroBatch], forks: Forks, groups: ForkGroups, *, seed: int, step: int) -> Selection:
-    """Set `mask` of every micro-batch of a batch or mini-batch (`forks.scope`).
+    """Set `fork`, `mask` and `emphasis` of every micro-batch of a batch or mini-batch (`forks.scope`).
 
     Every rank of `groups.tokens` on the last pipeline stage must call with its micro-batches, all with equally many. No gradient.
     """
-    if forks.select == "all":
-        for micro in micros:
-            micro.mask = torch.ones_like(micro.positions, dtype=torch.bool)
-        return _selection(micros, math.nan, groups.tokens)
-    keys = [_key(micro, forks.select, seed, step) for micro in micros]
-    match forks.scope:
-        case "batch" | "minibatch":
-            threshold = top_threshold(keys, forks.top_entropy_quantile, group=groups.tokens)
-            for micro, key in zip(micros, keys, strict=True):
-                micro.mask = key >= threshold.tau
-            return _selection(micros, _entropy(threshold.tau, forks.select), groups.tokens, ties=threshold.ties)
-        case "fixed":
-            assert forks.threshold is not None
-            for micro in micros:
-                micro.mask = micro.entropy >= forks.threshold if forks.select == "top" else micro.entropy <= forks.threshold
-            return _selection(micros, forks.threshold, groups.tokens)
-        case "microbatch" | "sequence":
-            return _many_thresholds(micros, keys, forks, groups)
+    known = [_candidates(micro, seed, step) for micro in micros]
+    if forks.scope in ("microbatch", "sequence"):
+        found = [_many_thresholds(micro, tokens, forks, groups.context) for micro, tokens in zip(micros, known, strict=True)]
+        taus = [tau for _, some in found for tau in some]
+        sums = all_sum(torch.tensor([math.fsum(taus), len(taus)], dtype=torch.float64), groups.tokens)
+        tau, ties = float(sums[0] / sums[1]) if sums[1] else math.nan, 0
+        odds = [part for part, _ in found]
+    else:
+        chosen = _choose(Candidates.joined(known), forks, groups.tokens)
+        tau, ties = chosen.tau, chosen.ties
+        odds = list(chosen.odds.split([len(micro.positions) for micro in micros]))
+    for micro, part in zip(micros, odds, strict=True):
+        _apply(micro, part, forks)
+    return _selection(micros, tau, groups, ties=ties)
 
 
-def _many_thresholds(micros: list[MicroBatch], keys: list[Tensor], forks: Forks, groups: ForkGroups) -> Selection:
-    """Select with a separate threshold for each micro-batch (as the official code does) or each response."""
-    taus = []
-    for micro, key in zip(micros, keys, strict=True):
-        micro.mask = torch.zeros_like(key, dtype=torch.bool)
-        parts = range(len(micro.responses)) if forks.scope == "sequence" else [None]
-        for part in parts:
-            members = torch.ones_like(micro.mask) if part is None else micro.sequence == part
-            threshold = top_threshold(key if part is None else key[members], forks.top_entropy_quantile, group=groups.context)
-            micro.mask |= members & (key >= threshold.tau)
-            if threshold.total:
-                taus.append(_entropy(threshold.tau, forks.select))
-    sums = all_sum(torch.tensor([math.fsum(taus), len(taus)], dtype=torch.float64), groups.tokens)
-    return _selection(micros, float(sums[0] / sums[1]) if sums[1] else math.nan, groups.tokens)
+@dataclass(frozen=True)
+class _Chosen:
+    odds: Tensor
+    """fp32 [N]: 0 for a token that is not selected, else the inverse of the share that is."""
+    tau: float
+    """Nats; NaN if entropies are not compared."""
+    ties: int = 0
+    empty: bool = False
+    """No rank holds a token."""
 
 
-def _key(micro: MicroBatch, select: str, seed: int, step: int) -> Tensor:
-    """fp32 [P]; the selected share has the highest keys."""
-    if select == "bottom":
-        return -micro.entropy
-    if select == "random":
-        return _uniform(micro, seed, step)
-    return micro.entropy
+def _many_thresholds(micro: MicroBatch, tokens: Candidates, forks: Forks, context: Group) -> tuple[Tensor, list[float]]:
+    """Odds and taus of a micro-batch with a threshold of its own (as the official code does), or one for each response."""
+    if forks.scope == "microbatch":
+        chosen = _choose(tokens, forks, context)
+        return chosen.odds, [] if chosen.empty else [chosen.tau]
+    odds, taus = torch.zeros_like(tokens.entropy), []
+    for number in range(len(micro.responses)):
+        members = (micro.sequence == number).nonzero()[:, 0]
+        chosen = _choose(tokens.at(members), forks, context)
+        odds[members] = chosen.odds
+        taus += [] if chosen.empty else [chosen.tau]
+    return odds, taus
 
 
-def _entropy(tau: float, select: str) -> float:
-    return {"top": tau, "bottom": -tau, "random": math.nan}[select]
+def _choose(tokens: Candidates, forks: Forks, group: Group) -> _Chosen:
+    """Select among the tokens that share a threshold, on all ranks of `group`."""
+    score = _rule(forks.select)(replace(tokens, group=group), forks)
+    if score.dtype == torch.bool:
+        return _Chosen(score.float(), math.nan)
+    sign = _SIGNS.get(forks.select, math.nan)
+    if forks.scope == "fixed":
+        assert forks.threshold is not None
+        return _Chosen((score >= sign * forks.threshold).float(), forks.threshold)
+    threshold = top_threshold(score, forks.top_entropy_quantile, group=group)
+    share = threshold.selected / threshold.total if threshold.total else 1.0
+    return _Chosen((score >= threshold.tau) / share, sign * threshold.tau, threshold.ties, not threshold.total)
 
 
-def _uniform(micro: MicroBatch, seed: int, step: int) -> Tensor:
-    """A number in [0, 1) per token that depends only on (seed, step, group, sample, offset): the same choice for every layout.
-
-    Mixed with splitmix64's finaliser.
-    """
-    names = to_device(torch.tensor([[r.group, r.sample] for r in micro.responses] or [[0, 0]]), micro.offset.device)
-    mixed = _mix(torch.full_like(micro.offset, seed) ^ (step << 32))
-    for part in (names[micro.sequence, 0], names[micro.sequence, 1], micro.offset):
-        mixed = _mix(mixed + part)
-    return (mixed >> 40 & 0xFFFFFF).float() / (1 << 24)
+def _apply(micro: MicroBatch, odds: Tensor, forks: Forks) -> None:
+    micro.fork = micro.mask = odds > 0
+    micro.emphasis = None
+    if forks.rest_weight:
+        micro.mask = torch.ones_like(micro.fork)
+        micro.emphasis = torch.where(micro.fork, 1.0, forks.rest_weight)
+    elif forks.horvitz_thompson:
+        micro.emphasis = 1.0 / prefix.inclusion(micro, forks.top_entropy_quantile) if forks.select == "prefix" else odds
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+def _candidates(micro: MicroBatch, seed: int, step: int) -> Candidates:
+    old = micro.old_log_prob if len(micro.old_log_prob) else torch.full_like(micro.entropy, math.nan)
+    return Candidates(micro.entropy, old, micro.advantage, draws.of_tokens(micro, seed, step))
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(constant: int) -> int:
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
-
-
-def _selection(micros: list[MicroBatch], tau: float, group: Group, *, ties: int = 0) -> Selection:
+def _selection(micros: list[MicroBatch], tau: float, groups: ForkGroups, *, ties: int) -> Selection:
     """Counts on the device, read once."""
-    selected = torch.stack([micro.mask.sum() for micro in micros]).sum()
-    total = torch.full_like(selected, sum(micro.mask.numel() for micro in micros))
+    selected = torch.stack([micro.fork.sum() for micro in micros]).sum()
+    total = torch.full_like(selected, sum(micro.fork.numel() for micro in micros))
+    cut = torch.full_like(selected, sum(response.cut for micro in micros for response in micro.responses))
     near = torch.stack([((micro.entropy - tau).abs() <= NEAR * tau).sum() for micro in micros]).sum()  # none where tau is NaN
-    chosen, tokens, close = all_sum(torch.stack([selected, total, near]), group).tolist()
-    return Selection(tau, chosen, tokens, ties, close)
+    counts = all_sum(torch.stack([selected, total, near, cut]), groups.tokens).tolist()
+    held = groups.context.size() if groups.context is not None else 1  # the CP ranks of a micro-batch hold the same responses
+    return Selection(tau, counts[0], counts[1] + counts[3] // held, ties, counts[2])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.parallel.reduce import all_sum
+from megafork.parallel.to_device import to_device
 from megafork.recipe import Forks, Loss
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
@@ -23,12 +24,13 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective at the micro-batch's forks, with the sums that the log shows. Every rank of `context` (CP) must call."""
     at = micro.selected
-    old, advantage = micro.old_log_prob[at], micro.advantage[at]
+    old = log_prob.detach() if loss.old_log_prob == "current" else micro.old_log_prob[at]
+    advantage = micro.advantage[at]
     tokens = Tokens(log_prob, old, advantage, micro.sequence[at], len(micro.responses), context)
     value, clipped = objective(tokens, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
-        report = {"clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
+        report = {"tokens": torch.full_like(at[:0].sum(), len(at)), "clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
         if loss.importance_cap is None:
             return value, report
         ratio = importance(old, micro.rollout_log_prob[micro.selected], loss.importance_cap)
@@ -36,38 +38,62 @@ def policy_loss(
 
 
 def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step over the policy
-    that sampled the response (truncated importance sampling, Ionides 2008)."""
+    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step (under
+    `old_log_prob: current`, the one being updated) over the policy that sampled the response (Ionides 2008)."""
     return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
 
 
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:
-    """Set `weight` of every position of a mini-batch from its mask.
+    """Set `weight` of every position of a mini-batch: its emphasis (0 outside the mask, else 1 unless `forks` says otherwise) divided by
+    the sum of the emphases, or by all response tokens as sampled (`forks.normalize_by`).
 
     Every rank of `groups.tokens` on the last pipeline stage must call. A mini-batch or response without selected tokens has weight 0.
     """
-    counted = [micro.mask if forks.normalize_by == "selected" else torch.ones_like(micro.mask) for micro in micros]
+    emphases = [micro.mask if micro.emphasis is None else micro.mask * micro.emphasis.double() for micro in micros]
+    lengths = [_lengths(micro) for micro in micros] if forks.normalize_by == "response" else None
     match loss.reduction:
         case "token-mean":
-            total = all_sum(torch.stack([mask.sum() for mask in counted]).sum(), groups.tokens)
-            for micro in micros:
-                micro.weight = micro.mask / total.clamp(min=1)
+            if lengths is None:
+                total = all_sum(torch.stack([emphasis.sum() for emphasis in emphases]).sum(), groups.tokens)
+            else:
+                total = _once_per_response(torch.stack([length.sum() for length in lengths]).sum(), groups)
+            for micro, emphasis in zip(micros, emphases, strict=True):
+                micro.weight = (emphasis / _or_one(total)).float()
         case "official":
             sequences = _sequences(micros, groups)
-            for micro, mask in zip(micros, counted, strict=True):
-                tokens = all_sum(mask.sum(), groups.context)
+            for n, (micro, emphasis) in enumerate(zip(micros, emphases, strict=True)):
+                tokens = all_sum(emphasis.sum(), groups.context) if lengths is None else lengths[n].sum()
                 share = len(micro.responses) / max(sequences, 1)
-                micro.weight = micro.mask * (share / tokens.clamp(min=1).double()).float()
+                micro.weight = (emphasis * (share / _or_one(tokens).double()).float()).float()
         case "seq-mean":
             sequences = _sequences(micros, groups)
-            for micro, mask in zip(micros, counted, strict=True):
-                tokens_of = torch.zeros(max(len(micro.responses), 1), dtype=torch.float32, device=mask.device)
-                tokens_of.index_add_(0, micro.sequence, mask.float())
-                all_sum(tokens_of, groups.context)
-                micro.weight = micro.mask / (tokens_of.clamp(min=1.0)[micro.sequence] * max(sequences, 1))
+            for n, (micro, emphasis) in enumerate(zip(micros, emphases, strict=True)):
+                tokens_of = _per_response(micro, emphasis, groups) if lengths is None else lengths[n].float()
+                micro.weight = (emphasis / (_or_one(tokens_of)[micro.sequence] * max(sequences, 1))).float()
+
+
+def _per_response(micro: MicroBatch, emphasis: Tensor, groups: ForkGroups) -> Tensor:
+    """Sum of the emphases of each response's tokens over the CP ranks: fp32 counts [R], fp64 of what is no count; R is at least 1."""
+    values = emphasis.float() if emphasis.dtype == torch.bool else emphasis
+    sums = torch.zeros(max(len(micro.responses), 1), dtype=values.dtype, device=values.device)
+    return all_sum(sums.index_add_(0, micro.sequence, values), groups.context)
+
+
+def _lengths(micro: MicroBatch) -> Tensor:
+    """Tokens of each response as sampled: int64 [R], or [0] without any."""
+    return to_device(torch.tensor([response.whole_length for response in micro.responses] or [0]), micro.mask.device)
+
+
+def _or_one(count: Tensor) -> Tensor:
+    """The count, or 1 in place of 0."""
+    return count + (count == 0)
 
 
 def _sequences(micros: list[MicroBatch], groups: ForkGroups) -> int:
-    """Responses of the mini-batch; the CP ranks of a micro-batch hold the same ones."""
-    total = int(all_sum(torch.tensor(sum(len(micro.responses) for micro in micros)), groups.tokens))  # on the host
-    return total // (groups.context.size() if groups.context is not None else 1)
+    """Responses of the mini-batch."""
+    return int(_once_per_response(torch.tensor(sum(len(micro.responses) for micro in micros)), groups))  # on the host
+
+
+def _once_per_response(total: Tensor, groups: ForkGroups) -> Tensor:
+    """Sum over all ranks of an int64 that counts something of whole responses; the CP ranks of a micro-batch hold the same ones."""
+    return all_sum(total, groups.tokens) // (groups.context.size() if groups.context is not None else 1)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.recipe import Loss, RecipeError
-from megafork.user_code import import_file, name_problem, split
+from megafork.rl.named import function_named
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,7 @@ OBJECTIVES: dict[str, Objective] = {function.__name__: function for function in 
 
 def objective_named(name: str) -> Objective:
     """One of `OBJECTIVES`, or the user's own as FILE.py:FUNCTION, imported anew. Raises RecipeError."""
-    if problem := name_problem(name, OBJECTIVES):
-        raise RecipeError(f"loss.objective is {name!r}: {problem}")
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    file, function = split(name)
-    try:
-        found = getattr(import_file(file, "megafork_objective"), function, None)
-    except Exception as error:  # noqa: BLE001 - whatever the user's own file raises
-        raise RecipeError(f"loss.objective is {name!r}: the file cannot be imported ({type(error).__name__}: {error}); fix it") from None
-    if not callable(found):
-        raise RecipeError(f"loss.objective is {name!r}: {file} defines no function {function!r}; name one that it has")
-    return found
+    return function_named("loss.objective", name, OBJECTIVES)
 
 
 def check_objective(loss: Loss) -> None:

@@ -24,16 +24,38 @@ def plan(lengths: Sequence[int], dp: int, budget: int, multiple: int = 1, count_
     Every rank gets the same number of micro-batches, a multiple of `count_multiple`; some may be empty when there are few sequences.
     Balanced greedily, longest first (LPT), by linear plus quadratic cost.
     """
-    padded = [-(-length // multiple) * multiple for length in lengths]
-    order = sorted(range(len(padded)), key=lambda n: (-padded[n], n))
-    ranks = _spread([_cost(padded[n]) for n in order], dp)
-    count = max((_bins_needed([padded[order[n]] for n in members], budget) for members in ranks), default=0)
+    padded = _padded(lengths, multiple)
+    order = _longest_first(padded)
+    ranks = [[order[n] for n in members] for members in _spread([_cost(padded[n]) for n in order], dp)]
+    return _fill(ranks, padded, budget, count_multiple)
+
+
+def plan_in_place(
+    lengths: Sequence[int], dp_rank_of: Sequence[int], dp: int, budget: int, multiple: int = 1, count_multiple: int = 1
+) -> list[list[list[int]]]:
+    """`plan` for sequences that stay on the DP ranks that hold them."""
+    padded = _padded(lengths, multiple)
+    order = _longest_first(padded)
+    return _fill([[n for n in order if dp_rank_of[n] == rank] for rank in range(dp)], padded, budget, count_multiple)
+
+
+def _padded(lengths: Sequence[int], multiple: int) -> list[int]:
+    return [-(-length // multiple) * multiple for length in lengths]
+
+
+def _longest_first(padded: Sequence[int]) -> list[int]:
+    return sorted(range(len(padded)), key=lambda n: (-padded[n], n))
+
+
+def _fill(ranks: list[list[int]], padded: Sequence[int], budget: int, count_multiple: int) -> list[list[list[int]]]:
+    """Micro-batches of each rank's sequences, given longest first; equally many on every rank."""
+    count = max((_bins_needed([padded[n] for n in members], budget) for members in ranks), default=0)
     result = []
     for members in ranks:
-        micros = _pack([order[n] for n in members], padded, budget, count)
+        micros = _pack(members, padded, budget, count)
         while micros is None:  # balanced packing may need more bins than first fit
             count += 1
-            micros = _pack([order[n] for n in members], padded, budget, count)
+            micros = _pack(members, padded, budget, count)
         result.append(micros)
     count = -(-count // count_multiple) * count_multiple
     return [micros + [[] for _ in range(count - len(micros))] for micros in result]
@@ -103,7 +125,7 @@ def pack(
         lengths = (*lengths, missing)
     total = sum(lengths)
     tokens = torch.zeros(total, dtype=torch.int64)
-    where, targets, sequence, offset, rollout, advantage = [], [], [], [], [], []
+    where, targets, sequence, offset, rollout, entropies, advantage = [], [], [], [], [], [], []
     start = 0
     for n, response in enumerate(responses):
         prompt, answer = len(response.prompt_tokens), len(response.tokens)
@@ -114,6 +136,7 @@ def pack(
         sequence.append(torch.full((answer,), n))
         offset.append(torch.arange(answer))
         rollout.append(response.log_probs)
+        entropies.append(response.entropies)
         advantage.append(torch.full((answer,), response.advantage))
         start += lengths[n]
     held = zigzag_index(lengths, cp, cp_rank)
@@ -137,6 +160,7 @@ def pack(
         sequence=moved(sequence, torch.int64),
         offset=moved(offset, torch.int64),
         rollout_log_prob=moved(rollout, torch.float32),
+        rollout_entropy=moved(entropies, torch.float32) if any(len(part) for part in entropies) else torch.empty(0, device=device),
         advantage=moved(advantage, torch.float32),
         temperature=torch.full((int(mine.sum()),), temperature, dtype=torch.float32, device=device),
         entropy_temperature=temperature,

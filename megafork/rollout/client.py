@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from megafork.compat import vllm_entropy
 from megafork.rl.fork_temperature import ForkTemperature
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.vllm_arguments import sampling_arguments
@@ -47,8 +48,19 @@ class Limits:
     """Interval between checks on a lost server."""
 
 
+class _Value(msgspec.Struct):
+    token_id: int
+    logprob: float
+
+
 class _Token(msgspec.Struct):
     logprob: float
+    top_logprobs: list[_Value] = []
+    """The token's own and, if asked for, its entropy (`compat.vllm_entropy`)."""
+
+    @property
+    def entropy(self) -> float | None:
+        return next((value.logprob for value in self.top_logprobs if value.token_id == vllm_entropy.MARK), None)
 
 
 class _LogProbs(msgspec.Struct):
@@ -79,10 +91,13 @@ class _Reply(msgspec.Struct):
 class Server:
     """Coroutines that query one server. Each may raise ServerLost or RequestRefused."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, limits: Limits, *, fork_decoding: bool = False) -> None:
-        """`fork_decoding`: whether requests use `Sampling.forks`, which the server must support."""
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, limits: Limits, *, fork_decoding: bool = False, entropies: bool = False
+    ) -> None:
+        """`fork_decoding`, `entropies`: whether requests use `Sampling.forks` and `Sampling.entropies`, which the server must support."""
         self.url = url.rstrip("/")
         self._fork_decoding = fork_decoding
+        self._entropies = entropies
         self._session = session
         self._limits = limits
 
@@ -116,12 +131,20 @@ class Server:
         if len(versions) != len(choice.token_ids) or min(versions, default=oldest) < oldest:
             said = ", ".join(span.version for span in spans)
             raise ServerLost(f"{self.url} answered with the weights {said} instead of {oldest}: it was started again")
+        entropies = [token.entropy for token in choice.logprobs.content] if sampling.entropies else []
+        if None in entropies:
+            raise ServerLost(self._without_entropies)
         return Completion(
             tokens=choice.token_ids,
             log_probs=[token.logprob for token in choice.logprobs.content],
             truncated=choice.finish_reason == "length",
             versions=versions,
+            entropies=[value for value in entropies if value is not None],
         )
+
+    @property
+    def _without_entropies(self) -> str:
+        return f"{self.url} returns no entropies, which forks.entropy_from=rollout needs: start it by megafork.rollout.serve"
 
     async def longest_sequence(self) -> int:
         """Maximum number of tokens in a prompt and its response together."""
@@ -166,6 +189,11 @@ class Server:
             raise ServerLost(f"{self.url} gives log-probs of raw logits: start it with --logprobs-mode processed_logprobs")
         if self._fork_decoding and await self._certain(extra_args=ForkTemperature(0.0, 0.0).arguments) != 0.0:
             raise ServerLost(f"{self.url} does not know rollout.fork_temperature: start it with this run's recipe")
+
+        if self._entropies:
+            choice = await self._generate([0], max_tokens=1, ignore_eos=True, logprobs=vllm_entropy.ASKED)
+            if choice.logprobs.content[0].entropy is None:
+                raise ServerLost(self._without_entropies)
 
     async def _certain(self, **sampling: Any) -> float:
         """The log-prob of a token drawn with sampling parameters that leave only one candidate."""

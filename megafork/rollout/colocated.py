@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megafork.compat import vllm as vllm_fixes
-from megafork.compat import vllm_fp8
+from megafork.compat import vllm_entropy, vllm_fp8
 from megafork.parallel.mesh import Mesh
 from megafork.rollout.config import EngineConfig
-from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
+from megafork.rollout.engine import Completion, Ended, Engine, Memory, Request, Sampling, Weights
 from megafork.rollout.vllm_arguments import engine_arguments, sampling_arguments
 from megafork.shape import check_engines
 
@@ -31,10 +31,13 @@ class ColocatedEngine(Engine):
         vllm_fixes.keep_process_groups()
         if config.fp8 and mesh.device.type != "cuda":
             vllm_fp8.install()
+        if config.entropies:
+            vllm_entropy.install()
         self.rank = mesh.rank % config.tp
         self.number = mesh.rank // config.tp
         self.engines = mesh.world // config.tp
         self._fork_decoding = config.fork_decoding
+        self._entropies = config.entropies
         self._weights = config.loaded(weights)
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
@@ -72,7 +75,7 @@ class ColocatedEngine(Engine):
                 self.progress(state)
                 for output in engine.step():
                     if output.finished:
-                        yield places.pop(output.request_id), _completion(output.outputs[0])
+                        yield places.pop(output.request_id), _completion(output.outputs[0], entropies=sampling.entropies)
         finally:
             if places:
                 engine.abort_request(list(places))
@@ -81,6 +84,7 @@ class ColocatedEngine(Engine):
         import vllm
 
         assert self._fork_decoding or not sampling.forks, "construct the engine with fork_decoding=True"
+        assert self._entropies or not sampling.entropies, "construct the engine with entropies=True"
         return vllm.SamplingParams(**sampling_arguments(request, sampling), flat_logprobs=True)
 
     def refit(self, version: int) -> None:
@@ -101,12 +105,11 @@ class ColocatedEngine(Engine):
         return self._cost()
 
     def sleep(self) -> None:
-        if torch.cuda.is_available():
-            self._llm.sleep(level=2)
+        """On the CPU vLLM takes the same calls, and keeps its memory."""
+        self._llm.sleep(level=2)
 
-    def wake(self) -> None:
-        if torch.cuda.is_available():
-            self._llm.wake_up()
+    def wake(self, part: Memory) -> None:
+        self._llm.wake_up(tags=[part])  # vLLM schedules again once both parts are awake
 
     def close(self) -> None:
         """Drop the engine; the process groups stay up. Every rank must call."""
@@ -115,10 +118,13 @@ class ColocatedEngine(Engine):
         dist.barrier()
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: Any, *, entropies: bool) -> Completion:
+    said, starts = output.logprobs.logprobs, output.logprobs.start_indices
+    assert not entropies or all(output.logprobs.token_ids[start + 1] == vllm_entropy.MARK for start in starts)
     return Completion(
         tokens=list(output.token_ids),
-        log_probs=list(output.logprobs.logprobs),
+        log_probs=[said[start] for start in starts],
         truncated=output.finish_reason == "length",
         versions=[int(span.version) for span in output.weight_versions for _ in range(span.start, span.end)],
+        entropies=[said[start + 1] for start in starts] if entropies else [],
     )

@@ -33,6 +33,8 @@ class EngineConfig:
     """KV cache in MiB. If unset: the memory that `gpu_memory_fraction` leaves, or 256 MiB without a GPU."""
     fork_decoding: bool = False
     """Whether requests may use `Sampling.forks`; enabling it costs the engine some overlap even if no request does."""
+    entropies: bool = False
+    """Whether requests may ask for `Sampling.entropies`."""
     fp8: bool = False
     """Whether projections are in e4m3, quantised at every refit (`model.fp8`)."""
 
@@ -50,6 +52,7 @@ class EngineConfig:
             gpu_memory_fraction=spec.gpu_memory_fraction,
             kv_cache_mb=spec.kv_cache_mb,
             fork_decoding=spec.fork_temperature is not None,
+            entropies=recipe.forks.entropy_from == "rollout",
             fp8=recipe.precision.rollout_fp8,
         )
 

@@ -6,8 +6,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from megafork.rl.fork_temperature import ForkTemperature
 
 Weights = Iterable[tuple[str, Tensor]]
 """A whole model: (Hugging Face name, full-shape tensor), each tensor once. The tensors are fresh, so the receiver may keep them."""
+Memory = Literal["weights", "kv_cache"]
+"""What an engine that sleeps has no memory for."""
 _T = TypeVar("_T")
 Progress = Callable[[Callable[[], str]], None]
 """Receives a function that describes a roll-out's progress in words. The description must not change while nothing is drawn."""
@@ -36,6 +38,8 @@ class Sampling:
     """Token ids that end a response (and are part of it)."""
     forks: ForkTemperature | None = None
     """Entropy-dependent temperatures that replace `temperature`; each log-prob of a completion is then at its token's temperature."""
+    entropies: bool = False
+    """Whether completions carry each token's entropy at `temperature`. Not with `forks`."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,17 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """A drawn response: its tokens, their log-probs at the sampling temperature, whether it was truncated at max_tokens, and the version
-    of the weights (see `refit`) that generated each token."""
+    of the weights (see `refit`) that generated each token. If asked for, the entropy in nats of each token's distribution at that
+    temperature; else empty."""
 
     tokens: list[int]
     log_probs: list[float]
     truncated: bool
     versions: list[int]
+    entropies: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(sum(self.log_probs)):
+        if not math.isfinite(sum(self.log_probs) + sum(self.entropies)):
             raise RecipeError(
                 "model.path: the model's log-probs are not numbers (NaN or infinite), so its weights are damaged or its activations "
                 "overflow: restore the weights, try precision.dtype=fp32, or, where training made them, a smaller optimizer.lr"
@@ -108,8 +114,9 @@ class Engine(Protocol):
         """Release accelerator memory until `wake`."""
         return
 
-    def wake(self) -> None:
-        """Undo `sleep`. The weights may be undefined until the next `refit`."""
+    def wake(self, part: Memory) -> None:
+        """Undo `sleep` for one part: first for the weights, which are undefined until the `refit` that follows, and after it for the KV
+        cache, so that the refit's buckets have its memory."""
         return
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""The worker side of weight updates in a vLLM server: the state of an update and, without CUDA, the transfer over gloo.
+"""The worker side of weight updates in a vLLM server: the state of an update and, without CUDA, the transfer over gloo. Importing it also
+makes the worker's sampler return entropies to requests that ask for them.
 
 `--worker-extension-cls megafork.rollout.receiver.Receiver` makes vLLM import this module in every worker before the model is loaded;
 `--weight-transfer-config '{"backend": "gloo"}'` selects the engine. The trainer's end is `transfer.GlooLink`.
@@ -18,7 +19,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from megafork.compat import vllm as vllm_fixes
-from megafork.compat import vllm_fp8
+from megafork.compat import vllm_entropy, vllm_fp8
 from megafork.parallel.meeting import signed
 from megafork.rollout.transfer import address_towards, broadcast, gloo_group
 
@@ -136,5 +137,6 @@ class Receiver:
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
 vllm_fixes.put_generators_aside()
+vllm_entropy.install()
 if not torch.cuda.is_available():
     vllm_fp8.install()  # before the model is loaded, which may be in FP8

@@ -23,22 +23,17 @@ import torch.distributed as dist
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import RecipeError
+from megafork.rollout.batch import TRIES, Batch, NoServer
 from megafork.rollout.client import Limits, RequestRefused, Server, ServerLost, WrongSecret
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Ended, Engine, Request, Sampling, Weights
 from megafork.rollout.guard import credentials
 from megafork.rollout.transfer import Lane, buckets
 
-_TRIES = 5
-"""Failures allowed for one operation on apparently healthy servers before the run ends."""
 _PATIENCE = timedelta(days=1)
 """Timeout of ranks that wait for rank 0, which enforces the real time limits."""
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-class NoServer(RuntimeError):
-    """No server is left, or none fulfils its requests. Rerunning the same command continues the run."""
 
 
 class ServerEngine(Engine):
@@ -64,7 +59,7 @@ class ServerEngine(Engine):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._session = self._run(_open_session())
-        self._servers = [Server(url, self._session, limits, fork_decoding=config.fork_decoding) for url in urls]
+        self._servers = [Server(url, self._session, limits, fork_decoding=config.fork_decoding, entropies=config.entropies) for url in urls]
         # servers are spread over the ranks, and therefore over the nodes
         self._lanes = {
             n: Lane(server, mesh.device, limits.server_s)
@@ -117,7 +112,7 @@ class ServerEngine(Engine):
         """
         self._version, self._failed = version, set()
         self.bytes_sent = 0
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             targets = self._from_rank_zero(lambda: self._run(self._healthy()))
             self._up &= set(targets)
             failed = self._feed(targets)
@@ -289,53 +284,6 @@ class ServerEngine(Engine):
                 task.result()
         finally:
             await _cancel(tasks)
-
-
-class Batch:
-    """Requests, the queue of those waiting for a server, and the answers so far. Each request is answered once, however often it is tried.
-
-    `version`: the oldest weights that may answer. `ended` is called with each answer.
-    """
-
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, version: int, ended: Ended | None) -> None:
-        self.ended = ended
-        self.requests = requests
-        self.sampling = sampling
-        self.version = version
-        self.finished = asyncio.Event()
-        self._answers: list[Completion | None] = [None] * len(requests)
-        self._tries = [0] * len(requests)
-        self.left = len(requests)
-        """Requests without an answer."""
-        self._waiting: asyncio.Queue[int] = asyncio.Queue()
-        for number in range(len(requests)):
-            self._waiting.put_nowait(number)
-        if not requests:
-            self.finished.set()
-
-    @property
-    def completions(self) -> list[Completion]:
-        """In the order of the requests, once all are answered."""
-        return [answer for answer in self._answers if answer is not None]
-
-    async def answer_next(self, server: Server) -> None:
-        """Send the next waiting request to a server. If there is no answer, for whatever reason, it is queued again."""
-        number = await self._waiting.get()
-        self._tries[number] += 1
-        try:
-            answer = self._answers[number] = await server.complete(self.requests[number], self.sampling, self.version)
-        except ServerLost as error:
-            if self._tries[number] == _TRIES:
-                raise NoServer(f"one request was tried {_TRIES} times, the last time: {error}") from error
-            raise
-        finally:
-            if self._answers[number] is None:
-                self._waiting.put_nowait(number)
-        if self.ended is not None:
-            self.ended(number, answer)
-        self.left -= 1
-        if self.left == 0:
-            self.finished.set()
 
 
 async def _open_session() -> aiohttp.ClientSession:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from megafork.compat import vllm_entropy
 from megafork.model.fp8 import CONFIG
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling
@@ -52,7 +53,7 @@ def command_line(arguments: dict[str, Any]) -> list[str]:
 
 
 def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
-    """Arguments of vLLM's `SamplingParams`: one response, with the log-prob of each of its tokens and no text."""
+    """Arguments of vLLM's `SamplingParams`: one response, with the log-prob (and entropy) of each of its tokens and no text."""
     how: dict[str, Any] = {"temperature": sampling.temperature}
     if sampling.forks is not None:
         how = {"temperature": 1.0, "extra_args": sampling.forks.arguments}
@@ -62,7 +63,7 @@ def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop),
         "ignore_eos": True,  # `stop_token_ids` alone ends a response
-        "logprobs": 0,
+        "logprobs": vllm_entropy.ASKED if sampling.entropies else 0,
         "detokenize": False,
         **how,
     }

@@ -56,6 +56,11 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
         raise RecipeError(
             Key("parallel.tp"), f" is {layout.tp} but the model has {shape.kv_heads} key-value heads: one must be a multiple of the other"
         )
+    rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    if rows % layout.tp:
+        raise RecipeError(
+            Key("parallel.tp"), f" is {layout.tp} but the model's queries, keys and values have {rows} rows: choose a tp that divides them"
+        )
     for name, size in (("hidden_size", shape.hidden), ("intermediate_size", shape.ffn)):
         if size % layout.tp:
             raise RecipeError(Key("parallel.tp"), f" is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")

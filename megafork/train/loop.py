@@ -13,6 +13,7 @@ from megafork.data.reward import Verifiers
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 from megafork.recipe import Recipe
+from megafork.rl import prefix
 from megafork.rl.batch import MicroBatch
 from megafork.rl.packing import packer, placement
 from megafork.run_folder import is_evaluated
@@ -25,7 +26,7 @@ from megafork.train.prefetch import Prefetch
 from megafork.train.redistribute import redistribute
 from megafork.train.remarks import Remarks, all_failed, mismatch
 from megafork.train.rollout_files import write_evaluation, write_rollouts
-from megafork.train.run import Metrics, Run, Stopped, build_learner
+from megafork.train.run import Metrics, Run, Save, Stopped, build_learner, unsaved
 from megafork.train.sampler import Collected, Outcome, Sampler
 from megafork.train.summary import staleness
 from megafork.train.update import update_policy
@@ -56,25 +57,30 @@ class Trainer:
         self._compared = False
         """Whether roll-out and trainer have been found to compute the same model."""
 
-    def step(self, step: int, clock: Clock | None = None) -> Metrics:
-        """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank."""
+    def step(self, step: int, clock: Clock | None = None, save: Save = unsaved) -> Metrics:
+        """Roll out, reward, score, select forks, update, refit. Returns the step's metrics, the same on every rank.
+
+        `save`: told the state after the update while the engine still sleeps, when a checkpoint has the most memory.
+        """
         clock = clock or Clock()
         with clock("rollout"):
             collected = self.prefetch.collect(step)
             self.sampled, self.example = collected.state, collected.example
             self.engine.sleep()
             self.offload.to_device()
-        minibatches = self.place(collected)
+        minibatches = self.place(collected, step)
         everything = [micro for mini in minibatches for micro in mini]
         updated: Metrics = {}
         if everything:
-            check = partial(self.compare, step=step)
+            check = None if self._compared else partial(self.compare, step=step)
             updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
+        save(step, {**self.sampled, "rng": torch.get_rng_state()}, clock)
         with clock("refit"):
             if self.recipe.rollout.park_training:
                 self.offload.to_host()
-            self.engine.wake()
+            self.engine.wake("weights")
             self.refit(step)
+            self.engine.wake("kv_cache")
         if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
             write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
         metrics = self.sample_metrics(collected, everything) | staleness(collected.responses, step, self.mesh)
@@ -82,23 +88,28 @@ class Trainer:
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
         return metrics | clock.metrics(collected.sampled_tokens, self.mesh)
 
-    def place(self, collected: Collected) -> list[list[MicroBatch]]:
-        """Send each response to the ranks that train on it. Returns this rank's packed micro-batches of each non-empty mini-batch."""
+    def place(self, collected: Collected, step: int) -> list[list[MicroBatch]]:
+        """Send each response to the ranks that train on it, and cut it there (`forks.select: prefix`).
+
+        Returns this rank's packed micro-batches of each non-empty mini-batch."""
         plans: list[list[list[Outcome]]] = []
         dp_rank_of: dict[tuple[int, int], int] = {}
         for groups in _split(collected.groups, self.recipe.train.minibatches):
             outcomes = [outcome for outcome in collected.outcomes if outcome.group in groups]
-            placed = placement([o.prompt_tokens + o.tokens - 1 for o in outcomes], self.recipe.micro_batch_tokens, self.mesh)
+            lengths = [o.prompt_tokens + prefix.kept(o.tokens, o.group, o.sample, self.recipe, step=step) - 1 for o in outcomes]
+            placed = placement(lengths, self.recipe.micro_batch_tokens, self.mesh)
             for rank, micros in enumerate(placed):
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
-        mine = {(r.group, r.sample): r for r in redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh)}
+        entropies = self.recipe.forks.entropy_from == "rollout"
+        received = redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh, entropies=entropies)
+        mine = {(r.group, r.sample): prefix.cut(r, self.recipe, step=step) for r in received}
         packed = packer(self.mesh, whole=self.recipe.micro_batch_padding, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]
 
     def compare(self, metrics: Mapping[str, float], step: int) -> None:
-        """Raise Stopped if the first scored step shows that roll-out and trainer do not compute the same model."""
-        if not self._compared and (reason := mismatch(metrics, self.recipe)):
+        """Raise Stopped if the first step's comparison shows that roll-out and trainer do not compute the same model."""
+        if reason := mismatch(metrics, self.recipe):
             raise Stopped(f"step {step}: {reason}")
         self._compared = True
 
@@ -173,7 +184,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     remarks = Remarks(recipe)
     for step in run.steps:
         with run.step(step) as clock:
-            last = {"step": step, **trainer.step(step, clock)}
+            last = {"step": step, **trainer.step(step, clock, run.save_if_due)}
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             last |= trainer.evaluate(step)
         told = list(remarks.after(last, first=step == run.start + 1, error=trainer.reward_error, example=trainer.example))

@@ -16,13 +16,24 @@ _HEADER = 4  # prompt, advantage, reward, accuracy
 
 
 def redistribute(
-    held: Sequence[Response], outcomes: Sequence[Outcome], dp_rank_of: Mapping[tuple[int, int], int], mesh: Mesh
+    held: Sequence[Response],
+    outcomes: Sequence[Outcome],
+    dp_rank_of: Mapping[tuple[int, int], int],
+    mesh: Mesh,
+    *,
+    entropies: bool = False,
 ) -> list[Response]:
     """Send each response to every rank of the DP rank that trains on it; returns this rank's, in the order of `outcomes`.
 
     `outcomes` and `dp_rank_of` ((group, sample) -> DP rank) must be the same on every rank. Every rank must call. Sizes follow from the
-    outcomes, so only the responses are exchanged: 32 bits each for a token, its log-prob, and its weights' version.
+    outcomes, so only the responses are exchanged: 32 bits each for a token, its log-prob, its weights' version and, if `entropies`, which
+    the responses then must have, its entropy.
     """
+    per_token = 4 if entropies else 3
+
+    def size(outcome: Outcome) -> int:
+        return _HEADER + outcome.prompt_tokens + per_token * outcome.tokens
+
     mine = {(response.group, response.sample): response for response in held}
     sends = [
         [o for o in outcomes if o.owner == mesh.rank and dp_rank_of[o.group, o.sample] == mesh.dp_rank_of(rank)]
@@ -30,35 +41,32 @@ def redistribute(
     ]
     receives = [[o for o in outcomes if o.owner == rank and dp_rank_of[o.group, o.sample] == mesh.dp_rank] for rank in range(mesh.world)]
     outgoing = [_encode(mine[o.group, o.sample]) for part in sends for o in part]
-    incoming = torch.empty(sum(_size(o) for part in receives for o in part), dtype=torch.int32)
+    incoming = torch.empty(sum(size(o) for part in receives for o in part), dtype=torch.int32)
     dist.all_to_all_single(
         incoming,
         torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.int32),
-        [sum(map(_size, part)) for part in receives],
-        [sum(map(_size, part)) for part in sends],
+        [sum(map(size, part)) for part in receives],
+        [sum(map(size, part)) for part in sends],
     )
     got: dict[tuple[int, int], Response] = {}
     start = 0
     for outcome in (o for part in receives for o in part):
-        got[outcome.group, outcome.sample] = _decode(incoming[start : start + _size(outcome)], outcome)
-        start += _size(outcome)
+        got[outcome.group, outcome.sample] = _decode(incoming[start : start + size(outcome)], outcome)
+        start += size(outcome)
     return [got[o.group, o.sample] for o in outcomes if (o.group, o.sample) in got]
-
-
-def _size(outcome: Outcome) -> int:
-    return _HEADER + outcome.prompt_tokens + 3 * outcome.tokens
 
 
 def _encode(response: Response) -> Tensor:
     numbers = torch.tensor([response.advantage, response.reward, response.accuracy], dtype=torch.float32).view(torch.int32)
     prompt = torch.tensor([response.prompt], dtype=torch.int32)
-    return torch.cat([prompt, numbers, response.prompt_tokens, response.tokens, response.log_probs.view(torch.int32), response.versions])
+    floats = [response.log_probs.view(torch.int32), response.entropies.view(torch.int32)]  # the latter may be empty
+    return torch.cat([prompt, numbers, response.prompt_tokens, response.tokens, response.versions, *floats])
 
 
 def _decode(data: Tensor, outcome: Outcome) -> Response:
     numbers = data[1:_HEADER].view(torch.float32).tolist()
     sizes = [outcome.prompt_tokens, outcome.tokens, outcome.tokens, outcome.tokens]
-    prompt, tokens, log_probs, versions = data[_HEADER:].clone().split(sizes)
+    prompt, tokens, versions, log_probs, entropies = data[_HEADER:].clone().split([*sizes, len(data) - _HEADER - sum(sizes)])
     return Response(
         group=outcome.group,
         sample=outcome.sample,
@@ -67,6 +75,7 @@ def _decode(data: Tensor, outcome: Outcome) -> Response:
         tokens=tokens,
         log_probs=log_probs.view(torch.float32),
         versions=versions,
+        entropies=entropies.view(torch.float32),
         truncated=outcome.truncated,
         advantage=numbers[0],
         reward=numbers[1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,14 @@ from megafork.weights.huggingface import write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
 
 Metrics = dict[str, float | None]
+Save = Callable[[int, Mapping[str, Any], Clock], None]
+"""Takes a step, the state in addition to weights and optimizer, and the step's clock: `Run.save_if_due`."""
 SKIPS_IN_A_ROW = 3
 """Consecutive updates without finite gradients after which a run stops."""
+
+
+def unsaved(step: int, state: Mapping[str, Any], clock: Clock) -> None:
+    """A `Save` that saves nothing."""
 
 
 class Stopped(RuntimeError):
@@ -49,7 +55,8 @@ class Run:
         self.job = BatchJob(mesh)
         self.start = check_resume(recipe, inputs)
         """The last step completed by previous processes."""
-        self._done = self.start
+        self._done = self._saved = self.start
+        self._asked = False
         self.state: dict[str, Any] | None = None
         """The `state` last passed to `end_step` by the process that this one resumes."""
         if self.start:
@@ -85,23 +92,30 @@ class Run:
         if self._log is not None:
             self._log.amend(self.start, metrics)
 
+    def save_if_due(self, step: int, state: Mapping[str, Any], clock: Clock) -> None:
+        """Write a checkpoint of the step that is about to end, if one is due or the run has to end after it; `end_step` publishes it.
+
+        `state`: needed by the next step in addition to weights and optimizer.
+        """
+        if self._due(step):
+            with clock("checkpoint"):
+                self._save(step, state)
+
     def end_step(self, metrics: Metrics, state: Mapping[str, Any], remarks: Iterable[str] = (), *, stop: str | None = None) -> None:
-        """Log the step, and save a checkpoint if one is due; `state`: needed by the next step in addition to weights and optimizer.
+        """Log the step, and save a checkpoint if one is due and `save_if_due` has not.
 
         Raises Stopped, after saving a checkpoint, if gradients were not finite `SKIPS_IN_A_ROW` times, if there is a reason to `stop`, or
         if the batch job requests it.
         """
-        step, steps, every = int(metrics["step"] or 0), self.recipe.train.steps, self.recipe.checkpoint.every
-        self._done = step
-        self.log(metrics, remarks)  # before the checkpoint: a run killed in between repeats the step and its line
-        skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
-        asked = self.job.wants_stop() and step < steps
-        ending = skipping or asked or stop is not None
-        if ending or step == steps or (every and step % every == 0):
+        step = self._done = int(metrics["step"] or 0)
+        self.log(metrics, remarks)  # before the checkpoint is published: a run killed in between repeats the step and its line
+        if (self._due(step) or stop is not None) and self._saved != step:
+            self.job.beat(step, "checkpoint")
             self._save(step, state)
-        self.checkpoints.settle(wait=ending)
+        skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
+        self.checkpoints.settle(wait=skipping or self._asked or stop is not None)
         self.job.ended(step)
-        if asked:
+        if self._asked:
             self.job.stopped(step)
             raise Stopped(f"step {step}: stopped because the batch job asked for it, with a checkpoint; the same command continues")
         if stop is not None:
@@ -121,11 +135,18 @@ class Run:
         if self._log is not None:
             self._log.close()
 
+    def _due(self, step: int) -> bool:
+        """Whether the step needs a checkpoint, as far as can be known by now. The same on every rank; all must call."""
+        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        self._asked = self.job.wants_stop() and step < steps
+        skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
+        return self._asked or skipping or step == steps or bool(every and step % every == 0)
+
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
-        self.job.beat(step, "checkpoint")
         self.learner.settle()
         run = {"step": step, "update": self.learner.update, "recipe": self.recipe.model_dump(mode="json"), **self.inputs.identity, **state}
-        self.checkpoints.save(step, self.learner.chunks, self.learner.optimizer, run)
+        self.checkpoints.write(step, self.learner.chunks, self.learner.optimizer, run)
+        self._saved = step
 
     def _export_hf(self) -> None:
         """Write the trained model to the run's Hugging Face folder `hf/`, by rank 0."""

@@ -17,7 +17,7 @@ from megafork.data.prompts import Prompt, PromptOrder
 from megafork.data.reward import Verdict, Verifiers
 from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
-from megafork.recipe import Recipe
+from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.kinds import shown
 from megafork.rl.advantage import is_mixed, set_advantages
 from megafork.rl.batch import Response
@@ -137,13 +137,23 @@ class Sampler:
         ours = [(first_group + n, prompts[n]) for n in self.dealer.deal(prompts, engine.engines)[engine.number]]
         keys = [(group, prompt, sample) for group, prompt in ours for sample in range(spec.samples)]
         requests = [Request(p.tokens, request_seed(self.recipe.run.seed, step, group, p.index, sample)) for group, p, sample in keys]
-        sampling = Sampling(spec.max_response_length, spec.temperature, stop=self.tokenizer.eos_ids, forks=fork_temperature(spec))
+        sampling = Sampling(
+            spec.max_response_length,
+            spec.temperature,
+            stop=self.tokenizer.eos_ids,
+            forks=fork_temperature(spec),
+            entropies=self.recipe.forks.entropy_from == "rollout",
+        )
         started = time.perf_counter()
         completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
         busy_s = time.perf_counter() - started - waited
         if self.verifiers is None:
             return [], busy_s
         done.reward_seconds += waited
+        if sampling.entropies and any(len(completion.entropies) != len(completion.tokens) for completion in completions):
+            raise RecipeError(
+                f"forks.entropy_from is rollout, but {type(engine).__name__} does not return each token's entropy: choose entropy_from=old"
+            )
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
         done.first_error = done.first_error or (failed[0] if failed else None)
@@ -158,6 +168,7 @@ class Sampler:
                 tokens=torch.tensor(completion.tokens, dtype=torch.int32),
                 log_probs=torch.tensor(completion.log_probs, dtype=torch.float32),
                 versions=torch.tensor(completion.versions, dtype=torch.int32),
+                entropies=torch.tensor(completion.entropies, dtype=torch.float32),
                 truncated=completion.truncated,
                 accuracy=verdict.accuracy,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,30 +15,45 @@ from megafork.rl.forks import ForkGroups, Selection
 
 
 def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
-    """Entropy of the step's response tokens, and mismatch between the engine's and the trainer's log-probs, before any update."""
+    """Entropy of the step's response tokens, before any update."""
     shares: dict[str, float] = {}
     sums: dict[str, Tensor | float] = {}
-    worst: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
         entropy = torch.cat([micro.entropy for micro in micros])
-        delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
         levels = percentiles([micro.entropy for micro in micros], (0.5, 0.8, 0.95), group=groups.tokens)
         shares = dict(zip(("entropy/p50", "entropy/p80", "entropy/p95"), levels, strict=True))
-        sums = {
-            "tokens": entropy.numel(),
-            "entropy": entropy.double().sum(),
-            "low": (entropy < 0.05).sum(),
-            "kl": (delta.exp() - 1 - delta).sum(),
-        }
-        worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
+        sums = {"tokens": entropy.numel(), "entropy": entropy.double().sum(), "low": (entropy < 0.05).sum()}
     total = over_tokens(sums, mesh)
     return {
         **from_last_stage(shares, mesh),
         "entropy/mean": total["entropy"] / total["tokens"],
         "entropy/share_below_0.05": total["low"] / total["tokens"],
-        "rollout_mismatch/kl": total["kl"] / total["tokens"],
-        "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
     }
+
+
+def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Mismatch between the engine's and the trainer's log-probs and, if `masks` is given, entropies, on scored micro-batches.
+
+    masks: for each micro-batch, the forks by the trainer's entropies and those by the engine's; they are read on the last stage.
+    """
+    sums: dict[str, Tensor | float] = {}
+    worst: dict[str, Tensor | float] = {}
+    if mesh.is_last_stage:
+        delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
+        sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum()}
+        worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
+        if masks:
+            apart = torch.cat([micro.entropy - micro.rollout_entropy for micro in micros]).double()
+            sums["entropy"] = apart.abs().sum()
+            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in masks]).sum()
+            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in masks]).sum()
+    total = over_tokens(sums, mesh)
+    tokens = max(total["tokens"], 1)
+    metrics = {"rollout_mismatch/kl": total["kl"] / tokens, "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"]}
+    if "forks" in total:
+        metrics["rollout_mismatch/entropy"] = total["entropy"] / tokens
+        metrics["rollout_mismatch/mask"] = total["differ"] / max(total["forks"], 1)
+    return metrics
 
 
 def staleness(responses: list[Response], step: int, mesh: Mesh) -> dict[str, float]:
@@ -52,11 +69,12 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
     """Metrics of the step's forks and updates: `thresholds`, one per selection; `updates`, as returned by `Learner.train`."""
     sums: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
-        sums = {"entropy": sum(micro.entropy[micro.selected].double().sum() for micro in micros)}
+        sums = {"entropy": sum((micro.entropy.double() * micro.fork).sum() for micro in micros)}
     selected = sum(threshold.selected for threshold in thresholds)
     forks = max(selected, 1)
+    learned = max(sum(update["tokens"] for update in updates), 1)
     capped = {
-        f"loss/{name}": sum(update[key] for update in updates) / forks
+        f"loss/{name}": sum(update[key] for update in updates) / learned
         for name, key in (("importance", "importance"), ("capped_fraction", "capped"))
         if key in updates[0]
     }
@@ -68,8 +86,8 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
         "forks/ties": sum(threshold.ties for threshold in thresholds),
         "forks/near_tau": sum(threshold.near for threshold in thresholds) / max(sum(threshold.total for threshold in thresholds), 1),
         "loss/policy": sum(update["loss"] for update in updates) / len(updates),
-        "loss/clip_fraction": sum(update["clipped"] for update in updates) / forks,
-        "loss/approx_kl": sum(update["kl"] for update in updates) / forks,
+        "loss/clip_fraction": sum(update["clipped"] for update in updates) / learned,
+        "loss/approx_kl": sum(update["kl"] for update in updates) / learned,
         "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
         "update/skipped": sum(update["skipped"] for update in updates),
         "lr": updates[-1]["lr"],

@@ -1,4 +1,4 @@
-"""One step's update of the policy: score, select and weight the forks, and train on each mini-batch."""
+"""One step's update of the policy: old log-probs and entropies, the forks and their weights, and training on each mini-batch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megafork.rl.loss import policy_loss, set_weights
 from megafork.rl.objectives import objective_named
 from megafork.train.clock import Clock
 from megafork.train.learner import Learner
+from megafork.train.scoring import set_old
 from megafork.train.summary import entropy_metrics, update_metrics
 
 Check = Callable[[Mapping[str, float]], None]
@@ -26,7 +27,7 @@ def update_policy(
     """Update the policy once per mini-batch. Every rank must call, with the same number of mini-batches and of micro-batches in each.
 
     minibatches: this DP rank's, with advantages; their old log-probs, entropies, masks and weights are set on the last stage.
-    check: called with the metrics of the scored responses before the first update; if it raises, it must do so on every rank.
+    check: called with the mismatch of the scored responses before the first update; if it raises, it must do so on every rank.
     Returns the metrics of entropies, forks and updates, the same on every rank.
     """
     mesh = learner.mesh
@@ -40,12 +41,11 @@ def update_policy(
         found = select_forks(micros, recipe.forks, groups, seed=recipe.run.seed, step=step) if mesh.is_last_stage else None
         thresholds.append(from_last_stage(found, mesh))
 
-    with clock("score"):
-        learner.score(everything)
-        metrics = entropy_metrics(everything, groups, mesh)
-        if check is not None:
-            check(metrics)
+    metrics = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
+    if check is not None:
+        check(metrics)
     with clock("update"):
+        metrics |= entropy_metrics(everything, groups, mesh)
         if recipe.forks.scope == "batch":
             select(everything)
         for mini in minibatches:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -58,17 +58,25 @@ class Checkpoints:
         self.mesh = mesh
         self.keep_last = keep_last
         self.background = AsyncCallsQueue(persistent=False) if asynchronous else None
+        self._written: list[Callable[[], None]] = []
+        """Publishes the checkpoint that is written and not yet published, step by step; empty if there is none."""
 
     def save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
-        """Save weights, optimizer and `state` (plain values, the same on every rank).
+        """`write` a checkpoint and, unless asynchronous, publish it."""
+        self.write(step, chunks, optimizer, state)
+        if self.background is None:
+            self.settle(wait=True)
 
-        If asynchronous, one forked process per rank writes a snapshot, which `settle` publishes. Raises OSError on a full disk.
+    def write(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
+        """Write weights, optimizer and `state` (plain values, the same on every rank), all of a parameter's replicas sharing the work.
+
+        `settle` publishes what is written. If asynchronous, one forked process per rank writes a snapshot. Raises OSError on a full disk.
         """
         self.settle(wait=True)
         with self._saying_what_is_full():
-            self._save(step, chunks, optimizer, state)
+            self._write(step, chunks, optimizer, state)
 
-    def _save(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
+    def _write(self, step: int, chunks: list[Policy], optimizer: Any, state: dict[str, Any]) -> None:
         folder = folder_of(self.folder, step)
         temporary = folder.with_name(folder.name + ".writing")
         if self.mesh.is_rank_zero:
@@ -87,15 +95,20 @@ class Checkpoints:
         if self.background is not None:
             self.background.schedule_async_request(request)
         else:
-            request.execute_sync()
+            request._replace(finalize_fns=[]).execute_sync()
+            self._written = request.finalize_fns
 
     def settle(self, *, wait: bool) -> None:
-        """Publish the checkpoint being written in the background, if every rank has written its part. `wait`: block until then.
+        """Publish the checkpoint that has been written, or is being written in the background if every rank has written its part. `wait`:
+        block until then.
 
         Raises OSError on a full disk.
         """
-        if self.background is not None:
-            with self._saying_what_is_full():
+        with self._saying_what_is_full():
+            written, self._written = self._written, []
+            for finalize in written:
+                finalize()
+            if self.background is not None:
                 self.background.maybe_finalize_async_calls(blocking=wait)
 
     @contextlib.contextmanager
@@ -115,7 +128,7 @@ class Checkpoints:
         folder = folder_of(self.folder, step)
         _verify(folder, self.mesh)
         content = _sharded(chunks, optimizer, self.mesh, loading=True)
-        loaded = _load(folder, content, pickles.CommonValues(), strict=StrictHandling.RAISE_ALL)
+        loaded = _load(folder, content, self.mesh, pickles.CommonValues(), strict=StrictHandling.RAISE_ALL)
         _take(chunks, loaded)
         load_optimizer(optimizer, loaded["optimizer"])
         return loaded["run"]
@@ -140,15 +153,19 @@ class Checkpoints:
 def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
     """Load only the weights of a checkpoint, saved under any layout. Every rank must call."""
     content = {name: _weights(chunk, mesh) for name, chunk in _named(chunks)}
-    _take(chunks, _load(folder, content, pickles.NoCommonValues()))
+    _take(chunks, _load(folder, content, mesh, pickles.NoCommonValues()))
 
 
-def _load(folder: Path, content: dict[str, Any], common: LoadCommonStrategy, **how: Any) -> dict[str, Any]:
-    """`dist_checkpointing.load`, but without running code from the files. Raises RecipeError naming any type that could run code."""
+def _load(folder: Path, content: dict[str, Any], mesh: Mesh, common: LoadCommonStrategy, **how: Any) -> dict[str, Any]:
+    """`dist_checkpointing.load`, but without running code from the files. Raises RecipeError naming any type that could run code.
+
+    One of a weight's replicas reads it from the file system and sends it to the others.
+    """
     pickles.install()
     try:
         with pickles.naming_forbidden_types():
-            return dist_checkpointing.load(content, str(folder), common_strategy=common, **how)
+            once = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), mesh.token_group)
+            return dist_checkpointing.load(content, str(folder), once, common, **how)
     except pickles.ForbiddenType as error:
         raise _forbidden(folder, error) from None
     except CheckpointException as error:  # torch's, not an Exception

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import socket
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +15,6 @@ from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.reduce import over_world
 from megafork.shape import Shape
-from megafork.weights.mapping import Parameter
 from megafork.weights.policy_weights import local_parameters
 from megafork.weights.reshard import Reshard, Route, Transfer
 
@@ -22,9 +23,10 @@ class Bridge:
     """Iterable source of weights, one per rank. Routes are computed once, in the constructor. `received` and `buffer` describe the last
     pass: bytes received from other ranks, and the most bytes held for one layer."""
 
-    def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh, rollout_tp: int) -> None:
+    def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh, rollout_tp: int, node: int | None = None) -> None:
+        """Every rank must call. `node`: ranks per node, for the plan; unset: as many as share a host."""
         self.mesh = mesh
-        self.plan = Reshard(shape, mesh.layout, mesh.world, rollout_tp)
+        self.plan = Reshard(shape, mesh.layout, mesh.world, rollout_tp, node or _ranks_per_host(mesh))
         self.local = local_parameters(chunks)
         self.routes = self.plan.routes(mesh.rank)
         self.received = self.buffer = 0
@@ -36,8 +38,12 @@ class Bridge:
         receiver may keep them.
         """
         self.received = self.buffer = 0
-        for bucket, route in zip(self.plan.buckets, self.routes, strict=True):
-            yield from self._exchange(bucket, route).items()
+        like = next(iter(self.local.values()))
+        for bucket, rounds in zip(self.plan.buckets, self.routes, strict=True):
+            tensors = {name: like.new_empty(self.plan.full_shape(name)) for p in bucket for name in p.huggingface()}
+            for route in rounds:
+                self._exchange(route, tensors, like)
+            yield from tensors.items()
 
     def metrics(self) -> dict[str, float]:
         """Megabytes of the last pass, maximum over the ranks: received from other ranks, and held for one layer at most. Every rank must
@@ -45,15 +51,15 @@ class Bridge:
         received, buffer = over_world([self.received, self.buffer], self.mesh, "max")
         return {"refit/received_mb": received / 1e6, "refit/buffer_mb": buffer / 1e6}
 
-    def _exchange(self, bucket: list[Parameter], route: Route) -> dict[str, Tensor]:
-        """Exchange a bucket's parts in one all-to-all, as bytes. Parts that stay on this rank are copied directly."""
+    def _exchange(self, route: Route, tensors: dict[str, Tensor], like: Tensor) -> None:
+        """Fill in a round's parts by one all-to-all, as bytes. Parts that stay on this rank are copied directly."""
         me, ranks = self.mesh.rank, range(self.mesh.world)
         sends, receives = ([moves.get(rank, []) if rank != me else [] for rank in ranks] for moves in route)
-        like = next(iter(self.local.values()))
-        tensors = {name: like.new_empty(self.plan.full_shape(name)) for p in bucket for name in p.huggingface()}
         for transfer in route.receives.get(me, []):
             _part(tensors[transfer.name], transfer).copy_(self._held(transfer))
-        outgoing = _join([self._held(transfer) for transfers in sends for transfer in transfers], like)
+        # what is passed on has been received in the round before
+        parts = [_part(tensors[t.name], t) if t.relayed else self._held(t) for transfers in sends for t in transfers]
+        outgoing = _join(parts, like)
         incoming = like.new_empty(sum(transfer.numel for transfers in receives for transfer in transfers))
         dist.all_to_all_single(_bytes(incoming), _bytes(outgoing), _sizes(receives, like), _sizes(sends, like))
         start = 0
@@ -63,7 +69,6 @@ class Bridge:
             start += transfer.numel
         self.received += incoming.nbytes
         self.buffer = max(self.buffer, incoming.nbytes + outgoing.nbytes + sum(tensor.nbytes for tensor in tensors.values()))
-        return tensors
 
     def _held(self, transfer: Transfer) -> Tensor:
         """A view of the transfer's part in this rank's shard."""
@@ -72,6 +77,13 @@ class Bridge:
         if transfer.columns is None:
             return rows
         return rows[:, transfer.left : transfer.left + transfer.columns[1] - transfer.columns[0]]
+
+
+def _ranks_per_host(mesh: Mesh) -> int:
+    """Ranks per host, the fewest if hosts differ: a smaller node than there is costs some traffic, nothing else. Every rank must call."""
+    hosts: list[str] = [""] * mesh.world
+    dist.all_gather_object(hosts, socket.gethostname())
+    return min(Counter(hosts).values())
 
 
 def _part(tensor: Tensor, transfer: Transfer) -> Tensor:

@@ -1,8 +1,11 @@
 """Plans which rank sends which part of which tensor to which rank when trained weights go to the roll-out engines.
 
 Both sides are lists of rectangles of Hugging Face tensors: `mapping.pieces` lists what a training rank holds, `needed` what an engine's
-rank loads, and a transfer is an intersection of the two. The plan needs no communication: every rank computes the same one. A rank that
-already holds a part sends it to itself, so none receives a byte that it has, or that its engine does not load.
+rank loads, and a transfer is an intersection of the two. The plan needs no communication: every rank computes its own part, and the parts
+agree. A rank that already holds a part sends it to itself, so none receives a byte that it has, or that its engine does not load.
+
+A part that no rank of a node holds and several of its engines load crosses to the node once: one of its ranks receives it and passes it on
+to the others. So a bucket is sent in two rounds, `Transfer.relayed` being the second.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ class Transfer(NamedTuple):
     rows: Span
     columns: Span | None
     parameter: str
-    """Global name of the Megatron parameter that the source reads."""
+    """Global name of the Megatron parameter that holds it."""
     at: int
-    """Row of the source's shard at which `rows` starts."""
+    """Row of the holder's shard at which `rows` starts."""
     left: int
-    """Column of the source's shard at which `columns` starts."""
+    """Column of the holder's shard at which `columns` starts."""
+    relayed: bool
+    """Whether the source does not hold it, but has received it in the first round from a holder on another node."""
 
     @property
     def numel(self) -> int:
@@ -42,10 +47,21 @@ class Transfer(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One rank's transfers to and from each rank, itself included."""
+    """One rank's transfers to and from each rank, itself included, in one round."""
 
     sends: dict[int, list[Transfer]]
     receives: dict[int, list[Transfer]]
+
+
+class Overlap(NamedTuple):
+    """What a shard of a parameter has in common with what a rank of an engine loads."""
+
+    tensor: int
+    """Number of the Hugging Face tensor within the parameter."""
+    rows: Span
+    columns: Span | None
+    at: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -66,70 +82,40 @@ class Reshard:
 
     @cached_property
     def alike(self) -> list[tuple[list[Parameter], int]]:
-        """One representative of each group of equal-cost buckets, and the group's size: all layers of a stage cost the same."""
-        kinds: dict[tuple[int, str], list[list[Parameter]]] = {}
+        """One representative of each group of buckets with the same transfers, and the group's size."""
+        kinds: dict[tuple[int, str, int], list[list[Parameter]]] = {}
         for bucket in self.buckets:
-            kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron), []).append(bucket)
+            kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron, self._turn(bucket[0])), []).append(bucket)
         return [(buckets[0], len(buckets)) for buckets in kinds.values()]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds in which a bucket is sent: 2 if there are several nodes."""
+        return 1 if self.world <= self.node else 2
 
     def transfers(self, bucket: list[Parameter]) -> Iterator[Transfer]:
         """The transfers of all ranks, including those of a rank to itself, in the same order on every rank."""
         for parameter in bucket:
-            held = self._held(parameter)
             for target in range(self.world):
-                yield from self._to(target, parameter, held)
+                yield from self._to(target, parameter)
 
-    def routes(self, rank: int) -> list[Route]:
-        """One rank's transfers of each bucket, computed without enumerating those of others."""
-        stage, tp_rank = rank // (self.world // self.layout.pp), rank % self.layout.tp
-        # the ranks that receive their copy of this rank's shard from it
-        served = [target for target in range(self.world) if self._source(target, stage, tp_rank) == rank]
-        return [self._route(rank, bucket, served if self.stage(bucket[0]) == stage else []) for bucket in self.buckets]
+    def routes(self, rank: int) -> list[list[Route]]:
+        """One rank's transfers of each bucket, by round, computed without enumerating those of others."""
+        return [self._routes(rank, bucket) for bucket in self.buckets]
 
-    def _route(self, rank: int, bucket: list[Parameter], served: list[int]) -> Route:
-        receives: dict[int, list[Transfer]] = {}
-        sends: dict[int, list[Transfer]] = {}
+    def _routes(self, rank: int, bucket: list[Parameter]) -> list[Route]:
+        routes = [Route({}, {}) for _ in range(self.rounds)]
         for parameter in bucket:
-            held = self._held(parameter)
-            for transfer in self._to(rank, parameter, held):
-                receives.setdefault(transfer.source, []).append(transfer)
-            for target in served:
-                if sent := list(self._to(target, parameter, held, only=rank % self.layout.tp)):
-                    sends.setdefault(target, []).extend(sent)
-        return Route(sends, receives)
+            for transfer in self._to(rank, parameter):
+                routes[transfer.relayed].receives.setdefault(transfer.source, []).append(transfer)
+            for target in self._served(rank, parameter):
+                for transfer in self._to(target, parameter):
+                    if transfer.source == rank:
+                        routes[transfer.relayed].sends.setdefault(target, []).append(transfer)
+        return routes
 
     def full_shape(self, name: str) -> tuple[int, ...]:
         return full_shape(name, self.shape)
-
-    def _held(self, parameter: Parameter) -> list[list[Piece]]:
-        """The parameter's pieces on each TP rank."""
-        return [pieces(parameter, self.shape, self.layout.tp, tp_rank) for tp_rank in range(self.layout.tp)]
-
-    def _to(self, target: int, parameter: Parameter, held: list[list[Piece]], only: int | None = None) -> Iterator[Transfer]:
-        """The transfers to one rank. `held`: the pieces of each TP rank; `only`: the one TP rank whose transfers are wanted."""
-        own_tp, replicated = target % self.layout.tp, parameter.rule.kind == "replicated"
-        wanted = {name: needed(name, self.shape, self.rollout_tp, target % self.rollout_tp) for name in parameter.huggingface()}
-        for tp_rank in [own_tp] if replicated else range(self.layout.tp):
-            if only is not None and tp_rank != only:
-                continue
-            source = self._source(target, self.stage(parameter), tp_rank)
-            for piece in held[tp_rank]:
-                for part in wanted[piece.name]:
-                    if common := meet(*part, piece):
-                        rows, columns = common
-                        left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
-                        yield Transfer(source, target, piece.name, rows, columns, parameter.name, piece.at + rows[0] - piece.rows[0], left)
-
-    def _source(self, target: int, stage: int, tp_rank: int) -> int:
-        """The rank that sends this shard: the target if it holds it, else a holder on its node, else any, with the load spread evenly."""
-        per_stage, tp = self.world // self.layout.pp, self.layout.tp
-        first = stage * per_stage + tp_rank
-        holders = range(first, (stage + 1) * per_stage, tp)
-        if target in holders:
-            return target
-        begin, end = (max(0, -((first - edge) // tp)) for edge in (target // self.node * self.node, (target // self.node + 1) * self.node))
-        choice = holders[begin:end] or holders  # prefer those on the target's node
-        return choice[target // tp % len(choice)]
 
     def stage(self, parameter: Parameter) -> int:
         """The pipeline stage that holds a parameter."""
@@ -138,6 +124,93 @@ class Reshard:
     @cached_property
     def _stages(self) -> dict[str, int]:
         return {parameter.name: stage_of(parameter, self.shape, self.layout) for parameter in parameters(self.shape)}
+
+    def _to(self, target: int, parameter: Parameter) -> Iterator[Transfer]:
+        """The transfers to one rank."""
+        node, engine_rank, names = target // self.node, target % self.rollout_tp, parameter.huggingface()
+        for shard in self._shards(target, parameter):
+            near = self._near(target, parameter, shard)
+            for overlap in self._overlaps(parameter, shard, engine_rank):
+                source, relayed = near, False
+                if source is None:
+                    entry = self._entry(node, parameter, shard, overlap)
+                    source, relayed = (self._far(node, parameter, shard), False) if entry == target else (entry, True)
+                tensor, rows, columns, at, left = overlap
+                yield Transfer(source, target, names[tensor], rows, columns, parameter.name, at, left, relayed)
+
+    def _served(self, rank: int, parameter: Parameter) -> Iterator[int]:
+        """Ranks that may get something of a parameter from this one: those of its node, and those of the nodes for which it is `_far`."""
+        own = rank // self.node
+        yield from self._ranks(own)
+        if rank not in self._holders(parameter):
+            return
+        holders = self._holders(parameter)[rank % self.layout.tp :: self.layout.tp]
+        first = (holders.index(rank) - self._turn(parameter)) % len(holders)
+        for node in range(first, -(-self.world // self.node), len(holders)):
+            if node != own:
+                yield from self._ranks(node)
+
+    def _shards(self, target: int, parameter: Parameter) -> range:
+        """TP ranks whose shards a rank needs: all, or one of those of a parameter that each of them holds whole."""
+        tp = self.layout.tp
+        if parameter.rule.kind != "replicated":
+            return range(tp)
+        holders, own = self._holders(parameter), target % tp
+        shared = [rank % tp for rank in self._ranks(target // self.node) if rank in holders]
+        # all ranks of a node without a holder must choose the same
+        one = own if target in holders or own in shared else shared[0] if shared else target // self.node % tp
+        return range(one, one + 1)
+
+    def _near(self, target: int, parameter: Parameter, shard: int) -> int | None:
+        """The rank that holds a shard on the target's node: the target itself if it can be, else any, with the load spread evenly."""
+        holders = self._holders(parameter)[shard :: self.layout.tp]
+        if target in holders:
+            return target
+        near = [rank for rank in self._ranks(target // self.node) if rank in holders]
+        return near[target // self.layout.tp % len(near)] if near else None
+
+    def _far(self, node: int, parameter: Parameter, shard: int) -> int:
+        """The holder of a shard that sends it to a node without one, with the load spread evenly."""
+        holders = self._holders(parameter)[shard :: self.layout.tp]
+        return holders[(node + self._turn(parameter)) % len(holders)]
+
+    def _entry(self, node: int, parameter: Parameter, shard: int, overlap: Overlap) -> int:
+        """The rank that receives a part for a node without a holder, of those that load it, with the load spread evenly."""
+        loading = [rank for rank in self._ranks(node) if overlap in self._overlaps(parameter, shard, rank % self.rollout_tp)]
+        return loading[(shard + self._turn(parameter)) % len(loading)]
+
+    def _ranks(self, node: int) -> range:
+        return range(node * self.node, min((node + 1) * self.node, self.world))
+
+    def _holders(self, parameter: Parameter) -> range:
+        """The ranks of the stage that holds a parameter; the first has its first shard."""
+        per_stage = self.world // self.layout.pp
+        return range(self.stage(parameter) * per_stage, (self.stage(parameter) + 1) * per_stage)
+
+    def _turn(self, parameter: Parameter) -> int:
+        """Lets ranks that could do the same work take turns, layer by layer."""
+        return (parameter.layer or 0) % self.node
+
+    def _overlaps(self, parameter: Parameter, shard: int, engine_rank: int) -> tuple[Overlap, ...]:
+        """What a shard has in common with what an engine's rank loads; the same in every layer."""
+        key = (parameter.rule.megatron, shard, engine_rank)
+        if key not in self._known:
+            self._known[key] = tuple(self._intersect(parameter, shard, engine_rank))
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, int, int], tuple[Overlap, ...]]:
+        return {}
+
+    def _intersect(self, parameter: Parameter, shard: int, engine_rank: int) -> Iterator[Overlap]:
+        names = parameter.huggingface()
+        wanted = {name: needed(name, self.shape, self.rollout_tp, engine_rank) for name in names}
+        for piece in pieces(parameter, self.shape, self.layout.tp, shard):
+            for part in wanted[piece.name]:
+                if common := meet(*part, piece):
+                    rows, columns = common
+                    left = columns[0] - (piece.columns[0] if piece.columns else 0) if columns else 0
+                    yield Overlap(names.index(piece.name), rows, columns, piece.at + rows[0] - piece.rows[0], left)
 
 
 def needed(name: str, shape: Shape, tp: int, rank: int) -> list[Part]:
