@@ -44,7 +44,7 @@ FORK = 0.5
 """Nats, with some of the task's entropies on either side."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP, two engines": {"parallel": {"tp": 2, "sp": True}, "rollout": {"fork_temperature": [0.7, 1.3, FORK]}},
-    "DP2, one engine of TP 2": {"run": {"ranks": 2}, "rollout": {"tp": 2}},
+    "DP2, one engine of TP 2": {"run": {"ranks": 2}, "rollout": {"tp": 2}, "loss": {"kl": {"coef": 0.05}}},
 }
 PARKED = {"unbroken": False, "killed": True}
 """Whether training state is parked during roll-outs, which changes no number."""
