@@ -91,7 +91,12 @@ def _software() -> list[Finding]:
         Finding("NCCL", _nccl(), _nccl() is not None, "ranks communicate over gloo, through main memory"),
         _versioned("megatron-core", installed("megatron-core"), MEGATRON, "no training and no conversion"),
         _vllm(gpus),
-        _optional("Transformer Engine", "no training in FP8", "transformer-engine", "transformer-engine-torch"),
+        _optional(
+            "Transformer Engine",
+            "no fused layers (model.kernels), and no training in FP8",
+            "transformer-engine",
+            "transformer-engine-torch",
+        ),
         _apex(),
         _optional("FlashAttention", "attention with torch's own kernels", "flash-attn", "flash-attn-3"),
         _optional("modelopt", "no post-training quantisation of the exported model", "nvidia-modelopt"),
@@ -123,15 +128,17 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         *map(_server, recipe.rollout.servers),
         *_wandb(recipe.log.wandb),
         *_train_fp8(recipe),
+        _kernels(recipe),
     ]
 
 
 def _ranks(recipe: Recipe) -> Finding:
     """The ranks of the recipe against this machine's GPUs or, without GPUs, its cores."""
-    gpus, one_model, ranks = torch.cuda.device_count(), recipe.parallel.model_size, _rank_count(recipe)
-    found = f"{ranks} for tp x pp x cp = {one_model}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
-    if ranks % one_model:
-        return Finding("ranks", found, False, f"run.ranks is {ranks}: set it to a multiple of {one_model}", needed=True)
+    gpus, least, ranks = torch.cuda.device_count(), recipe.parallel.smallest_world, _rank_count(recipe)
+    sizes = f"tp x pp x cp = {recipe.parallel.model_size}" + (f" with ep {recipe.parallel.ep}" if recipe.parallel.ep > 1 else "")
+    found = f"{ranks} for {sizes}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
+    if ranks % least:
+        return Finding("ranks", found, False, f"run.ranks is {ranks}: set it to a multiple of {least}", needed=True)
     if ranks % recipe.rollout.tp and not recipe.rollout.servers:
         return Finding("ranks", found, False, f"rollout.tp is {recipe.rollout.tp}: set it to a divisor of {ranks}", needed=True)
     if gpus and ranks > gpus:
@@ -141,7 +148,7 @@ def _ranks(recipe: Recipe) -> Finding:
 
 
 def _rank_count(recipe: Recipe) -> int:
-    return recipe.run.ranks or max(torch.cuda.device_count(), recipe.parallel.model_size)
+    return recipe.run.ranks or max(torch.cuda.device_count(), recipe.parallel.smallest_world)
 
 
 def _memory(recipe: Recipe) -> Finding:
@@ -227,6 +234,17 @@ def _train_fp8(recipe: Recipe) -> list[Finding]:
 
     reason = lacking()
     return [Finding("precision.train_fp8", reason or "Transformer Engine and a GPU for it", reason is None, "set it to false", needed=True)]
+
+
+def _kernels(recipe: Recipe) -> Finding:
+    """The layers that the recipe gets here."""
+    from megafork.model.kernels import choose
+
+    try:
+        choice = choose(recipe.model.kernels, recipe.precision, recipe.parallel)
+    except RecipeError as error:
+        return Finding("model.kernels", None, False, str(error), needed=True)
+    return Finding("model.kernels", str(choice), choice.fused or recipe.model.kernels == "plain", "more time and memory per token")
 
 
 def _hub(field: str, name: str, kind: str) -> Finding:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import recipe
+from tiny import published, recipe
 
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
@@ -108,7 +108,10 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
     `reduction: official`."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, dtype=torch.float64, attn_implementation="eager")
+    how = {"dtype": torch.float64, "attn_implementation": "eager"}
+    if read_shape(Path(spec.model.path)).moe is not None:
+        how["experts_implementation"] = "eager"  # the grouped product knows no float64
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, **how)
     o = spec.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
@@ -162,8 +165,9 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 loss = loss + (value * weights[_name(r)]).sum()
                 learned += int(masked.sum())
                 clipped += int((held_back & masked).sum())
+            balance = _imbalance(model, list(itertools.chain(*micros))) if spec.loss.expert_balance else torch.zeros(())
             adam.zero_grad()
-            loss.backward()
+            (loss + spec.loss.expert_balance * balance).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
             adam.step()
             updates.append((loss.item(), float(norm), float(sum(taus) / len(taus)), clipped, learned))
@@ -177,7 +181,7 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 "entropy/mean": float(torch.cat([entropy for *_, entropy in old.values()]).mean()),
             }
         )
-    return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
+    return {"history": history, "masks": masks, "weights": dict(published(model))}
 
 
 def _objective(
@@ -328,6 +332,18 @@ def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[
     logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
     return logp.gather(-1, r.tokens.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def _imbalance(model: Any, every: list[Response]) -> torch.Tensor:
+    """E sum_e f_e P_e of each response, from the logits of transformers' routers: averaged over responses, summed over layers."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r in every:
+        ids = torch.cat([r.prompt_tokens, r.tokens]).long()[:-1]  # the last token is never fed
+        for logits in model(ids[None], output_router_logits=True).router_logits:
+            chosen = logits.topk(model.config.num_experts_per_tok, -1).indices
+            shares = torch.bincount(chosen.flatten(), minlength=logits.size(1)) / chosen.numel()
+            total = total + logits.size(1) * (shares * logits.softmax(-1).mean(0)).sum()
+    return total / len(every)
 
 
 SHARES = (0.2, 1.0)

@@ -21,6 +21,8 @@ class Packed(Protocol):
     lengths: tuple[int, ...]
     places: Tensor
     order: Tensor | None
+    owner: Tensor
+    balance: float
     positions: Tensor
     positions_on_host: Tensor
     targets: Tensor
@@ -83,6 +85,6 @@ def _forward(
             at = micro.selected
             on_host = micro.positions_on_host[micro.selected_on_host]
             request = HeadRequest(micro.positions[at], micro.targets[at], micro.temperature[at], entropy_grad=entropy_grad, on_host=on_host)
-    packing = PackedSequences.packed(micro.lengths, micro.places, micro.order)
+    packing = PackedSequences.packed(micro.lengths, micro.places, micro.order, owner=micro.owner, balance=micro.balance)
     output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
     return output, partial(loss, micro)

@@ -188,6 +188,9 @@ class Loss(Section):
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean per micro-batch, weighted by its number of sequences; or a mean
     per response (GRPO)."""
+    expert_balance: NonNegative = 0.0
+    """Coefficient of a loss that spreads each sequence's tokens over the experts of a mixture: E sum_e f_e P_e, averaged over a
+    mini-batch's sequences and summed over layers (docs/algorithm.md). 0 leaves routers to the objective alone."""
     normalize_advantage: bool = True
     """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
     head_memory_mb: Megabytes = 256

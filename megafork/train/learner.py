@@ -12,13 +12,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from torch import Tensor
 
 from megafork.compat import megatron as megatron_fixes
+from megafork.model.kernels import accumulate_in_main_gradients
 from megafork.model.policy import Policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh
-from megafork.parallel.reduce import over_tokens
+from megafork.parallel.reduce import over_tokens, over_world
 from megafork.recipe import Optimizer, Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.fork_temperature import fork_temperature
+from megafork.train.experts import expert_metrics
 from megafork.train.reference import Reference
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -41,6 +43,8 @@ class Learner:
         self.reference = Reference(chunks) if recipe.loss.kl.kept else None
         """The weights at the start of the run, whether or not it is resumed."""
         self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
+        for chunk in chunks:
+            accumulate_in_main_gradients(chunk)
         adam = _optimizer_config(recipe)
         self.optimizer = get_megatron_optimizer(
             adam,
@@ -99,6 +103,7 @@ class Learner:
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.detach().double()
             return total, torch.zeros([], dtype=torch.int), {}
 
+        self._balance(micros)
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -115,6 +120,17 @@ class Learner:
         self.update += 1
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         return {**over_tokens(sums, self.mesh), "grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
+
+    def _balance(self, micros: list[MicroBatch]) -> None:
+        """Weight every response's part of the loss that balances experts: their mean, over the mini-batch of all ranks."""
+        if coefficient := self.recipe.loss.expert_balance:
+            copies = over_world([sum(len(micro.responses) for micro in micros)], self.mesh)[0]
+            for micro in micros:
+                micro.balance = coefficient * self.mesh.layout.model_size / max(copies, 1)
+
+    def expert_metrics(self) -> dict[str, float]:
+        """Metrics of the routers since the last call, {} for a dense model. Every rank must call."""
+        return expert_metrics(self.chunks, self.mesh)
 
     def settle(self) -> None:
         """Make every rank's weights current. Needed before anything but a forward reads them: with overlap, they are only gathered by

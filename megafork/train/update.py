@@ -65,4 +65,4 @@ def update_policy(
                 set_weights(mini, recipe.forks, recipe.loss, groups)
                 restrain(mini, recipe.loss, groups, seed=recipe.run.seed, step=step)
             updates.append(learner.train(mini, loss, entropy_bonus=recipe.loss.entropy_bonus))
-    return metrics | update_metrics(everything, thresholds, updates, mesh)
+    return metrics | update_metrics(everything, thresholds, updates, mesh) | learner.expert_metrics()
