@@ -27,7 +27,7 @@ from tiny import TINY, FolderWeights, recipe, save_model
 
 from megafork.compat import experts as expert_fixes
 from megafork.compat import megatron as megatron_fixes
-from megafork.compat import noise
+from megafork.compat import noise, vllm_entropy
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat.cpu import CpuRngTracker
 from megafork.model.build import PolicyConfig, build_policy
@@ -477,3 +477,85 @@ def test_a_prompt_that_is_read_in_two_steps_changes_nothing(tmp_path: Path) -> N
     assert [c.tokens for c in together] == [c.tokens for c in alone]
     unpatched = on_ranks(1, _together_and_alone, spec, free_port(), False, engines=True)[0]
     assert unpatched == "CPU Generator does not use offset", "vLLM no longer needs compat.vllm.put_generators_aside"
+
+
+# ---- vLLM's samplers
+
+
+def _v1_scores() -> tuple[Any, Any]:
+    from vllm.v1.sample.sampler import Sampler
+
+    log_probs = torch.tensor([[0.0, 1.0, -torch.inf, 3.0], [2.0, 2.0, 2.0, 2.0]]).log_softmax(-1)
+    drawn = torch.tensor([3, 0])
+    bare = Sampler.gather_logprobs(log_probs, vllm_entropy.ASKED, drawn)
+    vllm_entropy.install()
+    vllm_entropy.install()  # once more changes nothing
+    kept = log_probs.clone()
+    answers = [Sampler.gather_logprobs(log_probs, count, drawn) for count in (0, 1, vllm_entropy.ASKED)]
+    assert torch.equal(kept, log_probs)
+    return bare, answers
+
+
+@pytest.mark.slow
+def test_entropies_beside_log_probs() -> None:
+    [(bare, (own, most_likely, asked))] = on_ranks(1, _v1_scores, engines=True)
+    assert vllm_entropy.MARK not in bare.logprob_token_ids, "vLLM now answers so by itself"
+    assert own.logprobs.shape == (2, 1) and most_likely.logprob_token_ids[0].tolist() == [3, 3]
+    assert asked.logprob_token_ids.tolist() == [[3, -1, -1], [0, -1, -1]]
+    assert torch.equal(asked.logprobs[:, :1], own.logprobs) and torch.equal(asked.selected_token_ranks, own.selected_token_ranks)
+    p = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64).softmax(-1)
+    expected = [float(-(p * p.log()).sum()), float(torch.tensor(4.0).log())]
+    assert asked.logprobs[:, 1].tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(asked.logprobs[:, 1], asked.logprobs[:, 2])
+
+
+V2 = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+from types import SimpleNamespace
+from triton.backends import backends
+backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)  # or vLLM turns Triton off
+import torch
+from megafork.compat import vllm as vllm_fixes, vllm_entropy
+vllm_fixes.prepare()
+from vllm.v1.worker.gpu.sample import sampler
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+torch.manual_seed(0)
+logits, drawn = (3 * torch.randn(5, 300)).bfloat16(), torch.tensor([1, 2, 3, 0, 299])
+bare = sampler.compute_topk_scores(logits, 2, drawn)
+assert vllm_entropy.MARK not in bare.logprob_token_ids
+vllm_entropy.install()
+for module in (sampler, rejection_sampler):
+    asked = module.compute_topk_scores(logits, 2, drawn, [0, 2, 5])
+    assert asked.logprob_token_ids.tolist() == [[token, -1, -1] for token in drawn.tolist()]
+    assert asked.cu_num_generated_tokens == [0, 2, 5]
+    assert torch.equal(asked.logprobs[:, 0], bare.logprobs[:, 0])
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    torch.testing.assert_close(asked.logprobs[:, 1].double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(module.compute_topk_scores(logits, 1, drawn).logprobs, bare.logprobs[:, :2])
+"""
+
+
+@pytest.mark.slow
+def test_entropies_of_the_second_model_runner() -> None:
+    """Its kernels, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", V2], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+def _temperatures() -> tuple[list[float], list[float]]:
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample import rejection_sampler
+
+    values, ends, written = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 3, 3], dtype=torch.int32), torch.full((3,), -1.0)
+    cpu_triton_utils._expand_kernel_impl(written, values, ends, 0, 1)
+    vllm_fixes.expand_temperatures()
+    return written.tolist(), rejection_sampler.expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1).tolist()
+
+
+@pytest.mark.slow
+def test_temperatures_of_drafts() -> None:
+    [(before, after)] = on_ranks(1, _temperatures, engines=True)
+    assert before != [0.5, 0.5, 1.0], "vLLM's CPU kernel now writes its result: delete the patch"
+    assert after == [0.5, 0.5, 1.0]

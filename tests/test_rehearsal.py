@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import varlen
 from planted import FAULTS
 from ranks import on_ranks
 from rehearsal import DEVICE, Event, Refused, rehearse
@@ -16,6 +17,7 @@ from rehearsal.step import waits_of
 from tiny import recipe, save_model
 from training import Rig
 
+from megafork.model import attention, policy
 from megafork.parallel import vocab
 from megafork.parallel.quantile import top_thresholds
 from megafork.recipe import Recipe
@@ -32,14 +34,31 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {"optimizer": {"overlap": True}},
 }
 SWITCHES: list[dict[str, dict[str, Any]]] = [
-    {"forks": {"scope": "batch"}, "loss": {"reduction": "official", "objective": "gspo"}},
-    {"forks": {"scope": "minibatch", "select": "random"}, "loss": {"importance_cap": 2.0}, "model": {"recompute": "full"}},
-    {"forks": {"scope": "microbatch"}, "loss": {"reduction": "seq-mean", "objective": "cispo"}, "precision": {"dtype": "bf16"}},
-    {"forks": {"scope": "sequence", "select": "bottom"}, "loss": {"dual_clip": 1.05}, "model": {"recompute": "selective"}},
+    {
+        "forks": {"scope": "batch", "select": "covariance"},
+        "loss": {"reduction": "official", "objective": "gspo", "clip_cov": [0.1, 0.1, 5.0]},
+    },
+    {
+        "forks": {"scope": "minibatch", "select": "random", "horvitz_thompson": True, "normalize_by": "response"},
+        "loss": {"importance_cap": 2.0, "mismatch": {"token_mask": [0.5, 2.0], "geometric_mask": [0.5, 2.0], "veto": 0.1}},
+        "model": {"recompute": "full"},
+    },
+    {
+        "forks": {"scope": "microbatch", "select": "gmts"},
+        "loss": {"reduction": "seq-mean", "objective": "cispo", "kl": {"coef": 0.1}},
+        "precision": {"dtype": "bf16"},
+    },
+    {
+        "forks": {"scope": "sequence", "select": "bottom", "rest_weight": 0.5},
+        "loss": {"dual_clip": 1.05, "clip_rest": [0.1, 0.1], "entropy_bonus": 0.01},
+        "model": {"recompute": "selective"},
+    },
+    {"forks": {"select": "stapo", "stapo": [0.01, 0.5]}},
+    {"forks": {"select": "prefix", "top_entropy_quantile": 0.6, "horvitz_thompson": True, "normalize_by": "response"}},
     {"forks": {"scope": "fixed", "threshold": 4.2}, "loss": {"objective": "reinforce"}, "rollout": {"fork_temperature": (0.7, 1.3, 4.3)}},
     {"forks": {"entropy_from": "current", "normalize_by": "response"}, "loss": {"objective": "sapo"}, "precision": {"dtype": "bf16"}},
 ]
-"""Between them every scope, selection, objective and reduction, both dtypes, and both ways to recompute."""
+"""Between them every scope, objective, reduction, penalty and correction, kinds of selection, both dtypes, and both ways to recompute."""
 
 
 def spec_of(folder: Path, *changes: dict[str, dict[str, Any]]) -> Recipe:
@@ -88,7 +107,11 @@ def on_host(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def both(specs: list[Recipe], folder: Path | None = None) -> list[tuple[Any, Any]]:
     """What each recipe gives on the CPU and in the rehearsal; with a folder, the first has a whole life."""
-    vocab._factor_dtype = lambda weight: weight.dtype  # as on a GPU, also on the CPU
+    # as on a GPU, also on the CPU
+    vocab._factor_dtype = lambda weight: weight.dtype
+    policy.in_one_kernel = lambda hidden: True
+    attention.in_one_call = lambda query: query.dtype is torch.bfloat16
+    varlen.install()
 
     def all_of(device: torch.device, name: str) -> list[Any]:
         lives = [life(specs[0], device, folder / name)] if folder is not None else []
@@ -168,10 +191,10 @@ MOST_WAITS = 2
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (1, {}),
+        (1, {"precision": {"dtype": "bf16"}}),
         pytest.param(2, {"parallel": {"tp": 2, "sp": True}, "model": {"recompute": "full"}}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": {"pp": 2}}, marks=pytest.mark.slow),
-        pytest.param(2, {"parallel": {"cp": 2}, "loss": {"importance_cap": 2.0}}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel": {"cp": 2}, "loss": {"importance_cap": 2.0}, "precision": {"dtype": "bf16"}}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": {"pp": 2, "vpp": 2}, "precision": {"dtype": "bf16"}}, marks=pytest.mark.slow),
     ],
     ids=["one rank", "TP2 SP recompute", "PP2", "CP2", "PP2 VPP2"],

@@ -104,6 +104,12 @@ class MicroBatch:
     """bool [P], the tokens with a loss: the forks, or all under `forks.rest_weight`."""
     emphasis: Tensor | None = None
     """fp32 [P], weight of each token in the mask relative to the others. None: 1."""
+    response_correction: Tensor | None = None
+    """fp32 [P], factor of each token's loss from the ratios of its whole response (`mismatch.py`, after scoring). None: 1."""
+    reference_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], log-prob under the model that the run starts from, if `loss.kl` needs it."""
+    old_kl: Tensor | None = None
+    """fp32 [P], factor of KL(p_old, p) in each token's loss (`covariance.py`). None: 0."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], weight of each position's loss; 0 outside the mask."""
     balance: float = 0.0
