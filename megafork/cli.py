@@ -119,12 +119,15 @@ def ablate(
     ],
     seeds: Annotated[str, typer.Option(help="Seeds of the runs, one run of each recipe per seed.")] = "1,2,3",
     out: Annotated[str, typer.Option(help="Folder for the runs and ablation.json.")] = "runs/ablation",
+    grid: Annotated[list[str] | None, typer.Option(help="KEY=V1,V2,...: tune each recipe over these values; may be repeated.")] = None,
+    tuning_seeds: Annotated[str | None, typer.Option(help="Seeds that choose each recipe's setting; none of --seeds.")] = None,
+    common: Annotated[str, typer.Option(help="Compare at equal `updates`, or at equal `tokens` that had a loss.")] = "updates",
     as_json: Json = False,
 ) -> None:
     """Train recipes over the same seeds, and tabulate the differences. Calling it again resumes a killed ablation."""
     from megafork.ablate.options import AblationOptions
 
-    options = AblationOptions.parse(arguments, seeds, out)
+    options = AblationOptions.parse(arguments, seeds, out, grid or (), tuning_seeds, common)
     from megafork import commands
     from megafork.ablate.table import tables
 

@@ -21,7 +21,7 @@ from megafork.secret import FIX, NAME, is_loopback, secret
 from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
-    from megafork.ablate.options import AblationOptions, Trial
+    from megafork.ablate.options import AblationOptions
     from megafork.ablate.results import Results as AblationResults
     from megafork.analyze.inputs import AnalysisInputs
     from megafork.analyze.options import AnalysisOptions
@@ -62,13 +62,15 @@ def run(command: Command, recipe: Recipe) -> int:
             if ranks.is_main() and (lost := gap(recipe.run_folder / "metrics.jsonl", done)):
                 ranks.say(lost)
             return DONE
-        _say([f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel)}", *inputs.remarks])
+        _say([f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel, inputs.shape)}", *inputs.remarks])
         job = partial(_train, command, recipe, inputs if joined else None)
         return ranks.do(job, world, recipe.run_folder, reaches_out=bool(_remote_servers(recipe)))
 
 
 def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
-    """Run the remaining trials of an ablation one after another. Returns the exit code and the results of the finished ones.
+    """Run the remaining trials of an ablation one after another, first those of its grid.
+
+    Returns the exit code and the results of the finished ones.
 
     If a trial fails, it is reported and the others continue. Raises RecipeError before any rank starts, and in a job of several ranks.
     """
@@ -76,31 +78,13 @@ def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
     if ranks.joined():
         raise RecipeError("megafork ablate starts ranks itself: call it outside torchrun and srun, or call `megafork train` in them")
     check_installation(engines=True)
-    from megafork.ablate.options import check_begun
-    from megafork.ablate.results import summarise
-    from megafork.data.prompts import problems
+    from megafork.ablate.run import Ablation
 
-    trials = options.trials()
-    held_out: dict[str, str] = {}
-    for trial in trials:
-        if trial.begun:
-            check_begun(trial)
-        elif trial.seed == options.seeds[0]:
-            inputs, _ = preflight("train", trial.recipe, _ranks_here(trial.recipe))
-            held_out[problems(inputs.held_out)] = trial.name
-    if len(held_out) > 1:
-        raise RecipeError(
-            f"data.eval shares prompts with data.train, and different ones in {' and '.join(held_out.values())}, so that their held-out "
-            "prompts differ: hold out prompts that none of them trains on"
-        )
-    failed: dict[Trial, str] = {}
+    ablation = Ablation(options, lambda recipe: preflight("train", recipe, _ranks_here(recipe))[0], _attempt, ranks.say)
+    ablation.check()
     with _sole_writer(Path(options.out), f"--out is {options.out!r}"):
-        for number, trial in enumerate(trials, 1):
-            left = "done before" if trial.finished else str(trial.recipe.run_folder)
-            ranks.say(f"run {number} of {len(trials)}: {trial}: {left}")
-            if not trial.finished and (why := _attempt(trial.recipe)):
-                failed[trial] = why
-        return FAILED if failed else DONE, summarise(options, trials, failed)
+        results = ablation.run()
+    return FAILED if ablation.failed else DONE, results
 
 
 def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
@@ -229,7 +213,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
         fp8.check_rollouts(shape, recipe)
     precision.check_training(shape, recipe.precision, recipe.parallel.tp)
     precision.check_machine(recipe.precision)
-    kernels.choose(recipe.model.kernels, recipe.precision, recipe.parallel)
+    kernels.choose(recipe.model.kernels, recipe.precision, recipe.parallel, shape)
     boards.check_boards(recipe.log)
     check_profile(recipe.log)
     if command == "train":
@@ -304,7 +288,7 @@ def _ranks_here(recipe: Recipe) -> int:
         return recipe.run.ranks
     import torch
 
-    return torch.cuda.device_count() or recipe.parallel.model_size
+    return torch.cuda.device_count() or recipe.parallel.smallest_world
 
 
 def _gpus(multiple: int) -> int:
@@ -318,8 +302,8 @@ def _train(command: Command, recipe: Recipe, inputs: Inputs | None) -> int:
     from megafork.parallel.mesh import build_mesh, join_world
     from megafork.train.inputs import read_inputs
     from megafork.train.loop import train
-    from megafork.train.run import Stopped
     from megafork.train.sft import sft
+    from megafork.train.stopped import Stopped
 
     device = join_world()
     mesh = build_mesh(recipe.parallel, seed=recipe.run.seed, device=device)

@@ -134,10 +134,11 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
 
 def _ranks(recipe: Recipe) -> Finding:
     """The ranks of the recipe against this machine's GPUs or, without GPUs, its cores."""
-    gpus, one_model, ranks = torch.cuda.device_count(), recipe.parallel.model_size, _rank_count(recipe)
-    found = f"{ranks} for tp x pp x cp = {one_model}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
-    if ranks % one_model:
-        return Finding("ranks", found, False, f"run.ranks is {ranks}: set it to a multiple of {one_model}", needed=True)
+    gpus, least, ranks = torch.cuda.device_count(), recipe.parallel.smallest_world, _rank_count(recipe)
+    sizes = f"tp x pp x cp = {recipe.parallel.model_size}" + (f" with ep {recipe.parallel.ep}" if recipe.parallel.ep > 1 else "")
+    found = f"{ranks} for {sizes}, on {gpus or _cores()} {'GPUs' if gpus else 'cores'}"
+    if ranks % least:
+        return Finding("ranks", found, False, f"run.ranks is {ranks}: set it to a multiple of {least}", needed=True)
     if ranks % recipe.rollout.tp and not recipe.rollout.servers:
         return Finding("ranks", found, False, f"rollout.tp is {recipe.rollout.tp}: set it to a divisor of {ranks}", needed=True)
     if gpus and ranks > gpus:
@@ -147,7 +148,7 @@ def _ranks(recipe: Recipe) -> Finding:
 
 
 def _rank_count(recipe: Recipe) -> int:
-    return recipe.run.ranks or max(torch.cuda.device_count(), recipe.parallel.model_size)
+    return recipe.run.ranks or max(torch.cuda.device_count(), recipe.parallel.smallest_world)
 
 
 def _memory(recipe: Recipe) -> Finding:

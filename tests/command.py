@@ -90,7 +90,7 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
 def run_on_forks(command: commands.Command, file: Path, *overrides: str) -> None:
     """What `megafork COMMAND FILE` has its ranks do, checked before as it does, on forked ranks: without launcher and report."""
     recipe = load_recipe(file, list(overrides))
-    world = recipe.run.ranks or recipe.parallel.model_size
+    world = recipe.run.ranks or recipe.parallel.smallest_world
     commands.preflight(command, recipe, world)
     assert on_ranks(world, _rank, command, recipe, free_port(), engines=command == "train") == [0] * world
 

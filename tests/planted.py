@@ -73,7 +73,7 @@ def _in_attention(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor])
     patch.setattr(PackedCoreAttention, "forward", forward)
 
 
-@fault("an index left on the host", "refused", of="megafork/rl/forks.py")
+@fault("an index left on the host", "refused", of="megafork/rl/draws.py")
 def _host_index(patch: pytest.MonkeyPatch) -> None:
     def change(micro: MicroBatch) -> None:
         micro.offset = micro.offset.cpu()

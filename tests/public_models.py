@@ -29,6 +29,18 @@ _QWEN3 = {
     "sliding_window": None,
     "transformers_version": "4.51.0",
 }
+_MOE = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
 _QWEN2 = {**_QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_window_layers": 28, "transformers_version": "4.43.1"}
 _LLAMA2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -148,6 +160,8 @@ MODELS: dict[str, dict[str, Any]] = {
         pad_token_id=2,
         **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}},
     ),
+    "Qwen3-30B-A3B": _model(_MOE, _sizes(2048, 6144, 48, 32, 4, 40960), head_dim=128, moe_intermediate_size=768),
+    "Qwen3-235B-A22B": _model(_MOE, _sizes(4096, 12288, 94, 64, 4, 40960), head_dim=128, moe_intermediate_size=1536),
     "Mistral-7B-Instruct-v0.2": _model(_MISTRAL, _sizes(4096, 14336, 32, 32, 8, 32768), vocab_size=32000),
     "Mistral-7B-Instruct-v0.3": _model(_MISTRAL, _sizes(4096, 14336, 32, 32, 8, 32768), vocab_size=32768),
     "Mistral-Nemo-Base-2407": _model(_MISTRAL, _sizes(5120, 14336, 40, 32, 8, 128000), head_dim=128),

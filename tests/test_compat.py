@@ -6,11 +6,13 @@ If a test fails because the library no longer does, delete the patch. Ranks are 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from rehearsal import DEVICE, rehearse
 from responses import make_responses
 from tiny import TINY, FolderWeights, recipe, save_model
 
+from megafork.compat import experts as expert_fixes
 from megafork.compat import megatron as megatron_fixes
-from megafork.compat import noise
+from megafork.compat import noise, vllm_entropy
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat.cpu import CpuRngTracker
 from megafork.model.build import PolicyConfig, build_policy
@@ -39,6 +42,8 @@ from megafork.train.sft import cross_entropy, place
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.policy_weights import load_policy
+
+HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
 
@@ -244,6 +249,65 @@ def test_pipeline_stages_exchange_shapes_without_the_gpu() -> None:
         assert waits >= 3, "upstream no longer waits"
 
 
+def _router_logits() -> tuple[str, torch.Tensor]:
+    """What upstream's router says without Transformer Engine, and what it computes with the fix."""
+    from megatron.core.transformer.moe import moe_utils
+
+    hidden, weight = torch.arange(6.0).reshape(3, 1, 2), torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    said = _failure(lambda: moe_utils.router_gating_linear(hidden, weight, None, torch.float32))
+    expert_fixes.run_without_transformer_engine()
+    return said, moe_utils.router_gating_linear(hidden, weight, None, torch.float32)
+
+
+def _failure(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - what it says is the test's result
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
+def test_the_router_runs_without_transformer_engine() -> None:
+    [(said, logits)] = on_ranks(1, _router_logits)
+    assert said.startswith("NameError: name 'te_general_gemm'"), "upstream defines it"
+    assert torch.equal(logits, torch.tensor([[[2.0, -1.0]], [[8.0, -3.0]], [[14.0, -5.0]]]))
+
+
+def _uneven_exchange() -> dict[str, Any]:
+    """Rank r has r + 1 rows: what upstream says of it, and what comes with the fixes, forward and backward."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    world, rank = dist.group.WORLD, dist.get_rank()
+    assert world is not None
+    rows = torch.full((rank + 1, 2), float(rank + 1), requires_grad=True)
+    sent, received = torch.tensor([rank + 1, 0]), torch.tensor([1, 2]) if rank == 0 else torch.tensor([0, 0])
+    gather = mappings.gather_from_sequence_parallel_region
+    seen: dict[str, Any] = {
+        "splits upstream": _failure(lambda: mappings.all_to_all(world, rows, received, sent)),
+        "gather upstream": _failure(lambda: gather(rows, group=world, output_split_sizes=[1, 2])),
+    }
+    expert_fixes.read_splits_on_host()
+    expert_fixes.gather_uneven_rows()
+    to_host = token_dispatcher.maybe_move_tensor_to_cpu
+    seen["splits"] = mappings.all_to_all(world, rows, to_host(received, as_numpy=True), to_host(sent, as_numpy=True)).detach()
+    seen["gather"] = gather(rows, group=world, output_split_sizes=[1, 2])
+    (seen["gather"] * torch.tensor([[1.0], [10.0], [100.0]]) * (rank + 1)).sum().backward()
+    seen["gather"], seen["gradient"] = seen["gather"].detach(), rows.grad
+    return seen
+
+
+def test_tokens_of_uneven_number_are_exchanged_over_gloo() -> None:
+    first, second = on_ranks(2, _uneven_exchange)
+    for seen in (first, second):
+        for name in ("splits", "gather"):
+            assert seen[f"{name} upstream"], f"upstream's {name} works now"
+        assert seen["gather"][:, 0].tolist() == [1.0, 2.0, 2.0]
+    assert first["splits"][:, 0].tolist() == [1.0, 2.0, 2.0] and second["splits"].shape == (0, 2)
+    assert first["gradient"][:, 0].tolist() == [3.0] and second["gradient"][:, 0].tolist() == [30.0, 300.0]
+
+
 def _queue_processes() -> tuple[int, int]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -413,3 +477,85 @@ def test_a_prompt_that_is_read_in_two_steps_changes_nothing(tmp_path: Path) -> N
     assert [c.tokens for c in together] == [c.tokens for c in alone]
     unpatched = on_ranks(1, _together_and_alone, spec, free_port(), False, engines=True)[0]
     assert unpatched == "CPU Generator does not use offset", "vLLM no longer needs compat.vllm.put_generators_aside"
+
+
+# ---- vLLM's samplers
+
+
+def _v1_scores() -> tuple[Any, Any]:
+    from vllm.v1.sample.sampler import Sampler
+
+    log_probs = torch.tensor([[0.0, 1.0, -torch.inf, 3.0], [2.0, 2.0, 2.0, 2.0]]).log_softmax(-1)
+    drawn = torch.tensor([3, 0])
+    bare = Sampler.gather_logprobs(log_probs, vllm_entropy.ASKED, drawn)
+    vllm_entropy.install()
+    vllm_entropy.install()  # once more changes nothing
+    kept = log_probs.clone()
+    answers = [Sampler.gather_logprobs(log_probs, count, drawn) for count in (0, 1, vllm_entropy.ASKED)]
+    assert torch.equal(kept, log_probs)
+    return bare, answers
+
+
+@pytest.mark.slow
+def test_entropies_beside_log_probs() -> None:
+    [(bare, (own, most_likely, asked))] = on_ranks(1, _v1_scores, engines=True)
+    assert vllm_entropy.MARK not in bare.logprob_token_ids, "vLLM now answers so by itself"
+    assert own.logprobs.shape == (2, 1) and most_likely.logprob_token_ids[0].tolist() == [3, 3]
+    assert asked.logprob_token_ids.tolist() == [[3, -1, -1], [0, -1, -1]]
+    assert torch.equal(asked.logprobs[:, :1], own.logprobs) and torch.equal(asked.selected_token_ranks, own.selected_token_ranks)
+    p = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64).softmax(-1)
+    expected = [float(-(p * p.log()).sum()), float(torch.tensor(4.0).log())]
+    assert asked.logprobs[:, 1].tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(asked.logprobs[:, 1], asked.logprobs[:, 2])
+
+
+V2 = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+from types import SimpleNamespace
+from triton.backends import backends
+backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)  # or vLLM turns Triton off
+import torch
+from megafork.compat import vllm as vllm_fixes, vllm_entropy
+vllm_fixes.prepare()
+from vllm.v1.worker.gpu.sample import sampler
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+torch.manual_seed(0)
+logits, drawn = (3 * torch.randn(5, 300)).bfloat16(), torch.tensor([1, 2, 3, 0, 299])
+bare = sampler.compute_topk_scores(logits, 2, drawn)
+assert vllm_entropy.MARK not in bare.logprob_token_ids
+vllm_entropy.install()
+for module in (sampler, rejection_sampler):
+    asked = module.compute_topk_scores(logits, 2, drawn, [0, 2, 5])
+    assert asked.logprob_token_ids.tolist() == [[token, -1, -1] for token in drawn.tolist()]
+    assert asked.cu_num_generated_tokens == [0, 2, 5]
+    assert torch.equal(asked.logprobs[:, 0], bare.logprobs[:, 0])
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    torch.testing.assert_close(asked.logprobs[:, 1].double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(module.compute_topk_scores(logits, 1, drawn).logprobs, bare.logprobs[:, :2])
+"""
+
+
+@pytest.mark.slow
+def test_entropies_of_the_second_model_runner() -> None:
+    """Its kernels, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", V2], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+def _temperatures() -> tuple[list[float], list[float]]:
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample import rejection_sampler
+
+    values, ends, written = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 3, 3], dtype=torch.int32), torch.full((3,), -1.0)
+    cpu_triton_utils._expand_kernel_impl(written, values, ends, 0, 1)
+    vllm_fixes.expand_temperatures()
+    return written.tolist(), rejection_sampler.expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1).tolist()
+
+
+@pytest.mark.slow
+def test_temperatures_of_drafts() -> None:
+    [(before, after)] = on_ranks(1, _temperatures, engines=True)
+    assert before != [0.5, 0.5, 1.0], "vLLM's CPU kernel now writes its result: delete the patch"
+    assert after == [0.5, 0.5, 1.0]

@@ -143,7 +143,7 @@ def _with_transformers(spec: Recipe) -> list[dict[str, Any]]:
     held = engine.model.state_dict()
     assert all(torch.equal(held[name], tensor) for name, tensor in weights.items()), "refitted after the last step"
     beside = _train(BackgroundEngine, spec)[0]
-    clocks = ("time/", "throughput/", "memory/")
+    clocks = ("time/", "throughput/", "memory/", "rollout/idle_share")
     for one, other in zip(history, beside, strict=True):
         assert all(one[name] == other[name] for name in one if not name.startswith(clocks))
     return history

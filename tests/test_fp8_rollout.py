@@ -83,10 +83,12 @@ def test_a_run_with_fp8_roll_outs(tmp_path: Path) -> None:
     task = make_task(tmp_path, **WIDE)
     (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
     fp8: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16", "rollout_fp8": True}, "loss": {"importance_cap": 2.0}}
+    fp8["loss"]["mismatch"] = {"token_mask": [0.98, 1.02], "veto": 1e-4}
     file = write_recipe(task, reward={"verifier": f"{task}/verifier.py:score"}, **fp8)
     run_on_forks("train", file)
     steps = [json.loads(line) for line in (task / "runs/run/metrics.jsonl").read_text().splitlines()][1:]
     assert all(1e-3 < step["rollout_mismatch/max"] < 2 and step["loss/importance"] != 1 for step in steps if "loss/policy" in step)
+    assert all(0 < step["loss/masked_fraction"] < 1 and 0.5 < step["rollout_mismatch/ess"] < 1 for step in steps if "loss/policy" in step)
     assert any("loss/policy" in step for step in steps)
 
 

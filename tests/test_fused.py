@@ -56,7 +56,7 @@ def test_a_machine_that_cannot_run_them_refuses_fused_and_takes_plain(tmp_path: 
     assert finding.found == f"plain, because {fused_problem()}" and not finding.needed
 
 
-REFUSED = r"^model\.kernels is fused but (there is no GPU|Transformer Engine is not installed).*: train on a machine that has it, or"
+REFUSED = r"^model\.kernels is fused but (there is no GPU|Transformer Engine is not installed).*: set kernels=auto"
 
 
 def _refused_by_a_rank(spec: Recipe) -> None:
@@ -73,6 +73,10 @@ def test_where_they_can_run_auto_takes_them(tmp_path: Path, monkeypatch: pytest.
         assert choose(kernels, BF16, Parallel()).fused
     assert not choose("plain", BF16, Parallel()).fused
     assert str(choose("auto", Precision(dtype="fp32"), Parallel())) == "plain, because precision.dtype is fp32"
+    mixture = read_shape(save_model(tmp_path / "mixture", "Qwen3Moe"))
+    assert str(choose("auto", BF16, Parallel(), mixture)) == "plain, because the model has experts"
+    with pytest.raises(RecipeError, match=r"^model\.kernels is fused but the model has experts: set kernels=auto"):
+        choose("fused", BF16, Parallel(), mixture)
     with pytest.raises(RecipeError, match=r"^parallel\.cp_comm is all_gather with fused layers: .*set cp_comm=p2p or"):
         choose("auto", BF16, Parallel(cp=2, cp_comm="all_gather"))
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import TINY, save_model
+from tiny import TINY, published, save_model
 from torch import Tensor
 
 from megafork.recipe import RecipeError
-from megafork.shape import FAMILIES, Shape, read_shape
+from megafork.shape import FAMILIES, Mixture, Shape, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.mapping import Parameter, huggingface_shapes, parameters, pieces, shard_shape
 
@@ -26,6 +26,8 @@ ARCHITECTURES = [name.removesuffix("ForCausalLM") for name in FAMILIES]
 
 
 def shape_of(architecture: str = "Qwen3", **sizes: Any) -> Shape:
+    if architecture == "Qwen3Moe":
+        sizes = {"moe": Mixture(4, 2, 16, True, (0,)), **sizes}
     small = {"layers": 2, "hidden": 16, "ffn": 24, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 99, "tied": True}
     rest = {"norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None, "max_positions": 64}
     return Shape(architecture=f"{architecture}ForCausalLM", **{**small, **rest, **sizes})
@@ -71,6 +73,9 @@ def megatron_shard(parameter: Parameter, full: dict[str, Tensor], shape: Shape, 
                 q, k, v = (full[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv")
             groups = [part.reshape(shape.kv_heads, -1, *rest) for part in (q, k, v)]
             return torch.cat(groups, 1).reshape(-1, *rest).chunk(tp)[rank]
+        case "gated" if parameter.expert is not None:
+            gate, up = (full[f"{layer}mlp.experts.{parameter.expert}.{part}_proj.weight"] for part in ("gate", "up"))
+            return torch.cat([part.chunk(tp)[rank] for part in (gate, up)])
         case "gated":
             if shape.architecture == "Phi3ForCausalLM":
                 gate, up = full[f"{layer}mlp.gate_up_proj.weight"].chunk(2)
@@ -93,6 +98,7 @@ def rectangle(tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int] | 
 @example((shape_of(heads=8, kv_heads=1), 8))  # one KV group, cut among eight ranks
 @example((shape_of(vocab=17), 8))  # the last ranks hold nothing but padding
 @example((shape_of("Qwen2", heads=6, kv_heads=2, tied=False), 2))
+@example((shape_of("Qwen3Moe", heads=8, kv_heads=2, tied=False), 4))  # a layer with experts, and one without
 @example((shape_of("Phi3", heads=8, kv_heads=2, tied=False), 4))  # fused in the files, and half a KV group to a rank
 def test_pieces_tile_every_shard_and_every_tensor_exactly_once(case: tuple[Shape, int]) -> None:
     shape, tp = case
@@ -125,13 +131,15 @@ def test_pieces_tile_every_shard_and_every_tensor_exactly_once(case: tuple[Shape
 def test_names_and_shapes_are_those_of_transformers(architecture: str, tied: bool, tmp_path: Path) -> None:
     import transformers
 
-    changes = {"tie_word_embeddings": tied, "num_key_value_heads": 1, "pad_token_id": None}
+    changes: dict[str, Any] = {"tie_word_embeddings": tied, "num_key_value_heads": 1, "pad_token_id": None}
+    if architecture == "Qwen3Moe":
+        changes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
     config = getattr(transformers, f"{architecture}Config")(**{**TINY, **changes})
     with torch.device("meta"):
         model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     config.architectures = [f"{architecture}ForCausalLM"]
     config.save_pretrained(tmp_path)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in published(model)}
     if tied:
         wanted.pop("lm_head.weight")
     assert huggingface_shapes(read_shape(tmp_path)) == wanted

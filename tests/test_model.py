@@ -17,7 +17,7 @@ from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe
 from megafork.shape import FAMILIES, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
-from megafork.weights.mapping import parameters
+from megafork.weights.mapping import parameters, shards_of
 from megafork.weights.policy_weights import export_policy, load_policy, local_parameters
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,9 @@ class Micro:
     temperature: torch.Tensor
     selected: torch.Tensor
     selected_on_host: torch.Tensor
+    owner: torch.Tensor
     order: torch.Tensor | None = None
+    balance: float = 0.0
     entropy_temperature: float = 0.7
 
 
@@ -80,6 +82,7 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
         tokens=torch.cat(padded)[None],
         lengths=tuple(map(len, padded)),
         places=torch.cat([torch.arange(len(wide)) for wide in padded]),
+        owner=torch.cat([torch.full((len(wide),), n) for n, wide in enumerate(padded)]),
         positions=torch.cat(positions),
         positions_on_host=torch.cat(positions),
         targets=torch.cat([ids.roll(-1) for ids in tokens]),
@@ -91,7 +94,8 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
     if mesh.is_rank_zero:
         write_folder(out, exported.items(), like=Path(spec.model.path))
     if spec.parallel.pp == 1:
-        assert list(local_parameters(chunks)) == [parameter.name for parameter in parameters(shape)], "the table has Megatron's order"
+        held = [p.name for p in parameters(shape) if shards_of(p, shape, spec.parallel).of(mesh.rank) is not None]
+        assert list(local_parameters(chunks)) == held, "the table has Megatron's order"
     answers: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
         run_micro_batches(
@@ -100,12 +104,19 @@ def _score_on_rank(spec: Recipe, tokens: list[torch.Tensor], out: Path) -> tuple
     return answers[0] if mesh.is_last_stage else None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+EXPERTS: dict[str, dict[str, Any]] = {"TP1": {}, "TP2 SP EP2": {"tp": 2, "sp": True, "ep": 2}, "PP2": {"pp": 2}}
+"""For mixtures of experts; `test_experts.py` has more."""
+
+
+def cases() -> list[tuple[str, str]]:
+    return [(model, layout) for model, (architecture, _) in MODELS.items() for layout in (EXPERTS if "Moe" in architecture else LAYOUTS)]
+
+
+@pytest.mark.parametrize(("model", "layout"), cases())
 def test_equals_hugging_face_and_exports_bit_equal(model: str, layout: str, tmp_path: Path) -> None:
     architecture, changes = MODELS[model]
     folder = save_model(tmp_path / "in", architecture, **changes)
-    spec = recipe(folder, parallel=LAYOUTS[layout])
+    spec = recipe(folder, parallel={**LAYOUTS, **EXPERTS}[layout])
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(0, 99, (n,), generator=generator) for n in LENGTHS]
     results = on_ranks(spec.parallel.model_size, _score_on_rank, spec, tokens, tmp_path / "out")

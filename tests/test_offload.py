@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import recipe, save_model
+from tiny import MODELS, recipe, save_model
 from training import STEPS, Rig
 
 from megafork.plan.fixes import fixes
@@ -24,6 +24,7 @@ PARK = ["rollout.park_training=true"]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP, bf16": {"parallel": {"tp": 2, "sp": True}, "precision": {"dtype": "bf16"}},
     "PP2 VPP2, fp32": {"parallel": {"pp": 2, "vpp": 2}},
+    "EP2, fp32": {"parallel": {"ep": 2}},
     "DP2 overlap, bf16": {"optimizer": {"overlap": True}, "precision": {"dtype": "bf16"}},
 }
 
@@ -43,7 +44,7 @@ def steps(spec: Recipe, folder: Path, park: bool) -> tuple[list[dict[str, float]
                 checkpoints.save(2, learner.chunks, learner.optimizer, {})
             offload.to_device()
             offload.to_device()
-            assert all(not buffer.grad_data.any() for chunk in learner.model for buffer in chunk.buffers)
+            assert all(not buffer.grad_data.any() for buffer in buffers(rig))
         elif number == 2:
             checkpoints.save(2, learner.chunks, learner.optimizer, {})
         history.append(rig.step(number)[0])
@@ -51,11 +52,14 @@ def steps(spec: Recipe, folder: Path, park: bool) -> tuple[list[dict[str, float]
     return history, rig.weights()
 
 
+def buffers(rig: Rig) -> list[Any]:
+    return [buffer for chunk in rig.learner.model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
 def assert_parked(rig: Rig) -> None:
-    for chunk in rig.learner.model:
-        for buffer in chunk.buffers:
-            assert buffer.grad_data.untyped_storage().nbytes() == 0
-            assert buffer.param_data.untyped_storage().nbytes() > 0, "the refit reads the weights"
+    for buffer in buffers(rig):
+        assert buffer.grad_data.untyped_storage().nbytes() == 0
+        assert buffer.param_data.untyped_storage().nbytes() > 0, "the refit reads the weights"
 
 
 def continued(spec: Recipe, folders: list[Path]) -> list[Any]:
@@ -71,7 +75,11 @@ def continued(spec: Recipe, folders: list[Path]) -> list[Any]:
 def test_a_run_that_is_parked_between_steps_is_the_same_run(layout: str, tmp_path: Path) -> None:
     base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
     changes = LAYOUTS[layout]
-    spec = recipe(save_model(tmp_path / "m"), **{**base, **changes, "optimizer": {**base["optimizer"], **changes.get("optimizer", {})}})
+    architecture, model = MODELS["MoE" if "ep" in changes.get("parallel", {}) else "tied"]
+    spec = recipe(
+        save_model(tmp_path / "m", architecture, **model),
+        **{**base, **changes, "optimizer": {**base["optimizer"], **changes.get("optimizer", {})}},
+    )
     runs = [on_ranks(2, steps, spec, tmp_path / str(park), park)[0] for park in (False, True)]
     assert_same(runs[1], runs[0])
     for plain, parked in on_ranks(2, continued, spec, [tmp_path / "False", tmp_path / "True"]):

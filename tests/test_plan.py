@@ -287,6 +287,14 @@ def test_the_published_layout_fits_and_its_step_time_is_of_the_right_size() -> N
     assert plan.step.tokens_per_s_per_gpu == pytest.approx(571, rel=0.5)
 
 
+def test_a_step_without_a_scoring_pass_has_no_time_for_it() -> None:
+    sources: dict[str, Any] = {"forks__entropy_from": "rollout", "loss__old_log_prob": "rollout"}
+    plain, without, one_only = planned().step, planned(**sources).step, planned(forks__entropy_from="rollout").step
+    twice = planned(forks__entropy_from="current", loss__old_log_prob="rollout").step
+    assert without.score == 0 < plain.score == one_only.score == twice.score / 2
+    assert without.seconds == pytest.approx(plain.seconds - plain.score)
+
+
 LONG: dict[str, Any] = {"rollout__max_response_length": 20480, "data__max_prompt_length": 2048}
 
 

@@ -21,7 +21,7 @@ from megafork.report.report import report_html
 from megafork.train.profile import check_profile, operators
 
 PHASES = {"train": {"rollout", "reward", "score", "update", "refit"}, "sft": {"update"}}
-NUMBERS = ("time/", "throughput/", "memory/")
+NUMBERS = ("time/", "throughput/", "memory/", "rollout/idle_share")
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,16 @@ WRONG = {
     "forks.rest_weight=1.5": "forks.rest_weight is 1.5: must be a number, at least 0 and at most 1",
     "forks.horvitz_thompson=true": "forks.horvitz_thompson is true with forks.select=top: only `random` and `prefix` select by chance",
     "forks.threshold=0.6": "forks.threshold is 0.6 with forks.scope=minibatch: give a threshold with scope=fixed, and only with it",
+    "loss.importance_level=sequence": "loss.importance_level is sequence without loss.importance_cap: no ratio weighs the loss; set a cap",
+    "loss.mismatch.token_mask=[2,5]": "loss.mismatch.token_mask is 2: must be a list of 2 (a number, at least 0 and at most 1; a number",
+    "loss.mismatch.tokn_mask=[0.5,5]": "unknown key loss.mismatch.tokn_mask = [0.5, 5]: did you mean 'token_mask'?",
+    "loss.mismatch.veto=1": "loss.mismatch.veto is 1: must be a number, above 0 and below 1 or null",
+    "loss.clip_rest=[0.1,0.1]": "loss.clip_rest is (0.1, 0.1) with forks.rest_weight=0: tokens that are not selected have no loss",
+    "loss.kl.rest_coef=0.1": "loss.kl.rest_coef is 0.1 with forks.rest_weight=0: tokens that are not selected have no loss",
+    "loss.kl.estimator=k4": "loss.kl.estimator is 'k4': must be one of k1, k2, k3",
+    "loss.clip_cov=[0.1,5,1]": "loss.clip_cov is [0.1, 5.0, 1.0]: low must not exceed high",
+    "loss.kl_cov=[0.1,1]": "loss.kl_cov is [0.1, 1.0] with train.minibatches=1: at a step's first update the policy is p_old",
+    "loss.kl_cov=[0.1]": "loss.kl_cov is [0.1]: must be a list of 2",
     "loss.dual_clip=1": "loss.dual_clip is 1: must be a number, above 1 or null",
     "train.minibatches=3": "train.minibatches is 3 but rollout.prompts is 512: choose a number of mini-batches that divides the prompts",
     "model.path=null": "model.path is null: must be text",
@@ -159,6 +169,23 @@ FILES = {
     LEAST + "forks: {select: gmts, scope: fixed, threshold: 0.5}\n": (
         "forks.select is gmts with forks.scope=fixed: a fixed threshold in nats selects `top` or `bottom`"
     ),
+    LEAST + "forks: {select: prefix}\nloss: {mismatch: {veto: 1e-4}}\n": (
+        "loss.mismatch.veto is 0.0001 with forks.select=prefix: the ratio of a response needs all its tokens"
+    ),
+    LEAST + "forks: {select: prefix}\nloss: {importance_cap: 2, importance_level: geometric}\n": (
+        "loss.importance_level is geometric with forks.select=prefix: the ratio of a response needs all its tokens"
+    ),
+    LEAST + "loss: {old_log_prob: rollout, mismatch: {token_mask: [0.5, 2]}}\n": "loss.mismatch has a mask with loss.old_log_prob=rollout",
+    LEAST + "loss: {old_log_prob: current, mismatch: {geometric_mask: [0.5, 2]}}\n": (
+        "loss.mismatch.geometric_mask is (0.5, 2.0) with loss.old_log_prob=current: the ratio of a response needs all its tokens' log-probs"
+    ),
+    LEAST + "forks: {rest_weight: 1}\nloss: {objective: gspo, clip_rest: [0.1, 0.1]}\n": (
+        "loss.clip_rest is [0.1, 0.1] with loss.objective=gspo: only `clip` has it; leave it out"
+    ),
+    LEAST + "loss: {kl: {coef: 0.1}}\nrollout: {fork_temperature: [0.7, 1, 0.6]}\n": (
+        "loss.kl.coef is 0.1 with rollout.fork_temperature: the reference has no temperature of its own"
+    ),
+    LEAST + "loss: {kl: {coef: 0.1}}\nprecision: {train_fp8: true}\n": "loss.kl.coef is 0.1 with precision.train_fp8",
     LEAST + "forks: {select: covariance, scope: sequence}\n": (
         "forks.select is covariance with forks.scope=sequence: all tokens of a response have the same advantage"
     ),

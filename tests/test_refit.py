@@ -72,6 +72,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pp": 2}),
     "DP2": (2, {}),
     "TP2 PP2": (4, {"tp": 2, "pp": 2}),
+    "EP2": (2, {"ep": 2}),
 }
 CASES: dict[tuple[str, int], list[tuple[str, bool, str]]] = {
     ("TP2", 1): [("Qwen3", True, "fp32"), ("Phi3", False, "fp32"), ("Qwen2", False, "fp32")],
@@ -82,9 +83,11 @@ CASES: dict[tuple[str, int], list[tuple[str, bool, str]]] = {
     ("DP2", 2): [("Mistral", False, "fp32")],
     ("TP2 PP2", 1): [("Llama", False, "fp32")],
     ("TP2 PP2", 2): [("Qwen3", True, "bf16")],
+    ("EP2", 1): [("Qwen3Moe", False, "fp32")],
+    ("EP2", 2): [("Qwen3Moe", False, "bf16")],
 }
-"""Layout and the engines' TP: family, tied or not, dtype. Qwen3 comes tied and untied in both dtypes, every other family once, and the one
-whose files fuse tensors under both splits."""
+"""Layout and the engines' TP: family, tied or not, dtype. Qwen3 comes tied and untied in both dtypes, every other family once, and the
+one whose files fuse tensors, and the one with experts, under both splits."""
 
 
 def test_every_family_has_a_case() -> None:

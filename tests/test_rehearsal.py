@@ -34,14 +34,31 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {"optimizer": {"overlap": True}},
 }
 SWITCHES: list[dict[str, dict[str, Any]]] = [
-    {"forks": {"scope": "batch"}, "loss": {"reduction": "official", "objective": "gspo"}},
-    {"forks": {"scope": "minibatch", "select": "random"}, "loss": {"importance_cap": 2.0}, "model": {"recompute": "full"}},
-    {"forks": {"scope": "microbatch"}, "loss": {"reduction": "seq-mean", "objective": "cispo"}, "precision": {"dtype": "bf16"}},
-    {"forks": {"scope": "sequence", "select": "bottom"}, "loss": {"dual_clip": 1.05}, "model": {"recompute": "selective"}},
+    {
+        "forks": {"scope": "batch", "select": "covariance"},
+        "loss": {"reduction": "official", "objective": "gspo", "clip_cov": [0.1, 0.1, 5.0]},
+    },
+    {
+        "forks": {"scope": "minibatch", "select": "random", "horvitz_thompson": True, "normalize_by": "response"},
+        "loss": {"importance_cap": 2.0, "mismatch": {"token_mask": [0.5, 2.0], "geometric_mask": [0.5, 2.0], "veto": 0.1}},
+        "model": {"recompute": "full"},
+    },
+    {
+        "forks": {"scope": "microbatch", "select": "gmts"},
+        "loss": {"reduction": "seq-mean", "objective": "cispo", "kl": {"coef": 0.1}},
+        "precision": {"dtype": "bf16"},
+    },
+    {
+        "forks": {"scope": "sequence", "select": "bottom", "rest_weight": 0.5},
+        "loss": {"dual_clip": 1.05, "clip_rest": [0.1, 0.1], "entropy_bonus": 0.01},
+        "model": {"recompute": "selective"},
+    },
+    {"forks": {"select": "stapo", "stapo": [0.01, 0.5]}},
+    {"forks": {"select": "prefix", "top_entropy_quantile": 0.6, "horvitz_thompson": True, "normalize_by": "response"}},
     {"forks": {"scope": "fixed", "threshold": 4.2}, "loss": {"objective": "reinforce"}, "rollout": {"fork_temperature": (0.7, 1.3, 4.3)}},
     {"forks": {"entropy_from": "current", "normalize_by": "response"}, "loss": {"objective": "sapo"}, "precision": {"dtype": "bf16"}},
 ]
-"""Between them every scope, selection, objective and reduction, both dtypes, and both ways to recompute."""
+"""Between them every scope, objective, reduction, penalty and correction, kinds of selection, both dtypes, and both ways to recompute."""
 
 
 def spec_of(folder: Path, *changes: dict[str, dict[str, Any]]) -> Recipe:

@@ -20,9 +20,9 @@ from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.plan.refit import cost, cost_of_full_gather, lower_bound
 from megafork.recipe import Parallel, Recipe, RecipeError
-from megafork.shape import Shape, Span, check_layout, check_rollout_tp, read_shape
+from megafork.shape import Mixture, Shape, Span, check_layout, check_rollout_tp, check_world, read_shape
 from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.mapping import full_shape, parameters, pieces, shard_shape
+from megafork.weights.mapping import Parameter, Piece, full_shape, parameters, pieces, shard_shape
 from megafork.weights.policy_weights import export_policy, load_policy
 from megafork.weights.refit import Bridge
 from megafork.weights.reshard import Reshard, Transfer, needed
@@ -75,7 +75,7 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
     for parameter in parameters(shape):
         if plan.stage(parameter) != stage:
             continue
-        for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
+        for piece in _pieces(parameter, shape, layout, rank % (world // layout.pp)):
             mine, wanted = (torch.zeros(full_shape(piece.name, shape), dtype=torch.bool) for _ in range(2))
             mine[slice(*piece.rows), *([slice(*piece.columns)] if piece.columns else [])] = True
             for rows, columns in needed(piece.name, shape, tp, rank % tp):
@@ -84,11 +84,31 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
     return held
 
 
+def _pieces(parameter: Parameter, shape: Shape, layout: Parallel, place: int) -> list[Piece]:
+    """What the rank at this place of its stage holds. Of experts, by Megatron's order: etp fastest, then ep."""
+    if parameter.expert is None:
+        return pieces(parameter, shape, layout.tp, place % layout.tp)
+    etp = layout.expert_tp
+    mine = parameter.expert * layout.ep // shape.mixture.experts == place // etp % layout.ep
+    return pieces(parameter, shape, etp, place % etp) if mine else []
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["tied", "untied", "Phi-4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_gets_what_its_engine_needs_and_nothing_else(layout: str, model: str, dtype: str, tmp_path: Path) -> None:
-    world, parallel = LAYOUTS[layout]
+    check_refit(*LAYOUTS[layout], model, dtype, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, {"ep": 2}), (4, {"ep": 2, "tp": 2, "sp": True}), (4, {"ep": 2, "etp": 2, "tp": 2, "sp": True}), (4, {"ep": 2, "pp": 2})],
+)
+def test_no_rank_gets_experts_that_it_holds_or_does_not_need(world: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+    check_refit(world, parallel, "MoE, some layers dense", "fp32", tmp_path)
+
+
+def check_refit(world: int, parallel: dict[str, Any], model: str, dtype: str, tmp_path: Path) -> None:
     architecture, changes = MODELS[model]
     folder = save_model(tmp_path, architecture, **changes)
     spec = recipe(folder, parallel=parallel, precision={"dtype": dtype})
@@ -138,7 +158,7 @@ def _lacked(plan: Reshard, ranks: range) -> int:
                 wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
         for parameter in parameters(shape):
             if plan.stage(parameter) == rank * layout.pp // plan.world:
-                for piece in pieces(parameter, shape, layout.tp, rank % layout.tp):
+                for piece in _pieces(parameter, shape, layout, rank % (plan.world // layout.pp)):
                     held[piece.name][(slice(*piece.rows), slice(*piece.columns)) if piece.columns else slice(*piece.rows)] = True
     return sum(int((wanted[name] & ~held[name]).sum()) for name in sizes)
 
@@ -169,10 +189,16 @@ def _plans(draw: st.DrawFn) -> Reshard:
     rollout_tp = draw(st.sampled_from([n for n in range(1, 7) if world % n == 0]))
     sizes: dict[str, Any] = {"layers": 2 * pp, "hidden": 48, "heads": 12, "kv_heads": draw(st.sampled_from([1, 2, 3, 4, 6]))}
     sizes |= {"ffn": 60, "head_dim": 4, "tied": draw(st.booleans())}
-    shape = replace(TINY_SHAPE, architecture=draw(st.sampled_from(["Qwen3ForCausalLM", "Phi3ForCausalLM"])), **sizes)
-    plan = Reshard(shape, Parallel(tp=tp, pp=pp), world, rollout_tp, draw(st.integers(1, world)))
+    shape = replace(TINY_SHAPE, architecture=draw(st.sampled_from(["Qwen3ForCausalLM", "Phi3ForCausalLM", "Qwen3MoeForCausalLM"])), **sizes)
+    layout = Parallel(tp=tp, pp=pp)
+    if shape.family.experts:
+        ep = draw(st.sampled_from([1, 2, 3, 6]))
+        layout = Parallel(tp=tp, pp=pp, sp=tp > 1, ep=ep, etp=draw(st.sampled_from([None, 2])) if ep > 1 else None)
+        shape = replace(shape, moe=Mixture(6, 2, 12, True, layers=(0, *range(2, 2 * pp))))
+    plan = Reshard(shape, layout, world, rollout_tp, draw(st.integers(1, world)))
     try:
         check_layout(shape, plan.layout)
+        check_world(plan.layout, world)
         check_rollout_tp(shape, rollout_tp)
     except RecipeError:
         reject()
@@ -213,12 +239,13 @@ def test_carried_out_any_plan_gives_each_rank_what_a_gather_would(plan: Reshard)
 
 
 def _shards(plan: Reshard, rank: int, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a rank holds: its stage's parameters, each its TP rank's shard."""
+    """What a rank holds: its stage's parameters, each its shard; experts of other ranks are full of numbers that nobody wants."""
     held = {}
     for parameter in parameters(plan.shape):
         if plan.stage(parameter) == rank * plan.layout.pp // plan.world:
-            held[parameter.name] = torch.full(shard_shape(parameter, plan.shape, plan.layout.tp), -2)
-            for piece in pieces(parameter, plan.shape, plan.layout.tp, rank % plan.layout.tp):
+            tp = plan.layout.tp if parameter.expert is None else plan.layout.expert_tp
+            held[parameter.name] = torch.full(shard_shape(parameter, plan.shape, tp), -2)
+            for piece in _pieces(parameter, plan.shape, plan.layout, rank % (plan.world // plan.layout.pp)):
                 part = _at(whole[piece.name], piece.rows, piece.columns)
                 held[parameter.name][piece.at : piece.at + len(part)] = part
     return held

@@ -16,7 +16,7 @@ from torch import Tensor
 from training import by_rule
 
 from megafork.recipe import Forks, Loss, Recipe, RecipeError
-from megafork.rl import prefix
+from megafork.rl import draws, prefix
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.loss import set_weights
@@ -135,6 +135,13 @@ def test_horvitz_thompson_weights_estimate_the_loss_over_all_tokens(chosen: str,
     error = math.sqrt(sum(float(terms[kind::4].var()) * copies for kind in range(4)))
     assert abs(float(terms.sum()) - whole) < 5 * error
     assert error < 0.2 * abs(whole), "the estimate is precise enough to tell"
+
+
+def test_one_number_is_mixed_as_many_are() -> None:
+    for seed, step in ((0, 0), (1, 7), (2**63 - 1, 2**31 - 1)):
+        for group, sample in ((0, 0), (511, 15), (2**30, 3)):
+            parts = [torch.tensor([part]) for part in (group, sample, 1 << 40)]
+            assert draws.of_response(group, sample, seed, step) == float(draws._uniform(seed, step, *parts))
 
 
 def test_a_cut_response_is_shorter_and_remembers_its_length() -> None:

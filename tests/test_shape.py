@@ -30,6 +30,7 @@ BASE: dict[str, Any] = {
     "vocab_size": 99,
 }
 TYPES = {name: family.model_type for name, family in FAMILIES.items()}
+MOE: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
 
 
 def wrote(folder: Path, text: str | bytes) -> Path:
@@ -119,7 +120,33 @@ def configs(*positions: int) -> st.SearchStrategy[dict[str, Any]]:
 
 
 CONFIGS = configs(32, 512, 8192, 32768)
-REFUSED_THOUGH_TRANSFORMERS_READS_IT = ("its head_dim is None", "its rope_parameters.rope_theta is ", "its sliding_window is ")
+MIXTURES = keys(
+    num_hidden_layers=st.sampled_from([1, 4]),
+    num_key_value_heads=maybe(None, 2),
+    head_dim=maybe(None, 32),
+    num_experts=maybe(None, 4, 64),
+    num_local_experts=maybe(4, 64),
+    num_experts_per_tok=maybe(1, 2, 8),
+    moe_intermediate_size=maybe(None, 32),
+    norm_topk_prob=maybe(True, False, None, 1),
+    decoder_sparse_step=maybe(1, 2, 3),
+    mlp_only_layers=maybe(None, [], [0], [1, 3], [2, 2]),
+    router_aux_loss_coef=maybe(0.0, 0.01, 1),
+    output_router_logits=maybe(True, False),
+    sliding_window=maybe(None, 4096),
+    layer_types=maybe(None),
+).map(lambda drawn: {**BASE, **MOE, **drawn})
+REFUSED_THOUGH_TRANSFORMERS_READS_IT = (
+    "its head_dim is None",
+    "its partial_rotary_factor is None",
+    "its rope_parameters.rope_theta is ",
+    "its sliding_window is ",
+    "delete the wrong one of the two",
+    "with norm_topk_prob the weight of",
+    "leaves no layer with experts",
+    "must be a list of layers of the model",
+    "; give at most as many",  # transformers reads it, and cannot compute with it
+)
 
 
 def theirs(folder: Path) -> dict[str, Any]:
@@ -144,10 +171,22 @@ def theirs(folder: Path) -> dict[str, Any]:
             "norm_eps": config.rms_norm_eps,
             "rope_theta": config.rope_parameters["rope_theta"],
         }
+        if config.model_type == "qwen3_moe":
+            values["moe"] = (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
+            values["sparse"] = _sparse(config)
         values["window"] = config.sliding_window if config.model_type in ("mistral", "phi3") else None
         return {**values, "frequencies": rope.inv_freq, "factor": rope.attention_scaling, "rope": config.rope_parameters}
     except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError):
         return {}
+
+
+def _sparse(config: Any) -> tuple[int, ...]:
+    """The layers in which transformers builds experts."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeSparseMoeBlock
+
+    with torch.device("meta"):
+        layers = [Qwen3MoeDecoderLayer(config, number) for number in range(config.num_hidden_layers)]
+    return tuple(number for number, layer in enumerate(layers) if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock))
 
 
 def check_same(folder: Path, shape: Shape) -> None:
@@ -155,6 +194,9 @@ def check_same(folder: Path, shape: Shape) -> None:
     assert wanted, "transformers cannot read it"
     for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "tied", "norm_eps", "rope_theta"):
         assert getattr(shape, name) == wanted[name], name
+    if shape.moe is not None:
+        assert (shape.moe.experts, shape.moe.per_token, shape.moe.ffn, shape.moe.normalized) == wanted["moe"]
+        assert shape.moe.layers == wanted["sparse"]
     assert wanted["window"] is None or wanted["window"] >= shape.max_positions, "attention to everything"
     assert torch.equal(inverse_frequencies(shape), wanted["frequencies"])
     assert softmax_scale(shape) == pytest.approx(wanted["factor"] ** 2 * shape.head_dim**-0.5, rel=1e-12)
@@ -162,9 +204,8 @@ def check_same(folder: Path, shape: Shape) -> None:
         assert shape.rope_scaling.original_positions == wanted["rope"]["original_max_position_embeddings"]
 
 
-@settings(max_examples=400)
-@given(CONFIGS)
-def test_every_form_is_read_as_transformers_reads_it(config: dict[str, Any]) -> None:
+def check_form(config: dict[str, Any]) -> None:
+    """It is read as transformers reads it, or refused."""
     with tempfile.TemporaryDirectory() as name:
         folder = wrote(Path(name), json.dumps(config))
         try:
@@ -173,6 +214,18 @@ def test_every_form_is_read_as_transformers_reads_it(config: dict[str, Any]) -> 
             assert any(said in str(error) for said in REFUSED_THOUGH_TRANSFORMERS_READS_IT) or not theirs(folder), error
             return
         check_same(folder, shape)
+
+
+@settings(max_examples=400)
+@given(CONFIGS)
+def test_every_form_is_read_as_transformers_reads_it(config: dict[str, Any]) -> None:
+    check_form(config)
+
+
+@settings(max_examples=100)
+@given(MIXTURES)
+def test_every_mixture_is_read_as_transformers_reads_it(config: dict[str, Any]) -> None:
+    check_form(config)
 
 
 ODD = st.sampled_from(
@@ -340,7 +393,26 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "sliding_window": 64}, "its sliding_window is 64"),
     ({"architectures": ["LlamaForCausalLM"]}, "its model_type is 'qwen3': that of a LlamaForCausalLM is 'llama'"),
     ({"model_type": None}, "its model_type is None"),
-    ({"architectures": ["Qwen3MoeForCausalLM"]}, "a Qwen3MoeForCausalLM: megafork trains Qwen3ForCausalLM"),
+    ({"architectures": ["MixtralForCausalLM"]}, "a MixtralForCausalLM: megafork trains Qwen3ForCausalLM"),
+    ({"num_experts": 4}, "its num_experts is 4: megafork does not know what it changes"),  # of a dense Qwen3
+    ({**MOE, "num_experts": 0}, "its num_experts is 0: must be a whole number between 1 and 65,536"),
+    ({**MOE, "num_experts": 8, "num_local_experts": 4}, "its num_experts is 8: its num_local_experts is 4; delete the wrong one"),
+    ({**MOE, "num_experts": 4, "num_experts_per_tok": 5}, "its num_experts_per_tok is 5: the model has 4 experts; give at most as many"),
+    ({**MOE, "num_experts": 4}, "its num_experts_per_tok is None: the model has 4 experts"),  # of which transformers would take 8
+    ({**MOE, "num_experts_per_tok": 1, "norm_topk_prob": True}, "its num_experts_per_tok is 1: with norm_topk_prob the weight"),
+    ({**MOE, "num_experts_per_tok": None}, "its num_experts_per_tok is None: must be a whole number"),
+    ({**MOE, "norm_topk_prob": 1}, "its norm_topk_prob is 1: must be true or false"),
+    ({**MOE, "moe_intermediate_size": 0}, "its moe_intermediate_size is 0: must be a whole number"),
+    ({**MOE, "decoder_sparse_step": 0}, "its decoder_sparse_step is 0: must be a whole number"),
+    ({**MOE, "decoder_sparse_step": 3}, "its decoder_sparse_step is 3: with mlp_only_layers it leaves no layer with experts"),
+    ({**MOE, "mlp_only_layers": [0, 1]}, "with mlp_only_layers it leaves no layer with experts"),
+    ({**MOE, "mlp_only_layers": [2]}, "its mlp_only_layers is [2]: must be a list of layers of the model, from 0 to 1"),
+    ({**MOE, "mlp_only_layers": [True]}, "its mlp_only_layers is [True]: must be a list of layers"),
+    ({**MOE, "mlp_only_layers": 1}, "its mlp_only_layers is 1: must be a list of layers"),
+    ({**MOE, "router_aux_loss_coef": "0.1"}, "its router_aux_loss_coef is '0.1': transformers reads only"),
+    ({**MOE, "output_router_logits": None}, "its output_router_logits is None: must be true or false"),
+    ({**MOE, "shared_expert_intermediate_size": 64}, "its shared_expert_intermediate_size is 64: megafork does not know"),  # vLLM reads it
+    ({**MOE, "n_group": 2}, "its n_group is 2: megafork does not know what it changes"),
     ({"architectures": []}, "a model with architectures []"),
     ({"architectures": "Qwen3ForCausalLM"}, "a model with architectures 'Qwen3ForCausalLM'"),
     ({"architectures": {"a": 1}}, "a model with architectures {'a': 1}"),

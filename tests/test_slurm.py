@@ -124,7 +124,7 @@ class Job:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock or a scale measured."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/", "rollout/idle_share"))} for row in rows]
 
 
 def hung_up_on(folder: Path, *commands: str) -> Path:

@@ -19,6 +19,7 @@ from megafork.recipe import Parallel, Recipe
 from megafork.train import batch_job
 from megafork.train.batch_job import BatchJob
 from megafork.train.remarks import MISMATCH, Remarks, mismatch
+from megafork.weights.checkpoint import complete
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -139,6 +140,22 @@ def test_logits_that_are_no_numbers(task: Path) -> None:
         code, said, metrics = train(task, "run.name=numbers", "model.path=overflowing", f"data.eval={held_out}")
         assert code == 2 and "Traceback" not in said and metrics == []
         assert "the model's log-probs are not numbers" in said
+
+
+@pytest.mark.slow
+def test_roll_outs_that_cannot_be_written(task: Path) -> None:
+    """They are written in the background: the run ends at the next step, and has no checkpoint that would make it go on without them."""
+    run = task / "runs/blocked"
+    run.mkdir(parents=True)
+    (run / "rollouts").write_text("not a folder")
+    words = ("run.name=blocked", "rollout.dynamic_sampling=false", "data.eval=null", "checkpoint.every=1", "train.steps=3")
+    code, said, metrics = train(task, *words)
+    assert code == 1 and "Traceback" not in said and f"{run / 'rollouts'}: step 1 can't be written (" in said.replace("\n", "")
+    assert [row["step"] for row in metrics] == [1] and complete(run / "checkpoints") == []
+    (run / "rollouts").unlink()
+    code, _, metrics = train(task, *words)
+    assert code == 0 and [row["step"] for row in metrics] == [1, 2, 3]
+    assert sorted(file.name for file in (run / "rollouts").iterdir()) == [f"step_{step:06d}.parquet" for step in (1, 2, 3)]
 
 
 def _beats(folder: Path) -> list[str]:

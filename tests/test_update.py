@@ -78,11 +78,26 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "forks": {"select": "prefix", "top_entropy_quantile": 0.6, "horvitz_thompson": True, "normalize_by": "response"},
         "loss": {"reduction": "seq-mean"},
     },
+    "IcePop": {"loss": {"importance_cap": 2.0, "mismatch": {"token_mask": [0.5, 2.0]}}},
+    "sequence importance, geometric mask": {
+        "loss": {"importance_cap": 3.0, "importance_level": "sequence", "mismatch": {"geometric_mask": [0.8, 1.25]}, "objective": "gspo"}
+    },
+    "geometric importance, sequence mask, veto": {
+        "loss": {"importance_cap": 1.1, "importance_level": "geometric", "mismatch": {"sequence_mask": [0.01, 100.0], "veto": 0.2}}
+    },
+    "two clips and two penalties": {  # Archer's
+        "forks": {"rest_weight": 1.0},
+        "loss": {"clip_low": 0.3, "clip_high": 0.4, "clip_rest": [0.02, 0.03], "kl": {"coef": 0.02, "rest_coef": 0.2}},
+    },
+    "k1": {"loss": {"kl": {"coef": 0.1, "estimator": "k1"}}},
+    "k2, entropy bonus": {"loss": {"kl": {"coef": 0.1, "estimator": "k2"}, "entropy_bonus": 0.05}},
+    "Clip-Cov": {"forks": {"top_entropy_quantile": 1.0}, "loss": {"clip_cov": [1.0, 0.05, 5.0]}},
+    "KL-Cov": {"forks": {"top_entropy_quantile": 1.0}, "loss": {"kl_cov": [0.1, 0.5]}},
     "all tokens in the denominator": {"forks": {"normalize_by": "response"}, "rollout": {"temperature": 1.5}},
 }
 
 
-BASE: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
+BASE: dict[str, Any] = {"train": {"micro_batch_tokens": 64, "minibatches": 2}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
 
 
 @pytest.fixture(scope="module")

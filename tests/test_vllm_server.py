@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ import psutil
 import pytest
 import torch
 from command import run_on_forks, start_megafork
+from entropies import check_entropies
 from ranks import free_port, on_ranks
 from stand_in_server import complete
 from task import make_task, write_recipe
@@ -232,7 +234,7 @@ def test_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         urls = [url for url, _ in servers]
 
         def trainer(*urls: str) -> Recipe:
-            return spec_of(folders[0], parallel={"tp": 2}, rollout={"servers": list(urls)})
+            return spec_of(folders[0], parallel={"tp": 2}, rollout={"servers": list(urls)}, forks={"entropy_from": "rollout"})
 
         for url in urls:
             got = on_ranks(2, after_updates, trainer(url), folders)[0]
@@ -282,6 +284,10 @@ def after_updates(spec: Recipe, folders: list[Path]) -> list[list[Answers]]:
         policy.become(model)
         engine.refit(version)
         answers.append(everything(engine))
+    with_entropies = complete(engine, REQUESTS, replace(SAMPLING[1], entropies=True))
+    if engine.rank == 0:
+        assert [c.tokens for c in with_entropies] == [tokens for tokens, _ in answers[-1][1]]
+        check_entropies(folders[UPDATES[-1]], REQUESTS, with_entropies, SAMPLING[1].temperature)
     engine.close()
     return answers
 
@@ -372,16 +378,20 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
 
     wanted, killed = run("colocated", "rollout.servers=[]"), run_and_kill("killed")
     assert killed[-1]["refit/servers"] == 1
-    clocks = ("time/", "throughput/", "memory/", "refit/")
+    clocks = ("time/", "throughput/", "memory/", "rollout/idle_share", "refit/")
     for there, here in zip(killed, wanted, strict=True):
         mine, theirs = ({k: v for k, v in row.items() if not k.startswith(clocks)} for row in (there, here))
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert wanted[-1]["accuracy/mean"] > 0 and wanted[-1]["grad_norm"] > 0
-    stale = run("stale", "rollout.staleness=2", "loss.importance_cap=2", f"rollout.servers=[{servers[1][0]}]")  # the other is starting
+    unscored = ["rollout.fork_temperature=null", "forks.entropy_from=rollout", "loss.old_log_prob=current"]
+    kit = ["loss.importance_cap=2", "loss.mismatch.token_mask=[0.5,2]"]
+    stale = run("stale", "rollout.staleness=2", *unscored, *kit, f"rollout.servers=[{servers[1][0]}]")  # the other is starting
     behind = [row["staleness/max"] for row in stale[1:]]
     assert behind[0] == 0.0 and max(behind) == 2.0, "a slow server writes with newer weights than those that it began with"
     late = [row for row in stale[1:] if row["staleness/max"] > 0]
     assert all(row["rollout_mismatch/max"] > 1e-3 for row in late), "stale weights give other log-probs"
+    assert all("time/score" not in row and row["rollout_mismatch/entropy"] > 1e-5 for row in late), "and other entropies"
+    assert all(0 <= row["loss/masked_fraction"] < 1 and row["loss/importance"] > 0 for row in late if "loss/policy" in row)
 
 
 def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> None:

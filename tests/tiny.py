@@ -35,12 +35,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2.5 untied": ("Qwen2", {"tie_word_embeddings": False}),
     "Llama": ("Llama", {"tie_word_embeddings": False}),
     "Mistral": ("Mistral", {"tie_word_embeddings": False}),
+    "MoE": ("Qwen3Moe", {"tie_word_embeddings": False}),
+    "MoE, some layers dense": (
+        "Qwen3Moe",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False},
+    ),
     "Phi-4": ("Phi3", {"tie_word_embeddings": False}),
     "Phi-4, tied, one KV head": ("Phi3", {"num_key_value_heads": 1}),
 }
 """Each family of the table, in the forms that make a difference to its tensors."""
-_CONFIG = {"Phi3": {"pad_token_id": None, "eos_token_id": None}}
-"""What else an architecture needs: transformers' defaults for Phi-3's tokens lie beyond a tiny vocabulary."""
+_CONFIG: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    "Phi3": {"pad_token_id": None, "eos_token_id": None},
+}
+"""What else an architecture needs: few small experts; and transformers' defaults for Phi-3's tokens lie beyond a tiny vocabulary."""
 
 
 def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -58,6 +66,18 @@ def save_model(folder: Path, architecture: str = "Qwen3", *, seed: int = 0, dtyp
                 parameter.normal_(0.0, 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def published(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors under the names of its files, in which every expert has its own."""
+    for name, tensor in model.state_dict().items():
+        head, of_experts, kind = name.partition(".experts.")
+        if not of_experts:
+            yield name, tensor
+        for expert, weight in enumerate(tensor) if of_experts else ():
+            gate_up = dict(zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True))
+            for part, rows in gate_up.items() if kind == "gate_up_proj" else [(kind, weight)]:
+                yield f"{head}.experts.{expert}.{part}.weight", rows
 
 
 class FolderWeights:

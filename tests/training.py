@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import recipe
+from tiny import published, recipe
 
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import Mesh, build_mesh
-from megafork.recipe import Forks, Recipe, Rollout
+from megafork.recipe import Forks, Loss, Recipe, Rollout
 from megafork.rl import prefix
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.packing import packer, placement, plan
@@ -108,13 +108,18 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
     `reduction: official`."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, dtype=torch.float64, attn_implementation="eager")
+    how = {"dtype": torch.float64, "attn_implementation": "eager"}
+    if read_shape(Path(spec.model.path)).moe is not None:
+        how["experts_implementation"] = "eager"  # the grouped product knows no float64
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, **how)
     o = spec.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    with torch.no_grad():
+        start = {_name(r): _score(model, r, spec.rollout.temperature)[0] for r in responses()} if spec.loss.kl.coef else {}
     history, masks = [], {}
     for step in range(STEPS):
         every = [prefix.cut(r, spec, step=step) for r in responses()]
@@ -138,23 +143,34 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 log_probs = {name: log_prob for name, (_, log_prob, _) in old.items()}
                 chosen = by_rule(spec.forks, list(itertools.chain(*micros)), entropies, log_probs)
             weights = _weights(micros, chosen, spec)
-            loss, clipped = torch.zeros((), dtype=torch.float64), 0
+            covariant = _covariant(spec.loss, list(itertools.chain(*micros)), entropies, old)
+            if spec.loss.clip_cov is not None:
+                weights = {name: weight * ~covariant[name] for name, weight in weights.items()}
+            loss, clipped, learned = torch.zeros((), dtype=torch.float64), 0, 0
             for r in itertools.chain(*micros):
                 drawn_at, old_log_prob, _ = old[_name(r)]
-                masked = weights[_name(r)] > 0
+                fork = chosen[_name(r)]
+                masked = fork | bool(spec.forks.rest_weight)
                 masks.update({(step, *_name(r), n): bool(m) for n, m in enumerate(masked)})
-                value, held_back = _objective(spec, _score(model, r, drawn_at)[0], old_log_prob, r.advantage, masked)
-                cap = spec.loss.importance_cap
-                weight = 1.0 if cap is None else (old_log_prob - r.log_probs).exp().clamp(max=cap)
-                loss = loss + (value * weight * weights[_name(r)]).sum()
+                log_prob, entropy = _score(model, r, drawn_at)
+                value, held_back = _objective(spec, log_prob, old_log_prob, r.advantage, masked, fork)
+                value = value * correction(spec.loss, (old_log_prob - r.log_probs).tolist()) - spec.loss.entropy_bonus * entropy
+                if start:
+                    kl, d = spec.loss.kl, start[_name(r)][: len(log_prob)] - log_prob
+                    beta = torch.where(fork, kl.coef, kl.coef if kl.rest_coef is None else kl.rest_coef)
+                    value = value + beta * {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[kl.estimator]
+                if spec.loss.kl_cov is not None:
+                    ratio = (log_prob - old_log_prob).exp()
+                    value = value + spec.loss.kl_cov[1] * covariant[_name(r)] * (ratio - 1 - ratio.log())
+                loss = loss + (value * weights[_name(r)]).sum()
+                learned += int(masked.sum())
                 clipped += int((held_back & masked).sum())
+            balance = _imbalance(model, list(itertools.chain(*micros))) if spec.loss.expert_balance else torch.zeros(())
             adam.zero_grad()
-            loss.backward()
+            (loss + spec.loss.expert_balance * balance).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
             adam.step()
-            updates.append(
-                (loss.item(), float(norm), float(sum(taus) / len(taus)), clipped, sum(int((w > 0).sum()) for w in weights.values()))
-            )
+            updates.append((loss.item(), float(norm), float(sum(taus) / len(taus)), clipped, learned))
         losses, norms, mean_taus, clips, totals = zip(*updates, strict=True)
         history.append(
             {
@@ -165,15 +181,17 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
                 "entropy/mean": float(torch.cat([entropy for *_, entropy in old.values()]).mean()),
             }
         )
-    return {"history": history, "masks": masks, "weights": {n: p.detach() for n, p in model.state_dict().items()}}
+    return {"history": history, "masks": masks, "weights": dict(published(model))}
 
 
 def _objective(
-    spec: Recipe, log_prob: torch.Tensor, old: torch.Tensor, advantage: float, chosen: torch.Tensor
+    spec: Recipe, log_prob: torch.Tensor, old: torch.Tensor, advantage: float, chosen: torch.Tensor, fork: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each token of a response, and which its bounds hold back; the ratio of `gspo` is that of the chosen tokens."""
     loss, ratio = spec.loss, (log_prob - old).exp()
-    low, high = 1 - loss.clip_low, 1 + loss.clip_high
+    low, high = torch.full_like(ratio, 1 - loss.clip_low), torch.full_like(ratio, 1 + loss.clip_high)
+    if loss.clip_rest is not None:
+        low, high = torch.where(fork, low, 1 - loss.clip_rest[0]), torch.where(fork, high, 1 + loss.clip_rest[1])
     if loss.objective == "cispo":
         weight = ratio.detach().clamp(low, high)
         return -weight * advantage * log_prob, weight != ratio
@@ -189,6 +207,38 @@ def _objective(
     if loss.dual_clip is not None and advantage < 0:
         value = value.clamp(max=-advantage * loss.dual_clip)
     return value, bound > free
+
+
+def _covariant(loss: Loss, members: list[Response], entropies: Masks, old: dict[tuple[int, int], Any]) -> Masks:
+    """Of a mini-batch, all tokens in Clip-Cov's band, or KL-Cov's share; nothing without either."""
+    log_probs = {name: log_prob for name, (_, log_prob, _) in old.items()}
+    if loss.kl_cov is not None:
+        forks = Forks.model_validate({"select": "covariance", "top_entropy_quantile": loss.kl_cov[0]})
+        return by_rule(forks, members, entropies, log_probs)
+    if loss.clip_cov is None:
+        return {}
+    assert loss.clip_cov[0] == 1.0, "which are drawn is not known here"
+    flat = torch.cat([log_probs[_name(r)] for r in members])
+    advantages = torch.cat([torch.full((len(r.tokens),), r.advantage, dtype=torch.float64) for r in members])
+    scores = (flat - flat.mean()) * (advantages - advantages.mean())
+    within = (scores >= loss.clip_cov[1]) & (scores <= loss.clip_cov[2])
+    return {_name(r): part for r, part in zip(members, within.split([len(r.tokens) for r in members]), strict=True)}
+
+
+def correction(loss: Loss, log_ratios: list[float]) -> torch.Tensor:
+    """The factor of each token's loss of a response, from the log of p_old / p_rollout of each: fp64."""
+    spec, n = loss.mismatch, len(log_ratios)
+    product, ratios = math.exp(sum(log_ratios)), [math.exp(x) for x in log_ratios]
+    of_level = {"token": ratios, "sequence": [product] * n, "geometric": [product ** (1 / n)] * n}
+    cap = loss.importance_cap
+    factors = [1.0 if cap is None else min(ratio, cap) for ratio in of_level[loss.importance_level]]
+    bands = {"token": spec.token_mask, "sequence": spec.sequence_mask, "geometric": spec.geometric_mask}
+    for level, band in bands.items():
+        if band is not None:
+            factors = [f * (band[0] <= ratio <= band[1]) for f, ratio in zip(factors, of_level[level], strict=True)]
+    if spec.veto is not None and min(ratios) < spec.veto:
+        factors = [0.0] * n
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 def _name(r: Response) -> tuple[int, int]:
@@ -282,6 +332,18 @@ def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[
     logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
     return logp.gather(-1, r.tokens.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def _imbalance(model: Any, every: list[Response]) -> torch.Tensor:
+    """E sum_e f_e P_e of each response, from the logits of transformers' routers: averaged over responses, summed over layers."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r in every:
+        ids = torch.cat([r.prompt_tokens, r.tokens]).long()[:-1]  # the last token is never fed
+        for logits in model(ids[None], output_router_logits=True).router_logits:
+            chosen = logits.topk(model.config.num_experts_per_tok, -1).indices
+            shares = torch.bincount(chosen.flatten(), minlength=logits.size(1)) / chosen.numel()
+            total = total + logits.size(1) * (shares * logits.softmax(-1).mean(0)).sum()
+    return total / len(every)
 
 
 SHARES = (0.2, 1.0)

@@ -43,10 +43,16 @@ def _section(name: str, field: FieldInfo) -> str:
     assert isinstance(model, type) and issubclass(model, BaseModel)
     lines = [f"## {name}", ""]
     for key, item in model.model_fields.items():
-        default = "**required**" if item.is_required() else "unset" if item.default is None else f"default `{_value(item.default)}`"
-        description = " ".join((item.description or "").split())
-        lines.append(f"- **`{key}`** ({_type(item.annotation, item.metadata)}; {default}): {description}")
+        lines.append(_key(key, item))
+        if isinstance(item.default, BaseModel):
+            lines += [f"    {_key(inner, part)}" for inner, part in type(item.default).model_fields.items()]
     return "\n".join([*lines, ""])
+
+
+def _key(key: str, item: FieldInfo) -> str:
+    default = "**required**" if item.is_required() else "unset" if item.default is None else f"default `{_value(item.default)}`"
+    what = "mapping" if isinstance(item.default, BaseModel) else f"{_type(item.annotation, item.metadata)}; {default}"
+    return f"- **`{key}`** ({what}): {' '.join((item.description or '').split())}"
 
 
 def _type(kind: Any, metadata: list[Any]) -> str:

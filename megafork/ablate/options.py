@@ -1,11 +1,11 @@
-"""Options of an ablation. Each recipe with each seed is a trial, an ordinary run in its own folder."""
+"""Options of an ablation. Each recipe with each seed, and each setting that is tried, is a trial: an ordinary run in its own folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
@@ -16,14 +16,22 @@ _OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")
 """Keys that may change when a run is resumed. A checkpoint knows its model."""
 
 
+Common = Literal["updates", "tokens"]
+"""What runs are compared at: the same number of updates, or of tokens whose loss went through the backward."""
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One run of the ablation, in OUT/<name>-seed_<seed>/."""
+    """One run of the ablation, in OUT/<name>-seed_<seed>/, or in OUT/tuning/."""
 
     name: str
-    """The recipe's file name without `.yaml`."""
+    """The recipe's file name without `.yaml`, and the setting if it is being tried."""
     seed: int
     recipe: Recipe = field(compare=False)
+    of: str = ""
+    """The recipe's file name without `.yaml`."""
+    setting: tuple[str, ...] = ()
+    """Of the grid, as overrides."""
 
     def __str__(self) -> str:
         return f"{self.name}, seed {self.seed}"
@@ -52,10 +60,22 @@ class AblationOptions:
     """`section.key=value`, applied to every recipe."""
     seeds: tuple[int, ...]
     out: str
+    grid: tuple[str, ...] = ()
+    """`section.key=v1,v2,...`: values that each recipe is tuned over."""
+    tuning_seeds: tuple[int, ...] = ()
+    common: Common = "updates"
 
     @classmethod
-    def parse(cls, arguments: Sequence[str], seeds: str, out: str) -> AblationOptions:
-        """Parse `arguments` (recipes and overrides in any order) and `seeds` (such as "1,2,3"). Raises RecipeError."""
+    def parse(
+        cls,
+        arguments: Sequence[str],
+        seeds: str,
+        out: str,
+        grid: Sequence[str] = (),
+        tuning_seeds: str | None = None,
+        common: str = "updates",
+    ) -> AblationOptions:
+        """Parse `arguments` (recipes and overrides in any order), and seeds such as "1,2,3". Raises RecipeError."""
         overrides = [argument for argument in arguments if "=" in argument]
         recipes = list(dict.fromkeys(argument for argument in arguments if "=" not in argument))  # `top_20.yaml *.yaml` names it twice
         if not recipes:
@@ -63,19 +83,30 @@ class AblationOptions:
         for override in overrides:
             if override.startswith(_OF_THE_TRIAL):
                 raise RecipeError(f"override {override!r} is set for each trial: give --seeds and --out instead")
-        words = [word.strip() for word in seeds.split(",")]
-        if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-            raise RecipeError(f"--seeds is {seeds!r}: give distinct integers such as 1,2,3")
-        return cls(tuple(recipes), tuple(overrides), tuple(map(int, words)), out)
+        if common not in get_args(Common):
+            raise RecipeError(f"--common is {common!r}: must be one of {', '.join(get_args(Common))}")
+        if bool(grid) != (tuning_seeds is not None):
+            have, miss = ("--grid", "--tuning-seeds") if grid else ("--tuning-seeds", "--grid")
+            raise RecipeError(f"{have} is given without {miss}: a grid is tuned on seeds of its own, such as --tuning-seeds 11,12")
+        numbers, tuning = _seeds("--seeds", seeds), _seeds("--tuning-seeds", tuning_seeds) if tuning_seeds is not None else ()
+        if both := sorted(set(numbers) & set(tuning)):
+            raise RecipeError(f"--tuning-seeds has {both[0]}, as --seeds has: a setting is not compared on the seeds that it was chosen on")
+        return cls(tuple(recipes), tuple(overrides), numbers, out, tuple(grid), tuning, common)  # type: ignore[arg-type]
 
-    def trials(self) -> list[Trial]:
-        """All trials, one seed after another, so that a comparison is available early. Raises RecipeError for incomparable recipes."""
+    def trials(self, settings: Mapping[str, tuple[str, ...]] | None = None) -> list[Trial]:
+        """All compared trials, one seed after another, so that a comparison is available early.
+
+        Raises RecipeError for incomparable recipes.
+        settings: of each recipe, after tuning; recipes that are missing from it have no trial.
+        """
         names = [Path(file).stem for file in self.recipes]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise RecipeError(f"RECIPE {twice!r} is given twice: trials are told apart by the names of the recipes' files")
-        files = dict(zip(names, self.recipes, strict=True))
-        every = [Trial(name, seed, self._recipe(file, name, seed)) for seed in self.seeds for name, file in files.items()]
+        files = {name: file for name, file in zip(names, self.recipes, strict=True) if settings is None or name in settings}
+        every = [self.trial(file, seed, (settings or {}).get(name, ())) for seed in self.seeds for name, file in files.items()]
+        if not every:
+            return []
         first = every[0].recipe
         for trial in every:
             if trial.recipe.data.eval is None:
@@ -84,9 +115,18 @@ class AblationOptions:
                 raise RecipeError(f"data.eval or the section eval of {trial.name!r} differs from {names[0]!r}: evaluate all alike")
         return every
 
-    def _recipe(self, file: str, name: str, seed: int) -> Recipe:
-        own = [f"run.folder={self.out}", f"run.name={name}-seed_{seed}", f"run.seed={seed}"]
-        return load_recipe(file, [*self.overrides, *own])
+    def trial(self, file: str, seed: int, setting: tuple[str, ...], *, folder: str | None = None, suffix: str = "") -> Trial:
+        """The recipe in `file` with one setting of the grid and one seed; `suffix` is added to its name. Raises RecipeError."""
+        stem = Path(file).stem
+        own = [f"run.folder={folder or self.out}", f"run.name={stem}{suffix}-seed_{seed}", f"run.seed={seed}"]
+        return Trial(stem + suffix, seed, load_recipe(file, [*self.overrides, *setting, *own]), stem, setting)
+
+
+def _seeds(option: str, text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise RecipeError(f"{option} is {text!r}: give distinct integers such as 1,2,3")
+    return tuple(map(int, words))
 
 
 def check_begun(trial: Trial) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megafork.ablate.options import AblationOptions, Trial
-from megafork.ablate.statistics import paired, spread
+from megafork.ablate.statistics import holm, paired, spread
 from megafork.files import whole
 from megafork.recipe import RecipeError
 from megafork.report.charts import known_values, number
@@ -37,40 +37,65 @@ class Measured:
     """Fingerprint of the held-out problems; None in files of an older version."""
 
 
-def measure(trial: Trial) -> Measured:
+def learned(trial: Trial) -> float:
+    """Tokens whose loss went through the backward in the whole run."""
+    return sum(known_values(read_steps(trial.recipe.run_folder), "update/tokens"))
+
+
+def measure(trial: Trial, tokens: float | None = None) -> Measured:
+    """tokens: measure the curve over the tokens learned from, up to this number, rather than over all steps."""
     folder = trial.recipe.run_folder
     metrics = read_steps(folder)
-    curve = [(row["step"], value) for row in metrics if (value := number(row, "eval/accuracy")) is not None]
-    steps, accuracies = (np.array(column, np.float64) for column in zip(*curve, strict=True))
+    curve, done = [], 0.0
+    for row in metrics:
+        done += number(row, "update/tokens") or 0.0
+        if (value := number(row, "eval/accuracy")) is not None:
+            curve.append((row["step"], done, value))
+    steps, learned_by, accuracies = (np.array(column, np.float64) for column in zip(*curve, strict=True))
+    places = steps
+    if tokens is not None:
+        last = np.interp(tokens, learned_by, accuracies)
+        within = learned_by < tokens
+        places, accuracies = np.append(learned_by[within], tokens), np.append(accuracies[within], last)
     values = {
         "end": accuracies[-1],
         "best": accuracies.max(),
-        "area": np.trapezoid(accuracies, steps) / (steps[-1] - steps[0]),
+        "area": np.trapezoid(accuracies, places) / (places[-1] - places[0]),
         "length": known_values(metrics, "eval/response_length")[-1],
         "seconds": sum(known_values(metrics, "time/step")),
+        "tokens": done if tokens is None else tokens,
     }
     if entropies := known_values(metrics, "entropy/mean"):
         values["entropy"] = entropies[-1]
-    last = json.loads((folder / "evaluations" / f"step_{curve[-1][0]:06d}.json").read_text())
+    last = json.loads((folder / "evaluations" / f"step_{int(steps[-1]):06d}.json").read_text())
     accuracies_of_prompts = np.array(last["accuracies"], np.float64)
     return Measured(trial, {name: float(value) for name, value in values.items()}, accuracies_of_prompts, last.get("problems"))
 
 
-def summarise(options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> Results:
+def summarise(
+    options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str], tuning: list[dict[str, Any]] | None = None
+) -> Results:
     """Write `ablation.json` in the ablation's folder, and return its contents.
 
-    {"files" (the recipes'), "overrides", "seeds", "file" (this one), "recipes": [{"recipe", "runs": [{"seed", "folder", the values of
-    `Measured`}], each value's {"mean", "sd"} over seeds}], "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired`},
-    "end" also: {"prompts": `Paired`}}], "failed": [{"recipe", "seed", "why"}]}. A pair is one seed, or one held-out prompt with its
-    accuracies averaged over the seeds. A recipe without a finished run appears only in "failed"; one that shares no seed with the first is
-    not compared. Raises RecipeError if the runs were not evaluated on the same prompts.
+    {"files" (the recipes'), "overrides", "seeds", "file" (this one), "common", "budget", "grid", "tuning_seeds", "tuning" (as returned by
+    `grid.choose`), "recipes": [{"recipe", "runs": [{"seed", "folder", the values of `Measured`}], each value's {"mean", "sd"} over seeds}],
+    "comparisons": [{"recipe", "against", each of ACCURACIES: {"seeds": `Paired` and "holm"}, "end" also: {"prompts": `Paired`}}], "failed":
+    [{"recipe", "seed", "why"}]}.
+
+    A pair is one seed, or one held-out prompt with its accuracies averaged over the seeds. "holm" is p adjusted for the number of recipes.
+    Under `common: tokens` curves are measured up to "budget", the tokens with a loss that every run has had, and prompts, which are known
+    only at a run's end, are not compared. A recipe without a finished run appears only in "failed"; one that shares no seed with the first
+    is not compared. Raises RecipeError if the runs were not evaluated on the same prompts.
     """
     runs: dict[str, dict[int, Measured]] = {}
-    for trial in trials:
-        if trial not in failed:
-            runs.setdefault(trial.name, {})[trial.seed] = measure(trial)
+    finished = [trial for trial in trials if trial not in failed]
+    budget = min((learned(trial) for trial in finished), default=0.0) if options.common == "tokens" else None
+    if budget == 0.0 and finished:
+        raise RecipeError("--common is tokens, but a run has learned from none, or is of a version that did not count: use updates")
+    for trial in finished:
+        runs.setdefault(trial.name, {})[trial.seed] = measure(trial, budget)
     _check_alike([one for of_recipe in runs.values() for one in of_recipe.values()])
-    reference = trials[0].name
+    reference = Path(options.recipes[0]).stem
     compared = [name for name in runs if name != reference and runs[name].keys() & runs.get(reference, {}).keys()]
     file = Path(options.out) / "ablation.json"
     results = {
@@ -78,8 +103,15 @@ def summarise(options: AblationOptions, trials: Sequence[Trial], failed: Mapping
         "overrides": list(options.overrides),
         "seeds": list(options.seeds),
         "file": str(file),
+        "common": options.common,
+        "budget": budget,
+        "grid": list(options.grid),
+        "tuning_seeds": list(options.tuning_seeds),
+        "tuning": tuning or [],
         "recipes": [_recipe(name, measured) for name, measured in runs.items()],
-        "comparisons": [{"recipe": name, "against": reference, **_compare(runs[name], runs[reference])} for name in compared],
+        "comparisons": _corrected(
+            [{"recipe": name, "against": reference, **_compare(runs[name], runs[reference], budget is None)} for name in compared]
+        ),
         "failed": [{"recipe": trial.name, "seed": trial.seed, "why": why} for trial, why in failed.items()],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,12 +139,23 @@ def _recipe(name: str, measured: Mapping[int, Measured]) -> dict[str, Any]:
     return {"recipe": name, "runs": rows, **spreads}
 
 
-def _compare(ours: Mapping[int, Measured], theirs: Mapping[int, Measured]) -> dict[str, Any]:
+def _corrected(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With Holm's adjusted p beside each p over seeds; each measure's comparisons are a family."""
+    for name in ACCURACIES:
+        found = [comparison[name]["seeds"] for comparison in comparisons]
+        for one, adjusted in zip(found, holm([one["p"] for one in found]), strict=True):
+            one["holm"] = adjusted
+    return comparisons
+
+
+def _compare(ours: Mapping[int, Measured], theirs: Mapping[int, Measured], prompts: bool) -> dict[str, Any]:
     """Ours minus theirs, over the common seeds."""
     seeds = [seed for seed in ours if seed in theirs]
     result = {
         name: {"seeds": asdict(paired([ours[seed].values[name] - theirs[seed].values[name] for seed in seeds]))} for name in ACCURACIES
     }
+    if not prompts:
+        return result
     differences = np.mean([ours[seed].prompts - theirs[seed].prompts for seed in seeds], axis=0)
     result["end"]["prompts"] = asdict(paired(differences.tolist()))
     return result

@@ -30,6 +30,18 @@ class Paired:
     n: int
 
 
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p-values of a family of tests adjusted by Holm's step-down (Holm 1979): the chance of any false one below alpha is at most alpha.
+    Missing ones stay so and do not count."""
+    known = sorted((p, place) for place, p in enumerate(ps) if p is not None)
+    adjusted: list[float | None] = [None] * len(ps)
+    highest = 0.0
+    for rank, (p, place) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p))
+        adjusted[place] = highest
+    return adjusted
+
+
 def spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)) if values else None, float(np.std(values, ddof=1)) if len(values) > 1 else None)
 

@@ -16,6 +16,10 @@ def tables(results: dict[str, Any]) -> Group:
     """Each recipe's means and standard deviations over seeds, then the differences from the first one with their 95% intervals, and failed
     runs. Accuracies in per cent and points, length in tokens, entropy in nats, time in minutes per run."""
     parts: list[Table | str] = [_means(results)]
+    if results["tuning"]:
+        parts = [_tuning(results), "", *parts]
+    if results["budget"] is not None:
+        parts.append(f"compared at {results['budget']:,.0f} tokens with a loss")
     if results["comparisons"]:
         parts += ["", _differences(results)]
     parts += [f"failed: {one['recipe']}, seed {one['seed']}: {one['why']}" for one in results["failed"]]
@@ -32,13 +36,21 @@ def _means(results: dict[str, Any]) -> Table:
 
 
 def _differences(results: dict[str, Any]) -> Table:
-    table = _table(f"minus {results['comparisons'][0]['against']}", "of", "over", "difference", "95% interval", "p")
+    table = _table(f"minus {results['comparisons'][0]['against']}", "of", "over", "difference", "95% interval", "p", "Holm")
     for row in results["comparisons"]:
         pairs = [(name, unit, found) for name in ACCURACIES for unit, found in row[name].items()]
         for place, (name, unit, found) in enumerate(pairs):
             interval = "-" if found["low"] is None else f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
-            p = "-" if found["p"] is None else f"{found['p']:.2g}"
-            table.add_row("" if place else row["recipe"], name, f"{found['n']} {unit}", f"{100 * found['mean']:+.1f}", interval, p)
+            ps = ["-" if p is None else f"{p:.2g}" for p in (found["p"], found.get("holm"))]
+            table.add_row("" if place else row["recipe"], name, f"{found['n']} {unit}", f"{100 * found['mean']:+.1f}", interval, *ps)
+    return table
+
+
+def _tuning(results: dict[str, Any]) -> Table:
+    table = _table("tuned", "setting", "seeds", "end", "")
+    for row in results["tuning"]:
+        mark = "chosen" if row["chosen"] else "" if row["complete"] else "failed"
+        table.add_row(row["recipe"], " ".join(row["setting"]), str(len(row["runs"])), _spread(row["end"], 100, 1), mark)
     return table
 
 

@@ -87,7 +87,7 @@ def read_inputs(options: AnalysisOptions) -> AnalysisInputs:
     prompts = load_prompts(options.prompts, data, tokenizer, needs=(), field="--prompts", remark=remarks.append)[: options.limit]
     longest = max(len(prompt.tokens) for prompt in prompts)
     max_tokens = response_limit(options.max_tokens, shape, longest)
-    layout = Parallel(tp=options.tp, pp=options.pp, cp=options.cp)
+    layout = Parallel(tp=options.tp, pp=options.pp, cp=options.cp, sp=options.tp > 1 and shape.moe is not None)
     check_layout(shape, layout)
     check_rollout_tp(shape, options.tp)
     engine = EngineConfig(

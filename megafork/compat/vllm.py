@@ -105,6 +105,23 @@ def put_generators_aside() -> None:
     GPUModelRunner.sample_tokens = sample_tokens
 
 
+def expand_temperatures() -> None:
+    """Give drafts under speculative decoding the temperatures of their requests. Call in every process with an engine, before it is made.
+
+    On the CPU vLLM (0.32) writes them into a copy that it drops, and divides logits by uninitialised memory.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    if torch.cuda.is_available():
+        return
+
+    def expand(values: Any, ends: Any, count: int, replace_from: int = 0, replace_to: int = 0) -> torch.Tensor:
+        counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+        return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=count)
+
+    rejection_sampler.expand_batch_to_tokens = expand
+
+
 def finish_tied_heads(model: torch.nn.Module) -> None:
     """Repack tied heads after a weight reload; call after every reload.
 

@@ -1,8 +1,8 @@
 """A model's parameters in a distributed checkpoint: keys, sizes and chunks, as in megatron-core's sharded state dict.
 
-The layers' parameters are stacked: one tensor per kind, with layers as the first dimension. Norms have the names of Transformer Engine's
-fused layers. The gated MLP is all of gate followed by all of up, so that only the vocabulary's padding depends on the layout, and any
-padding can be loaded.
+The layers' parameters are stacked, one tensor per kind with layers as the first dimension, and so are the experts' of a layer. If only
+some layers have experts, each layer has tensors of its own. Norms have the names of Transformer Engine's fused layers. The gated MLP is all
+of gate followed by all of up, so that only the vocabulary's padding depends on the layout, and any padding can be loaded.
 """
 
 from __future__ import annotations
@@ -18,28 +18,35 @@ from megafork.weights.mapping import LAYERS, Parameter, parameters, shard_shape
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter's tensor in the checkpoint: its key, its full size, and the parameter's layer within it."""
+    """A parameter's tensor in the checkpoint: its key, its full size, and the parameter's place in the tensor's first dimensions."""
 
     parameter: Parameter
     key: str
     size: tuple[int, ...]
+    index: tuple[int, ...] = ()
+    """The layer, if layers are stacked, then the expert."""
 
-    @property
-    def layer(self) -> int | None:
-        return self.parameter.layer
+
+def are_stacked(shape: Shape) -> bool:
+    """Whether a parameter of all layers is one tensor, with layers as its first dimension: not if only some layers have experts."""
+    return shape.moe is None or not shape.has_mlp
 
 
 def stored_parameters(shape: Shape, tp: int = 1) -> Iterator[Stored]:
     """Every parameter in the order of `mapping.parameters`, with the vocabulary padded for `tp`."""
     for parameter in parameters(shape):
-        name = parameter.rule.fused or parameter.rule.megatron
+        name = (parameter.rule.fused or parameter.rule.megatron).replace("local_experts.*", "experts")
         whole = shard_shape(parameter, shape, 1)
         if parameter.rule.kind == "vocab":
             whole = (shape.padded_vocab(tp), *whole[1:])
         if parameter.layer is None:
             yield Stored(parameter, name, whole)
-        else:
-            yield Stored(parameter, f"{LAYERS}.{name}", (shape.layers, *whole))
+            continue
+        stacks = [(parameter.layer, shape.layers)] if are_stacked(shape) else []
+        if parameter.expert is not None:
+            stacks.append((parameter.expert, shape.mixture.experts))
+        key = f"{LAYERS}.{name}" if are_stacked(shape) else f"{LAYERS}.{parameter.layer}.{name}"
+        yield Stored(parameter, key, (*(size for _, size in stacks), *whole), tuple(place for place, _ in stacks))
 
 
 def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -57,11 +64,12 @@ def chunks(stored: Stored, shard: Tensor, tp: int, rank: int) -> Iterator[tuple[
             cut = [((0, 0), shard)] if rank == 0 else []
     for offset, part in cut:
         inner = offset[: part.dim()]
-        yield (inner, part) if stored.layer is None else ((stored.layer, *inner), part[None])
+        yield (*stored.index, *inner), part[(None,) * len(stored.index)]
 
 
-def extra_states(layer: int, shape: Shape) -> Iterator[str]:
-    """Keys of the extra states of a layer's linears: empty without FP8, but megatron-core requires them."""
-    for rule in shape.family.layer:
-        if rule.fp8:
-            yield f"{LAYERS}.{rule.module}._extra_state/shard_{layer}_{shape.layers}"
+def extra_state(stored: Stored) -> str | None:
+    """Key of the extra state of the linear to which a parameter belongs: empty without FP8, but megatron-core requires it."""
+    if not stored.parameter.rule.fp8:
+        return None
+    places, sizes = stored.index or (0,), stored.size[: len(stored.index)] or (1,)
+    return f"{stored.key.removesuffix('.weight')}._extra_state/shard_{'.'.join(map(str, places))}_{'.'.join(map(str, sizes))}"

@@ -21,12 +21,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from megafork.convert import fp8_folder
-from megafork.convert.checkpoint_keys import Stored, chunks, extra_states, stored_parameters
+from megafork.convert.checkpoint_keys import Stored, chunks, extra_state, stored_parameters
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
 from megafork.model.fp8 import CONFIG, Quantized
 from megafork.recipe import Key, Parallel, RecipeError, calling
-from megafork.shape import Shape, check_layout
+from megafork.shape import Shape, check_layout, refuse_experts
 from megafork.weights.checksums import write_sums
 from megafork.weights.huggingface import HuggingFaceWeights, copy_companions, replaced
 from megafork.weights.mapping import pieces, shard_shape, stage_of
@@ -107,6 +107,8 @@ def megatron_to_hf(
         check_quantize(quantize, fp8=fp8, verify=verify)
     with calling(_AS_ARGUMENTS):
         model = open_source(source, keep=dtype == "keep")
+    if quantize is not None:
+        refuse_experts(model.shape, f"--quantize is {quantize!r}", "leave it out")
     specs = _converted(model.specs, dtype)
     tensors = model.read()
     if fp8:
@@ -161,9 +163,8 @@ def _write_megatron(
                         writer.add(s.key, s.size, offset, chunk)
                         tick(chunk.nbytes)
                 if rank == 0:
-                    for layer in sorted({s.layer for s in mine if s.layer is not None}):
-                        for key in extra_states(layer, shape):
-                            writer.add_value(key, None)
+                    for key in filter(None, map(extra_state, mine)):
+                        writer.add_value(key, None)
     writer.finish({"content_metadata": {"singleton_local_shards": False}})
 
 
@@ -196,7 +197,12 @@ def _layout(shape: Shape, tp: int, pp: int) -> Parallel:
         raise RecipeError(f"--tp is {tp} and --pp is {pp}: both must be 1 or more")
     attention = shape.heads * shape.head_dim
     keys_and_values = 2 * shape.kv_heads * shape.head_dim
-    for what, size in (("attention", attention), ("query, key and value", attention + keys_and_values), ("MLP", shape.ffn)):
+    sizes = [("attention", attention), ("query, key and value", attention + keys_and_values)]
+    if shape.has_mlp:
+        sizes.append(("MLP", shape.ffn))
+    if shape.moe is not None:
+        sizes.append(("experts' MLP", shape.moe.ffn))
+    for what, size in sizes:
         if size % tp:
             raise RecipeError(f"--tp is {tp} but the model's {what} has {size} rows: choose a tp that divides them")
     check_layout(shape, Parallel(pp=pp))

@@ -136,7 +136,7 @@ def _check(folder: Path, reader: DistReader, stored: list[Stored], shape: Shape)
 
 def _split(stored: Stored, reader: DistReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
     """A parameter's Hugging Face tensors, as views if they are contiguous in it."""
-    whole = reader.read(stored.key, stored.layer)
+    whole = reader.read(stored.key, stored.index)
     if not is_finite(whole):
         raise not_finite(reader.folder, stored.parameter.name)
     parts = sorted(pieces(stored.parameter, shape, 1, 0), key=lambda part: part.rows)

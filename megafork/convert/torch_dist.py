@@ -149,12 +149,11 @@ class DistReader:
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
 
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        """Read a whole tensor or, with `layer`, that layer of a stacked one. Holds at most the result and one chunk in memory."""
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """Read a whole tensor or, of a stacked one, the part at `index` of its first dimensions. Holds at most the result and one chunk in
+        memory."""
         stored = self._tensors[key]
-        box = [(0, size) for size in stored.size]
-        if layer is not None:
-            box[0] = (layer, layer + 1)
+        box = [(place, place + 1) for place in index] + [(0, size) for size in stored.size[len(index) :]]
         whole: Tensor | None = None
         for chunk in stored.chunks:
             held = [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
@@ -170,7 +169,7 @@ class DistReader:
             whole[_slices(common, box)] = part
             del part
         assert whole is not None
-        return whole if layer is None else whole[0]
+        return whole[(0,) * len(index)]
 
     def _load(self, index: MetadataIndex) -> Tensor:
         where = self._where[index]

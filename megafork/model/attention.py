@@ -46,6 +46,10 @@ class PackedSequences(PackedSeqParams):
     """int64 [T / cp]: the position, within its sequence, of each token that this rank holds."""
     order: Tensor | None = None
     """int64 [T], with context parallelism: the index of each token in the concatenation of all ranks' tokens (`unzigzag_index`)."""
+    owner: Tensor | None = None
+    """int64 [T / cp], for routers: the number of the sequence that each token belongs to, -1 for padding."""
+    balance: float = 0.0
+    """Weight of each sequence's balancing loss, for routers."""
     edges: Tensor | None = None
     """int32 [sequences + 1]: where each sequence starts among all T tokens, and the end of the last."""
     pieces: Pieces | None = None
@@ -57,10 +61,11 @@ class PackedSequences(PackedSeqParams):
         return cls.packed(lengths, places_of(lengths, torch.arange(sum(lengths))).to(device))
 
     @classmethod
-    def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None) -> PackedSequences:
+    def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None, **routing: Any) -> PackedSequences:
+        """`routing`: `owner` and `balance`."""
         longest = max(lengths)
         edges = to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), places.device)
-        found = cls(lengths=tuple(lengths), places=places, order=order, edges=edges)
+        found = cls(lengths=tuple(lengths), places=places, order=order, edges=edges, **routing)
         found.qkv_format, found.max_seqlen_q, found.max_seqlen_kv = "thd", longest, longest
         return found
 

@@ -11,9 +11,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megafork.model import experts, precision
 from megafork.model import fused as fused_layers
-from megafork.model import precision
 from megafork.model.attention import PackedCoreAttention
 from megafork.model.kernels import choose
 from megafork.model.policy import Policy, RMSNorm
@@ -86,6 +87,7 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel, *, 
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        **experts.settings(shape, layout),
         **(fused_layers.settings(layout) if fused else {}),
         **precision.settings(config.precision),
         **_recompute(config),
@@ -108,17 +110,28 @@ def _recompute(config: PolicyConfig) -> dict[str, Any]:
 
 def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None, *, fused: bool = False) -> TransformerBlockSubmodules:
     """The layers of one stage, or of one of its chunks, and the final norm."""
-    spec, norm = (fused_layers.layer(shape.family), fused_layers.final_norm()) if fused else (_plain_layer(shape, config), RMSNorm)
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    sparse = [shape.is_sparse(layer) for layer in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))]
+    if fused:
+        specs, norm = {False: fused_layers.layer(shape.family)}, fused_layers.final_norm()
+    else:
+        specs, norm = {kind: _plain_layer(shape, config, sparse=kind) for kind in set(sparse)}, RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in sparse], layer_norm=norm)
 
 
-def _plain_layer(shape: Shape, config: TransformerConfig) -> ModuleSpec:
-    """Megatron's local layer spec with our norm (for sequence parallelism), our core attention (for packing and context parallelism) and,
-    in FP8, Transformer Engine's projections."""
+def _plain_layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
+    """Megatron's local spec of a layer, with experts (`sparse`) or without: with our norm (for sequence parallelism), our core attention
+    (for packing and context parallelism) and, in FP8, Transformer Engine's projections."""
     family = shape.family
-    spec = get_gpt_layer_local_spec(qk_layernorm=family.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.mixture.experts if sparse else None, qk_layernorm=family.qk_norm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = PackedCoreAttention
+    if sparse:
+        spec.module = experts.SparseLayer
+        layer.mlp.submodules.router = experts.Router
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # only a dense layer's norm is fused with what follows
     modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
         modules |= precision.projections(family)
@@ -145,7 +158,7 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
     check_layout(shape, layout)
     precision.check_training(shape, config.precision, layout.tp)
     precision.check_machine(config.precision)
-    return build_chunks(shape, config, mesh, fused=choose(config.kernels, config.precision, layout).fused)
+    return build_chunks(shape, config, mesh, fused=choose(config.kernels, config.precision, layout, shape).fused)
 
 
 def build_chunks(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused: bool) -> list[Policy]:

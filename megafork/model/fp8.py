@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import FAMILIES, Shape
+from megafork.shape import FAMILIES, Shape, refuse_experts
 
 BLOCK = 128
 SCALE = "_scale_inv"
@@ -66,6 +66,7 @@ def check_blocks(shape: Shape, tp: int, field: str) -> None:
 
     Raises RecipeError. `field`: the setting that requested FP8, for the message.
     """
+    refuse_experts(shape, field, "do without")
     for rule in shape.family.layer:
         for tensor in rule.tensors if rule.fp8 else ():
             for axis in tensor.rows:

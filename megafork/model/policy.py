@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,22 @@ class HeadRequest:
     on_host: Tensor | None = None
 
 
+class Answer(NamedTuple):
+    """The head's answer to a request for P positions."""
+
+    log_prob: Tensor
+    """fp32 [P]."""
+    entropy: Tensor
+    """fp32 [P], nats."""
+
+    @property
+    def device(self) -> torch.device:
+        """Megatron's schedule asks the output of a model with experts for it."""
+        return self.log_prob.device
+
+
 class VocabHead(ColumnParallelLinear):
-    """Output projection that returns (log_prob [P], entropy [P]) in fp32 instead of logits.
+    """Output projection that returns log-probs and entropies instead of logits.
 
     It is called as a module rather than as a function of its weight, so that the hooks of Megatron's DDP run.
     All TP ranks must call with the same request.
@@ -45,7 +59,7 @@ class VocabHead(ColumnParallelLinear):
     real_vocab_size: int
     chunk: int | None
 
-    def forward(self, hidden: Tensor, request: HeadRequest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, request: HeadRequest, weight: Tensor | None = None) -> Answer:
         """hidden: [T, 1, H], or [T / tp, 1, H] with sequence parallelism."""
         rows, at = hidden.squeeze(1), request.positions
         answer = partial(
@@ -61,7 +75,7 @@ class VocabHead(ColumnParallelLinear):
         log_prob, entropy = answer(temperature=request.temperature)
         if request.temperature_of is not None:
             log_prob, _ = answer(temperature=request.temperature_of(entropy.detach()))
-        return log_prob, entropy
+        return Answer(log_prob, entropy)
 
 
 class Policy(GPTModel):

@@ -10,7 +10,7 @@ from typing import Any
 from megafork.gpus import fused_problem
 from megafork.model.fp8 import BLOCK
 from megafork.recipe import Precision, RecipeError
-from megafork.shape import Family, Shape
+from megafork.shape import Family, Shape, refuse_experts
 
 
 def lacking() -> str | None:
@@ -27,6 +27,7 @@ def check_training(shape: Shape, precision: Precision, tp: int) -> None:
     """Refuse `precision.train_fp8` if a rank's part of a projection does not consist of whole blocks. Raises RecipeError."""
     if not precision.train_fp8:
         return
+    refuse_experts(shape, "precision.train_fp8 is true", "set train_fp8=false")
     heads, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp, "mlp": shape.ffn // tp}
     for part, size in sizes.items():

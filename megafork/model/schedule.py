@@ -21,6 +21,8 @@ class Packed(Protocol):
     lengths: tuple[int, ...]
     places: Tensor
     order: Tensor | None
+    owner: Tensor
+    balance: float
     positions: Tensor
     positions_on_host: Tensor
     targets: Tensor
@@ -42,16 +44,18 @@ def run_micro_batches(
     forward_only: bool,
     everywhere: bool,
     temperature_of: Callable[[Tensor], Tensor] | None = None,
+    entropy_grad: bool = False,
 ) -> None:
     """Run this rank's model chunks over the micro-batches. Every rank of the layout must call, with the same number of micro-batches.
 
     `everywhere`: the head answers at all positions, with entropies at `entropy_temperature` and log-probs at it or, if `temperature_of`
     is set, at the temperatures that it returns (see HeadRequest); otherwise at the positions in the mask, at each token's `temperature`.
+    `entropy_grad`: these entropies carry a gradient.
     On the last stage `loss(micro, (log_prob, entropy))` must return what Megatron's schedule expects of a loss; if `forward_only`, it is
     called with `non_loss_data=True` and may return anything.
     """
     get_forward_backward_func()(
-        forward_step_func=partial(_forward, loss=loss, temperature_of=temperature_of, everywhere=everywhere),
+        forward_step_func=partial(_forward, loss=loss, temperature_of=temperature_of, everywhere=everywhere, entropy_grad=entropy_grad),
         data_iterator=[iter(micros) for _ in model] if len(model) > 1 else iter(micros),
         model=list(model) if len(model) > 1 else model[0],
         num_microbatches=len(micros),
@@ -69,6 +73,7 @@ def _forward(
     loss: Callable[..., Any],
     temperature_of: Callable[[Tensor], Tensor] | None,
     everywhere: bool,
+    entropy_grad: bool,
 ) -> tuple[Any, Callable[..., Any]]:
     micro = next(micros)
     request = None
@@ -79,7 +84,7 @@ def _forward(
         else:
             at = micro.selected
             on_host = micro.positions_on_host[micro.selected_on_host]
-            request = HeadRequest(micro.positions[at], micro.targets[at], micro.temperature[at], on_host=on_host)
-    packing = PackedSequences.packed(micro.lengths, micro.places, micro.order)
+            request = HeadRequest(micro.positions[at], micro.targets[at], micro.temperature[at], entropy_grad=entropy_grad, on_host=on_host)
+    packing = PackedSequences.packed(micro.lengths, micro.places, micro.order, owner=micro.owner, balance=micro.balance)
     output = model(micro.tokens, None, None, labels=request, packed_seq_params=packing)
     return output, partial(loss, micro)

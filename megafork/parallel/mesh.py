@@ -53,6 +53,15 @@ class Mesh:
         """Whether this rank holds the head, and so computes log-probs and entropies."""
         return self.pp_rank == self.layout.pp - 1
 
+    @property
+    def rank_in_stage(self) -> int:
+        """This rank's number among those of its pipeline stage."""
+        return self.rank % (self.world // self.layout.pp)
+
+    def sharing_group(self, *, experts: bool) -> dist.ProcessGroup:
+        """Ranks of this stage that together hold its parameters once: those of the experts, or all others."""
+        return mpu.get_expert_tensor_and_model_parallel_group() if experts else self.tp_group
+
     def dp_rank_of(self, rank: int) -> int:
         """The DP rank of any global rank."""
         return rank // (self.layout.tp * self.layout.cp) % self.dp
@@ -90,6 +99,8 @@ def build_mesh(layout: Parallel, *, seed: int, device: torch.device) -> Mesh:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         create_gloo_process_groups=device.type == "cuda",
     )
     model_parallel_cuda_manual_seed(seed)

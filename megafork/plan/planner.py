@@ -17,7 +17,7 @@ from megafork.plan.refit import planning_s
 from megafork.plan.saving import Saving, saving
 from megafork.plan.speed import Step, step_time
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world
+from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world, refuse_experts
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     longest = recipe.rollout.max_response_length
     if mean_response is not None and not 1 <= mean_response <= longest:
         raise RecipeError(f"--mean-response is {mean_response}: give a number of tokens from 1 to rollout.max_response_length={longest}")
+    refuse_experts(shape, "megafork plan", "plan a dense model")
     check_layout(shape, recipe.parallel)
     check_world(recipe.parallel, gpus)
     if not recipe.rollout.servers:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from megafork.plan.hardware import GPUS_PER_NODE
 from megafork.plan.parameters import WIDTH
 from megafork.recipe import Parallel, Recipe, RecipeError
-from megafork.shape import Shape, check_engines, check_layout, check_world
+from megafork.shape import Shape, check_engines, check_layout, check_world, refuse_experts
 from megafork.weights.mapping import full_shape, parameters, pieces
 from megafork.weights.reshard import Reshard, area, meet, needed
 
@@ -125,6 +125,7 @@ class Refit:
 
 def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtype: str = "bf16") -> Refit:
     """Count one refit. Raises RecipeError if model or GPUs do not allow the layout or the engine size."""
+    refuse_experts(shape, "megafork plan --refit", "plan a dense model")
     check_layout(shape, layout)
     check_world(layout, gpus)
     check_engines(rollout_tp, gpus)

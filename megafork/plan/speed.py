@@ -95,7 +95,8 @@ def step_time(
     # forward 1, backward 2, recomputation 1; the head recomputes its logits in the backward: 4 times its forward in total
     one = _pass(shape, recipe, gpu, load, micro_batches, linear=3 + again, head=4 * chosen, moves=2 + again)
     update = recipe.train.minibatches * (one + max(_synchronise(recipe, gpus, gpu, w) for w in weights))
-    score = every * (2 if spec.entropy_from == "current" else 1)
+    # the few responses compared otherwise do not count
+    score = every * (recipe.scores_everything + (spec.entropy_from == "current") + recipe.loss.kl.kept)
     parked = 2 * max(max(w.optimizer_bytes) for w in weights) / HOST if recipe.rollout.park_training else 0.0
     refit = engine.weights / _link(gpus > GPUS_PER_NODE, gpu) + parked
     tokens, ahead = int(load.samples * load.length), recipe.rollout.staleness > 0

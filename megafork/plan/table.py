@@ -127,7 +127,7 @@ def _times(plan: Plan) -> Table:
     step, spec, saved = plan.step, plan.recipe, plan.saving
     rows = [
         ("roll-out", f"{step.rollout:,.0f}", f"{step.running} responses at once on an engine"),
-        ("score", f"{step.score:,.0f}", "one forward"),
+        ("score", f"{step.score:,.0f}", "one forward" if step.score else "none: entropies and log-probs come from the roll-out"),
         ("update", f"{step.update:,.0f}", f"{spec.train.minibatches} x {step.micro_batches} micro-batches per DP rank"),
         ("refit", f"{step.refit:,.1f}", f"{_gib(plan.stages[0].engine.weights)} GiB to each GPU"),
         ("step", f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f} trained tokens/s/GPU"),

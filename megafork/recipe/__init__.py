@@ -71,12 +71,23 @@ class Recipe(Section):
         if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
         ratio_corrects = self.loss.old_log_prob == "rollout" and self.loss.objective != "reinforce"
-        for key, value in {"precision.rollout_fp8": self.precision.rollout_fp8, "rollout.staleness": self.rollout.staleness}.items():
-            if value and self.loss.importance_cap is None and not ratio_corrects:
+        inexact = {
+            "precision.rollout_fp8": self.precision.rollout_fp8,
+            "rollout.staleness": self.rollout.staleness,
+            "rollout.engine.kv_cache_dtype": self.rollout.cache_is_quantised and self.rollout.engine["kv_cache_dtype"],
+        }
+        for key, value in inexact.items():
+            if value and self.loss.importance_cap is None and not (self.loss.mismatch.masks or ratio_corrects):
                 raise ValueError(
                     f"{key} is {str(value).lower()} without loss.importance_cap: tokens would count as if the newest weights in full "
                     f"precision had drawn them; set loss.importance_cap=2, or leave {key} out"
                 )
+        if self.forks.select == "prefix" and self.loss.ratios_of_responses:
+            key, bound = next(iter(self.loss.ratios_of_responses.items()))
+            raise ValueError(
+                f"loss.{key} is {bound} with forks.select=prefix: the ratio of a response needs all its tokens, and the last are cut off; "
+                "choose loss.mismatch.token_mask or another forks.select"
+            )
         if self.reward.overlong == "shaping" and self.reward.overlong_buffer > self.rollout.max_response_length:
             raise ValueError(
                 f"reward.overlong_buffer is {self.reward.overlong_buffer} but rollout.max_response_length is "
@@ -111,10 +122,43 @@ class Recipe(Section):
                 f"loss.old_log_prob is current with train.minibatches={self.train.minibatches}: after the first update the ratio would "
                 "still be 1 although the policy has moved; set train.minibatches=1, or old_log_prob=rollout"
             )
+        if self.loss.old_log_prob == "rollout" and self.loss.mismatch.masks:
+            raise ValueError(
+                "loss.mismatch has a mask with loss.old_log_prob=rollout: p_old / p_rollout is 1, so nothing is outside; leave it out, or "
+                "set old_log_prob=score"
+            )
+        if self.loss.old_log_prob == "current" and self.loss.ratios_of_responses:
+            key, value = next(iter(self.loss.ratios_of_responses.items()))
+            raise ValueError(
+                f"loss.{key} is {value} with loss.old_log_prob=current: the ratio of a response needs all its tokens' log-probs, and an "
+                "update computes those of the forks; set old_log_prob=score"
+            )
         if self.loss.old_log_prob == "rollout" and self.loss.importance_cap is not None:
             raise ValueError(
                 f"loss.importance_cap is {self.loss.importance_cap} with loss.old_log_prob=rollout: p_old / p_rollout is 1, and the ratio "
                 "already corrects; leave importance_cap out, or set old_log_prob=score"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_apply(self) -> Recipe:
+        kl = self.loss.kl
+        for key, value in {"loss.clip_rest": self.loss.clip_rest, "loss.kl.rest_coef": kl.rest_coef}.items():
+            if value is not None and not self.forks.rest_weight:
+                raise ValueError(f"{key} is {value} with forks.rest_weight=0: tokens that are not selected have no loss; set rest_weight=1")
+        if self.loss.kl_cov is not None and self.train.minibatches == 1 and self.loss.old_log_prob != "rollout":
+            raise ValueError(
+                f"loss.kl_cov is {list(self.loss.kl_cov)} with train.minibatches=1: at a step's first update the policy is p_old, and the "
+                "penalty has no gradient; raise train.minibatches, or use loss.clip_cov"
+            )
+        if kl.kept and self.rollout.fork_temperature:
+            raise ValueError(
+                f"loss.kl.coef is {kl.coef} with rollout.fork_temperature: the reference has no temperature of its own; leave one out"
+            )
+        if kl.kept and self.precision.train_fp8:
+            raise ValueError(
+                f"loss.kl.coef is {kl.coef} with precision.train_fp8: the reference's weights would pass through the policy's FP8 copies; "
+                "leave one of them out"
             )
         return self
 

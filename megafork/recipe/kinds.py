@@ -21,6 +21,9 @@ def _number(value: Any) -> Any:
 _from_text = BeforeValidator(_number)
 Fraction = Annotated[float, Field(gt=0.0, le=1.0), _from_text]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), _from_text]
+AtMostOne = Annotated[float, Field(ge=0.0, le=1.0), _from_text]
+AtLeastOne = Annotated[float, Field(ge=1.0), _from_text]
+InsideOne = Annotated[float, Field(gt=0.0, lt=1.0), _from_text]
 AboveOne = Annotated[float, Field(gt=1.0), _from_text]
 Positive = Annotated[float, Field(gt=0.0), _from_text]
 NonNegative = Annotated[float, Field(ge=0.0), _from_text]

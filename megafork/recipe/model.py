@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
@@ -41,6 +42,11 @@ class Parallel(Section):
     tokens, which needs cp to divide the key-value heads of a TP rank. Plain layers: `all_gather`. Unset: p2p, or all_gather."""
     sp: bool = False
     """Sequence parallel: split norms and residuals over the TP ranks (needs tp > 1)."""
+    ep: Ranks = 1
+    """Expert parallel size: groups of ranks that share the experts of each layer. They are formed from a stage's ranks, whatever their
+    tp, cp and dp. 1: every rank has its share of all experts, which are split like an MLP over tp."""
+    etp: Ranks | None = None
+    """Expert tensor parallel size, with ep above 1: ranks that share each expert's weights. Unset: 1, whole experts."""
     first_stage_layers: Count | None = None
     """Layers of the first pipeline stage, which also holds the embedding. Unset: as many as in each middle stage."""
     last_stage_layers: Count | None = None
@@ -50,6 +56,11 @@ class Parallel(Section):
     def _possible(self) -> Parallel:
         if self.sp and self.tp == 1:
             raise ValueError("parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1")
+        if self.etp is not None and self.ep == 1:
+            raise ValueError(
+                f"parallel.etp is {self.etp} but parallel.ep is 1: without expert parallelism, experts are split over tp; leave etp out, "
+                "or set an ep above 1"
+            )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp is {self.vpp} but parallel.pp is 1: set parallel.vpp=1, or a pp above 1")
         if self.cp_comm is not None and self.cp == 1:
@@ -74,6 +85,16 @@ class Parallel(Section):
     def model_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tp * self.pp * self.cp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share each expert's weights."""
+        return self.tp if self.ep == 1 else self.etp or 1
+
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks that the layout can be used on: whole copies of the model, and whole groups of experts in each stage."""
+        return math.lcm(self.tp * self.cp, self.ep * self.expert_tp) * self.pp
 
     @property
     def sequence_multiple(self) -> int:

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megafork.recipe.kinds import AboveOne, BelowOne, CountOrZero, Fraction, Megabytes, NonNegative, Positive, Section
+from megafork.recipe.kinds import (
+    AboveOne,
+    AtLeastOne,
+    AtMostOne,
+    BelowOne,
+    CountOrZero,
+    Fraction,
+    InsideOne,
+    Megabytes,
+    NonNegative,
+    Positive,
+    Section,
+)
 from megafork.user_code import name_problem
 
 RULES = ("top", "bottom", "random", "all", "prefix", "gmts", "gradient", "covariance", "rsi", "stapo")
@@ -34,7 +46,7 @@ class Forks(Section):
     engine returns beside the log-probs. With `rollout` and `loss.old_log_prob` other than `score` there is no scoring pass."""
     normalize_by: Literal["selected", "response"] = "selected"
     """The loss's denominator counts the selected tokens, or all response tokens."""
-    rest_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    rest_weight: AtMostOne = 0.0
     """Weight of the tokens that are not selected, relative to the selected ones: 0 masks them, 1 trains on all alike."""
     horvitz_thompson: bool = False
     """Divide the loss of each token by the probability with which it was selected: an unbiased estimate of the loss over all tokens. Only
@@ -102,6 +114,41 @@ class Forks(Section):
         return self
 
 
+Band = Annotated[tuple[AtMostOne, AtLeastOne], Field(strict=False)]
+"""Bounds of a ratio, which is 1 where both policies agree."""
+
+
+class Mismatch(Section):
+    token_mask: Band | None = None
+    """[low, high]: tokens with p_old / p_rollout outside do not count (IcePop: [0.5, 5] with `importance_cap=5`)."""
+    sequence_mask: Band | None = None
+    """Responses whose product of these ratios is outside do not count."""
+    geometric_mask: Band | None = None
+    """Responses whose geometric mean of these ratios is outside do not count."""
+    veto: InsideOne | None = None
+    """Responses with a token whose ratio is below this do not count (1e-4 is usual)."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether any token may not count."""
+        return self != Mismatch()
+
+
+class ReferenceKL(Section):
+    coef: NonNegative = 0.0
+    """beta: adds beta KL(policy, reference) at each token with a loss. The reference is the model that the run starts from. 0: no
+    reference is kept."""
+    rest_coef: NonNegative | None = None
+    """beta of the tokens that are not selected (Archer: larger than that of the forks). Unset: as `coef`."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With d = log p_reference - log p: k1 = -d (whose gradient averages to 0 on tokens that p drew), k2 = d^2 / 2, k3 = exp(d) - 1 - d."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the reference is needed."""
+        return self.coef > 0 or bool(self.rest_coef)
+
+
 class Loss(Section):
     objective: str = "clip"
     """`clip` (PPO's with clip-higher, as the paper), `gspo` (sequence ratio), `cispo` (clipped weight), `sapo` (soft gate), `reinforce`
@@ -112,6 +159,9 @@ class Loss(Section):
     """eps_high: they clip it above at 1 + eps_high (GSPO's authors: 4e-4)."""
     dual_clip: AboveOne | None = None
     """c: with a negative advantage the loss of `clip` is at most c |A| (official code: 10)."""
+    clip_rest: Annotated[tuple[BelowOne, NonNegative], Field(strict=False)] | None = None
+    """[eps_low, eps_high] of `clip` at the tokens that are not selected, which have a loss under `forks.rest_weight` (Archer: stricter than
+    at the forks). Unset: as at the forks."""
     sapo_temperatures: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1.0, 1.05)
     """Steepness of `sapo`'s gate for positive and for negative advantages."""
     old_log_prob: Literal["score", "rollout", "current"] = "score"
@@ -121,16 +171,50 @@ class Loss(Section):
     importance_cap: Positive | None = None
     """C: each token's loss is weighted by min(p_old / p_rollout, C), for roll-outs from older weights or in another precision. Unset: no
     weighting. Not with `old_log_prob: rollout`, where that is 1."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """The ratio that `importance_cap` truncates: the token's own, the product of all of its response, or their geometric mean."""
+    mismatch: Mismatch = Mismatch()
+    """Masks on the same ratios. What does not count has no loss and stays in its denominator; formulas: docs/algorithm.md."""
+    kl: ReferenceKL = ReferenceKL()
+    """Penalty on the distance from the start model."""
+    entropy_bonus: NonNegative = 0.0
+    """c: subtracts c H from the loss of each token that has one."""
+    clip_cov: Annotated[tuple[Fraction, float, float], Field(strict=False)] | None = None
+    """[share, low, high]: Clip-Cov takes the loss of this share of the mini-batch's tokens away, drawn among those whose covariance of
+    log-prob and advantage is between low and high (its authors' code: 2e-4, 1, 5)."""
+    kl_cov: Annotated[tuple[Fraction, Positive], Field(strict=False)] | None = None
+    """[share, beta]: KL-Cov adds beta KL(p_old, p) to the loss of this share of the tokens, those with the highest covariance (its authors'
+    code: 2e-4, 1)."""
     reduction: Literal["token-mean", "official", "seq-mean"] = "token-mean"
     """One exact mean over the mini-batch's tokens; the official code's mean per micro-batch, weighted by its number of sequences; or a mean
     per response (GRPO)."""
+    expert_balance: NonNegative = 0.0
+    """Coefficient of a loss that spreads each sequence's tokens over the experts of a mixture: E sum_e f_e P_e, averaged over a
+    mini-batch's sequences and summed over layers (docs/algorithm.md). 0 leaves routers to the objective alone."""
     normalize_advantage: bool = True
     """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
     head_memory_mb: Megabytes = 256
     """MiB for the one [chunk, vocabulary / TP] fp32 buffer of the log-prob and entropy head."""
 
+    @property
+    def ratios_of_responses(self) -> dict[str, object]:
+        """What is set of the keys that need the log-probs of all tokens of a response."""
+        keys = {"importance_level": None if self.importance_level == "token" else self.importance_level}
+        keys |= {f"mismatch.{key}": getattr(self.mismatch, key) for key in ("sequence_mask", "geometric_mask", "veto")}
+        return {key: value for key, value in keys.items() if value is not None}
+
     @model_validator(mode="after")
-    def _dual_clip_bounds_a_clip(self) -> Loss:
+    def _keys_have_an_effect(self) -> Loss:
+        if self.importance_level != "token" and self.importance_cap is None:
+            raise ValueError(
+                f"loss.importance_level is {self.importance_level} without loss.importance_cap: no ratio weighs the loss; set a cap"
+            )
+        if self.clip_rest is not None and self.objective != "clip":
+            raise ValueError(
+                f"loss.clip_rest is {list(self.clip_rest)} with loss.objective={self.objective}: only `clip` has it; leave it out"
+            )
+        if self.clip_cov is not None and self.clip_cov[1] > self.clip_cov[2]:
+            raise ValueError(f"loss.clip_cov is {list(self.clip_cov)}: low must not exceed high")
         if self.dual_clip is not None and self.objective != "clip":
             raise ValueError(f"loss.dual_clip is {self.dual_clip} with loss.objective={self.objective}: only `clip` has it; leave it out")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from megafork.recipe.kinds import (
     Count,
@@ -20,6 +20,7 @@ from megafork.recipe.kinds import (
     Temperature,
     Tokens,
 )
+from megafork.recipe.vllm_engine import cache_is_quantised, engine_problem
 
 MOST_RESPONSES = 10_000_000
 """Responses per step."""
@@ -60,6 +61,9 @@ class Rollout(Section):
     round trip per step. Not with `servers`, which have their own GPUs."""
     max_running: Count = 256
     """Requests that an engine decodes at once."""
+    engine: dict[str, JsonValue] = Field(default={})
+    """Further arguments of vLLM's engine by vLLM's own names (`EngineArgs`), such as `speculative_config`, `max_num_batched_tokens` or
+    `kv_cache_dtype`. Those that the recipe sets elsewhere, and those that would change the model, are refused (docs/cluster.md)."""
     servers: list[str] = Field(default=[])
     """Addresses (`http://HOST:PORT`) of vLLM servers, each started by `python -m megafork.rollout.serve RECIPE`; those on other
     machines share the secret MEGAFORK_SECRET with the trainer. If empty, engines run in the trainer's own processes."""
@@ -70,6 +74,11 @@ class Rollout(Section):
     """Time limit in seconds for one response from a server. Beyond it, another server is tried."""
     server_limit_s: Seconds = 300.0
     """Seconds that a server may take for its part of a refit, and that a run may continue without any server."""
+
+    @property
+    def cache_is_quantised(self) -> bool:
+        """Whether vLLM's KV cache has fewer bits than its activations."""
+        return cache_is_quantised(self.engine)
 
     @field_validator("servers")
     @classmethod
@@ -94,6 +103,13 @@ class Rollout(Section):
             raise ValueError(
                 f"rollout.staleness is {self.staleness} without rollout.servers: engines in the trainer's own processes can't roll out "
                 "ahead; name servers, or set rollout.staleness=0"
+            )
+        if problem := engine_problem(self.engine):
+            raise ValueError(f"rollout.engine{problem}")
+        if self.engine.get("speculative_config") and self.fork_temperature:
+            raise ValueError(
+                "rollout.engine.speculative_config is given with rollout.fork_temperature: vLLM has no logits processors under speculative "
+                "decoding; drop one of them"
             )
         if self.park_training and self.servers:
             raise ValueError("rollout.park_training is true with rollout.servers: servers have their own GPUs; set it to false")

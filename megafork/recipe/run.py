@@ -18,8 +18,8 @@ class Run(Section):
     seed: Seed = 1
     """The only seed. Roll-outs, data order and `select: random` derive from it."""
     ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Processes that `megafork train` starts on this machine. Unset: one per GPU, or tp x pp x cp without GPUs. Ignored under torchrun
-    and Slurm, which start the ranks themselves."""
+    """Processes that `megafork train` starts on this machine. Unset: one per GPU, or the fewest for the layout without GPUs. Ignored under
+    torchrun and Slurm, which start the ranks themselves."""
 
     @field_validator("name")
     @classmethod

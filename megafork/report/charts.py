@@ -65,8 +65,12 @@ MACHINE = (
     Chart("Memory", "Peak of the largest rank, GB.", (Curve("memory/peak_gb", "GB", "blue"),)),
     Chart(
         "Roll-out mismatch",
-        "Difference between the roll-out engine's and the trainer's log-probs for the same tokens (log scale).",
-        (Curve("rollout_mismatch/max", "largest", "orange"), Curve("rollout_mismatch/kl", "KL", "blue")),
+        "Difference between the roll-out engine's and the trainer's log-probs for the same tokens, and the forks it changes (log scale).",
+        (
+            Curve("rollout_mismatch/max", "largest", "orange"),
+            Curve("rollout_mismatch/kl", "KL", "blue"),
+            Curve("rollout_mismatch/mask", "share of forks", "green"),
+        ),
         log=True,
     ),
 )

@@ -72,6 +72,8 @@ class MicroBatch:
     """int64 [T / cp], position of each token within its sequence."""
     order: Tensor | None
     """int64 [T], position of each token once the CP ranks' tokens are gathered (`context.unzigzag_index`); None without CP."""
+    owner: Tensor
+    """int64 [T / cp], index into `responses` of the one that each token belongs to, -1 for padding."""
     positions: Tensor
     """int64 [P], index into this rank's tokens."""
     positions_on_host: Tensor
@@ -102,8 +104,16 @@ class MicroBatch:
     """bool [P], the tokens with a loss: the forks, or all under `forks.rest_weight`."""
     emphasis: Tensor | None = None
     """fp32 [P], weight of each token in the mask relative to the others. None: 1."""
+    response_correction: Tensor | None = None
+    """fp32 [P], factor of each token's loss from the ratios of its whole response (`mismatch.py`, after scoring). None: 1."""
+    reference_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
+    """fp32 [P], log-prob under the model that the run starts from, if `loss.kl` needs it."""
+    old_kl: Tensor | None = None
+    """fp32 [P], factor of KL(p_old, p) in each token's loss (`covariance.py`). None: 0."""
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [P], weight of each position's loss; 0 outside the mask."""
+    balance: float = 0.0
+    """Weight of each response's part of the loss that balances experts."""
 
     _selected: tuple[Tensor, int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 

@@ -13,6 +13,7 @@ from megafork.rl.batch import MicroBatch
 
 _OF_A_RESPONSE = 1 << 40
 """In place of an offset: no token has it."""
+_WORD = (1 << 64) - 1
 
 
 def of_tokens(micro: MicroBatch, seed: int, step: int) -> Tensor:
@@ -23,7 +24,18 @@ def of_tokens(micro: MicroBatch, seed: int, step: int) -> Tensor:
 
 def of_response(group: int, sample: int, seed: int, step: int) -> float:
     """A number in [0, 1) by (seed, step, group, sample), independent of those of its tokens."""
-    return float(_uniform(seed, step, *(torch.tensor([part]) for part in (group, sample, _OF_A_RESPONSE))))
+    mixed = _mixed((seed ^ (step << 32)) & _WORD)
+    for part in (group, sample, _OF_A_RESPONSE):
+        mixed = _mixed((mixed + part) & _WORD)
+    return (mixed >> 40) / (1 << 24)
+
+
+def _mixed(x: int) -> int:
+    """`_mix` of one number, below 2^64."""
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
 
 
 def _uniform(seed: int, step: int, *parts: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from megafork.parallel.to_device import to_device
 from megafork.recipe import Forks, Loss
 from megafork.rl.batch import MicroBatch
 from megafork.rl.forks import ForkGroups
+from megafork.rl.mismatch import correction
 from megafork.rl.objectives import Objective, Tokens, clip
 
 
@@ -26,21 +27,46 @@ def policy_loss(
     at = micro.selected
     old = log_prob.detach() if loss.old_log_prob == "current" else micro.old_log_prob[at]
     advantage = micro.advantage[at]
-    tokens = Tokens(log_prob, old, advantage, micro.sequence[at], len(micro.responses), context)
+    tokens = Tokens(
+        log_prob, old, advantage, micro.sequence[at], len(micro.responses), context, micro.fork[at] if len(micro.fork) else None
+    )
     value, clipped = objective(tokens, loss)
     with torch.no_grad():
         log_ratio = (log_prob - old).double()
         report = {"tokens": torch.full_like(at[:0].sum(), len(at)), "clipped": clipped.sum(), "kl": (log_ratio.exp() - 1 - log_ratio).sum()}
-        if loss.importance_cap is None:
-            return value, report
-        ratio = importance(old, micro.rollout_log_prob[micro.selected], loss.importance_cap)
-    return value * ratio, {**report, "importance": ratio.sum(), "capped": (ratio >= loss.importance_cap).sum()}
+        if loss.kl.kept:
+            report["reference_kl"] = divergence(micro.reference_log_prob[at] - log_prob, "k3").sum()
+        factor = correction(old - micro.rollout_log_prob[at], micro.response_correction, at, loss)
+        if factor is not None:
+            report |= {"importance": factor.sum(), "masked": (factor == 0).sum()}
+            if loss.importance_cap is not None:
+                report["capped"] = (factor >= loss.importance_cap).sum()
+    value, penalty = value if factor is None else value * factor, _penalty(log_prob, old, micro, loss)
+    return value if penalty is None else value + penalty, report
 
 
-def importance(old_log_prob: Tensor, rollout_log_prob: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratio min(p_old / p_rollout, cap) of each token, fp32 [P]: the policy at the start of the step (under
-    `old_log_prob: current`, the one being updated) over the policy that sampled the response (Ionides 2008)."""
-    return (old_log_prob - rollout_log_prob).clamp(max=20.0).exp().clamp(max=cap)
+def _penalty(log_prob: Tensor, old: Tensor, micro: MicroBatch, loss: Loss) -> Tensor | None:
+    """What `loss.kl` and `loss.kl_cov` add to the loss of each token in the mask, fp32 [P']; None if they add nothing."""
+    at, total = micro.selected, None
+    if loss.kl.kept:
+        beta = loss.kl.coef if loss.kl.rest_coef is None else torch.where(micro.fork[at], loss.kl.coef, loss.kl.rest_coef)
+        total = beta * divergence(micro.reference_log_prob[at] - log_prob, loss.kl.estimator)
+    if micro.old_kl is not None:
+        held = micro.old_kl[at] * divergence(log_prob - old, "k3")
+        total = held if total is None else total + held
+    return total
+
+
+def divergence(log_ratio: Tensor, estimator: str) -> Tensor:
+    """An estimate per token of KL(p, q) from d = log q - log p of a token that p drew: k1 = -d, k2 = d^2 / 2 or k3 = exp(d) - 1 - d
+    (Schulman 2020)."""
+    match estimator:
+        case "k1":
+            return -log_ratio
+        case "k2":
+            return log_ratio.square() / 2.0
+    bounded = log_ratio.clamp(max=20.0)
+    return torch.expm1(bounded) - bounded
 
 
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:

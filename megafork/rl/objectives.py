@@ -34,6 +34,8 @@ class Tokens:
     responses: int
     """Number of responses in the micro-batch; the ranks of `context` hold parts of the same ones."""
     context: dist.ProcessGroup | None = None
+    fork: Tensor | None = None
+    """bool [P'], which of them the rule selects; under `forks.rest_weight` the others have a loss too. None: all."""
 
     @property
     def ratio(self) -> Tensor:
@@ -57,8 +59,14 @@ Objective = Callable[[Tokens, Loss], tuple[Tensor, Tensor]]
 
 
 def clip(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A) with r = p / p_old, at most c |A| for A < 0 under dual clip (PPO; clip-higher of DAPO, arXiv 2503.14476)."""
+    """-min(r A, clip(r) A) with r = p / p_old, at most c |A| for A < 0 under dual clip (PPO; clip-higher of DAPO, arXiv 2503.14476).
+
+    With `clip_rest` tokens that are not forks have clip bounds of their own (Archer, arXiv 2507.15778, eq. 3)."""
     value, clipped = _clipped(tokens.ratio, tokens.advantage, loss)
+    if loss.clip_rest is not None and tokens.fork is not None:
+        low, high = loss.clip_rest
+        rest = _clipped(tokens.ratio, tokens.advantage, loss.model_copy(update={"clip_low": low, "clip_high": high}))
+        value, clipped = torch.where(tokens.fork, value, rest[0]), torch.where(tokens.fork, clipped, rest[1])
     if loss.dual_clip is not None:
         value = torch.where(tokens.advantage < 0, torch.minimum(value, -tokens.advantage * loss.dual_clip), value)
     return value, clipped

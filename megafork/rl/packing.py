@@ -125,12 +125,14 @@ def pack(
         lengths = (*lengths, missing)
     total = sum(lengths)
     tokens = torch.zeros(total, dtype=torch.int64)
+    owner = torch.full((total,), -1)
     where, targets, sequence, offset, rollout, entropies, advantage = [], [], [], [], [], [], []
     start = 0
     for n, response in enumerate(responses):
         prompt, answer = len(response.prompt_tokens), len(response.tokens)
         tokens[start : start + prompt] = response.prompt_tokens
         tokens[start + prompt : start + prompt + answer - 1] = response.tokens[:-1]
+        owner[start : start + response.length] = n
         where.append(torch.arange(start + prompt - 1, start + prompt - 1 + answer))
         targets.append(response.tokens.long())
         sequence.append(torch.full((answer,), n))
@@ -154,6 +156,7 @@ def pack(
         lengths=lengths,
         places=to_device(places_of(lengths, held), device),
         order=to_device(unzigzag_index(lengths, cp), device) if cp > 1 else None,
+        owner=to_device(owner[held], device),
         positions=to_device(positions[mine], device),
         positions_on_host=positions[mine],
         targets=moved(targets, torch.int64),

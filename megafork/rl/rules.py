@@ -106,6 +106,10 @@ def gradient(tokens: Candidates, forks: Forks) -> Tensor:
 def covariance(tokens: Candidates, forks: Forks) -> Tensor:
     """(log p - mean log p) (A - mean A), the token's share of the covariance that lowers the policy's entropy (arXiv 2505.22617, eq. 10);
     means over the tokens that share the threshold. Two more all-reduces of 16 bytes."""
+    return covariance_of(tokens)
+
+
+def covariance_of(tokens: Candidates) -> Tensor:
     log_prob, advantage = tokens.mean(tokens.log_prob), tokens.mean(tokens.advantage)
     return ((tokens.log_prob.double() - log_prob) * (tokens.advantage.double() - advantage)).float()
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat import vllm_entropy, vllm_fp8
 from megafork.parallel.mesh import Mesh
+from megafork.recipe import RecipeError
+from megafork.recipe.kinds import shown
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Ended, Engine, Memory, Request, Sampling, Weights
 from megafork.rollout.vllm_arguments import engine_arguments, sampling_arguments
@@ -42,7 +44,14 @@ class ColocatedEngine(Engine):
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # its imports set variables as well
-            self._llm = vllm.LLM(**self._arguments(config, mesh))
+            if config.engine.get("speculative_config"):
+                vllm_fixes.expand_temperatures()
+            try:
+                self._llm = vllm.LLM(**self._arguments(config, mesh))
+            except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+                if not config.engine:
+                    raise
+                raise RecipeError(f"rollout.engine is {shown(dict(config.engine))}: vLLM refuses it: {_said(error)}") from error
 
     def _arguments(self, config: EngineConfig, mesh: Mesh) -> dict[str, Any]:
         on_gpu = mesh.device.type == "cuda"
@@ -116,6 +125,12 @@ class ColocatedEngine(Engine):
         del self._llm
         gc.collect()
         dist.barrier()
+
+
+def _said(error: Exception) -> str:
+    """The first sentence of an error; pydantic's begin with a heading of their own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1 if "validation error" in lines[0] and len(lines) > 1 else 0]
 
 
 def _completion(output: Any, *, entropies: bool) -> Completion:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megafork.model.fp8 import Quantized
 from megafork.recipe import Recipe
@@ -38,6 +40,9 @@ class EngineConfig:
     fp8: bool = False
     """Whether projections are in e4m3, quantised at every refit (`model.fp8`)."""
 
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine, already checked (`recipe.vllm_engine`)."""
+
     @classmethod
     def of(cls, recipe: Recipe) -> EngineConfig:
         """The configuration for a recipe's roll-outs."""
@@ -54,6 +59,7 @@ class EngineConfig:
             fork_decoding=spec.fork_temperature is not None,
             entropies=recipe.forks.entropy_from == "rollout",
             fp8=recipe.precision.rollout_fp8,
+            engine=spec.engine,
         )
 
     def loaded(self, weights: Weights) -> Weights:

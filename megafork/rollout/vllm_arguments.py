@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megafork.compat import vllm_entropy
@@ -33,21 +34,30 @@ def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
         "disable_log_stats": True,
         "logits_processors": ["megafork.rollout.logits_processor:ForkProcessor"] if config.fork_decoding else None,
         "hf_overrides": CONFIG if config.fp8 else None,
+        **_further(config.engine),
     }
 
 
-def command_line(arguments: dict[str, Any]) -> list[str]:
-    """The same arguments as command-line options; None and False are omitted."""
+def _further(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`rollout.engine`. A draft model is read from its folder, unlike the policy."""
+    speculation = arguments.get("speculative_config")
+    if not speculation or "model" not in speculation:
+        return dict(arguments)
+    return {**arguments, "speculative_config": {"draft_load_config": {"load_format": "auto"}, **speculation}}
+
+
+def command_line(arguments: Mapping[str, Any]) -> list[str]:
+    """The same arguments as command-line options; None is omitted."""
     words: list[str] = []
     for name, value in arguments.items():
         option = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(option)
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, dict):
             words += [option, json.dumps(value)]
         elif isinstance(value, list):
-            words += [option, *value]
-        elif value is not None and value is not False:
+            words += [option, *map(str, value)]
+        elif value is not None:
             words += [option, str(value)]
     return words
 

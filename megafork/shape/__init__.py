@@ -1,13 +1,14 @@
-"""The shape of a dense transformer, read from a Hugging Face config.json, and the layouts into which it can be split.
+"""The shape of a transformer, read from a Hugging Face config.json, and the layouts into which it can be split.
 
 Imports neither torch nor transformers, so a wrong model folder is rejected in a fraction of a second.
 """
 
 from megafork.shape.config import read_config, refuse_adapter
+from megafork.shape.experts import refuse_experts
 from megafork.shape.families import FAMILIES, UNFUSED
 from megafork.shape.family import Family, HFTensor, Rule, Span
 from megafork.shape.layout import check_engines, check_layout, check_rollout_tp, check_world, stage_layers, stage_of_layer
-from megafork.shape.model import Llama3, Shape, Yarn
+from megafork.shape.model import Llama3, Mixture, Shape, Yarn
 from megafork.shape.read import read_dtype, read_shape
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Family",
     "HFTensor",
     "Llama3",
+    "Mixture",
     "Rule",
     "Shape",
     "Span",
@@ -28,6 +30,7 @@ __all__ = [
     "read_dtype",
     "read_shape",
     "refuse_adapter",
+    "refuse_experts",
     "stage_layers",
     "stage_of_layer",
 ]

@@ -14,6 +14,10 @@ _VALUES = Axis("values", lambda shape: shape.kv_heads * shape.head_dim, "by KV h
 _GATE = Axis("gate", lambda shape: shape.ffn, "evenly")
 _UP = Axis("up", lambda shape: shape.ffn, "evenly")
 _FFN = Axis("the MLP", lambda shape: shape.ffn, "evenly")
+_EXPERTS = Axis("experts", lambda shape: shape.mixture.experts)
+_EXPERT_GATE = Axis("gate", lambda shape: shape.mixture.ffn, "evenly")
+_EXPERT_UP = Axis("up", lambda shape: shape.mixture.ffn, "evenly")
+_EXPERT_FFN = Axis("an expert", lambda shape: shape.mixture.ffn, "evenly")
 _VOCABULARY = Axis("vocabulary", lambda shape: shape.vocab, "padded")
 
 # ---- parameters that families share
@@ -60,6 +64,19 @@ _FC1 = _projection(
 )
 _FC2 = _projection("mlp.linear_fc2.weight", "row", HFTensor("mlp.down_proj.weight", (_HIDDEN,), _FFN))
 
+# Megatron never fuses the norm into experts
+_EXPERTS_NORM = _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight")
+_ROUTER = Rule("mlp.router.weight", "replicated", (HFTensor("mlp.gate.weight", (_EXPERTS,), _HIDDEN),))
+_EXPERT_FC1 = _projection(
+    "mlp.experts.local_experts.*.linear_fc1.weight",
+    "gated",
+    HFTensor("mlp.experts.*.gate_proj.weight", (_EXPERT_GATE,), _HIDDEN),
+    HFTensor("mlp.experts.*.up_proj.weight", (_EXPERT_UP,), _HIDDEN),
+)
+_EXPERT_FC2 = _projection(
+    "mlp.experts.local_experts.*.linear_fc2.weight", "row", HFTensor("mlp.experts.*.down_proj.weight", (_HIDDEN,), _EXPERT_FFN)
+)
+
 # ---- the families
 
 FAMILIES = {
@@ -74,6 +91,20 @@ FAMILIES = {
         kv_heads=32,
         head_dim=128,
         window="off",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        "Qwen3-30B-A3B, Qwen3-235B-A22B",
+        embedding=_EMBEDDING,
+        layer=(_INPUT_NORM, _PROJ, _QKV, _Q_NORM, _K_NORM, _MLP_NORM, _FC1, _FC2),
+        sparse_layer=(_INPUT_NORM, _PROJ, _QKV, _Q_NORM, _K_NORM, _EXPERTS_NORM, _ROUTER),
+        experts=(_EXPERT_FC1, _EXPERT_FC2),
+        final_norm=_FINAL_NORM,
+        head=_HEAD,
+        positions=32768,
+        kv_heads=4,
+        window="off",
+        nulls=("partial_rotary_factor",),
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",

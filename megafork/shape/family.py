@@ -55,7 +55,7 @@ class HFTensor:
     """A tensor in the Hugging Face files."""
 
     name: str
-    """Full name or, for a layer's tensor, the part after the layer's number."""
+    """Full name or, for a layer's tensor, the part after the layer's number; `*` stands for an expert's number."""
     rows: tuple[Axis, ...]
     """Axes from top to bottom; several if the files fuse parts that Megatron or vLLM splits, such as queries, keys and values."""
     columns: Axis | None = None
@@ -76,7 +76,8 @@ class Rule:
     """A parameter of Megatron's model and the Hugging Face tensors in it."""
 
     megatron: str
-    """Its name in Megatron's unfused layers; for a layer's parameter, the part after the layer's number."""
+    """Its name in Megatron's unfused layers; for a layer's parameter, the part after the layer's number. `*` stands for an expert's
+    number."""
     kind: Kind
     tensors: tuple[HFTensor, ...]
     """In Megatron's order: the rows of the tensors, concatenated, must be queries, keys, values for `qkv`, and gate, up for `gated`."""
@@ -106,12 +107,17 @@ class Family:
     """Published models of this family that megafork trains, as the documentation lists them."""
     embedding: Rule
     layer: tuple[Rule, ...]
-    """Parameters of each layer, in the order in which Megatron's modules register them."""
+    """Parameters of each layer, in the order in which Megatron's modules register them; of a mixture of experts, those of a layer without
+    experts."""
     final_norm: Rule
     head: Rule
     """The head when config.json does not tie it to the embedding."""
     positions: int
     """Default of max_position_embeddings."""
+    sparse_layer: tuple[Rule, ...] = ()
+    """Parameters of each layer with experts that all experts share."""
+    experts: tuple[Rule, ...] = ()
+    """Parameters of each expert, which follow those of its layer. Empty: the models are dense."""
     layers: str = "model.layers"
     """The Hugging Face module that holds the numbered layers."""
     kv_heads: int | None = None
@@ -158,9 +164,9 @@ class Family:
     def _has(self, megatron: str) -> bool:
         return any(rule.megatron == megatron for rule in self.layer)
 
-    def hf_name(self, tensor: HFTensor, layer: int | None) -> str:
-        """A tensor's name in the files; `layer` is None for a tensor outside the layers."""
-        return tensor.name if layer is None else f"{self.layers}.{layer}.{tensor.name}"
+    def hf_name(self, tensor: HFTensor, layer: int | None, expert: int | None = None) -> str:
+        """A tensor's name in the files; `layer` is None for a tensor outside the layers, `expert` for one that is not an expert's."""
+        return tensor.name if layer is None else f"{self.layers}.{layer}.{tensor.name.replace('*', str(expert))}"
 
     def find(self, name: str) -> tuple[Rule, HFTensor] | None:
         """The declaration of the tensor that the files call `name`, regardless of the layer (or expert) numbers in it; None if the family
@@ -170,7 +176,8 @@ class Family:
     @cached_property
     def _by_name(self) -> dict[str, tuple[Rule, HFTensor]]:
         outside = {tensor.name: (rule, tensor) for rule in (self.embedding, self.final_norm, self.head) for tensor in rule.tensors}
-        return outside | {f"{self.layers}.*.{tensor.name}": (rule, tensor) for rule in self.layer for tensor in rule.tensors}
+        inside = (*self.layer, *self.sparse_layer, *self.experts)
+        return outside | {f"{self.layers}.*.{tensor.name}": (rule, tensor) for rule in inside for tensor in rule.tensors}
 
 
 def _share(size: int, parts: int, part: int) -> Span:

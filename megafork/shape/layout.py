@@ -13,6 +13,12 @@ def check_world(layout: Parallel, ranks: int) -> None:
             f"parallel.tp x pp x cp is {layout.tp} x {layout.pp} x {layout.cp} = {layout.model_size}, which does not divide the {ranks} "
             "ranks: start a multiple of it (run.ranks), or choose a smaller layout"
         )
+    experts = layout.ep * layout.expert_tp
+    if ranks // layout.pp % experts:
+        raise RecipeError(
+            f"parallel.ep x etp is {layout.ep} x {layout.expert_tp} = {experts}, which does not divide the {ranks // layout.pp} ranks of a "
+            f"pipeline stage: start a multiple of {layout.smallest_world} ranks (run.ranks), or choose a smaller ep or etp"
+        )
 
 
 def check_engines(rollout_tp: int, ranks: int) -> None:
@@ -25,6 +31,10 @@ def check_rollout_tp(shape: Shape, tp: int) -> None:
     """Refuse a number of ranks per engine that does not divide the attention heads, and a model whose head_dim vLLM would misread."""
     if shape.heads % tp:
         raise RecipeError(Key("rollout.tp"), f" is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
+    if shape.moe is not None and shape.moe.ffn % tp:
+        raise RecipeError(
+            Key("rollout.tp"), f" is {tp} but the model's moe_intermediate_size is {shape.moe.ffn}: choose a tp that divides it"
+        )
     if not shape.family.vllm_reads_head_dim and shape.head_dim * shape.heads != shape.hidden:
         raise RecipeError(
             f"the model's head_dim is {shape.head_dim}: vLLM knows a {shape.architecture} only with hidden_size / num_attention_heads = "
@@ -61,9 +71,13 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
         raise RecipeError(
             Key("parallel.tp"), f" is {layout.tp} but the model's queries, keys and values have {rows} rows: choose a tp that divides them"
         )
-    for name, size in (("hidden_size", shape.hidden), ("intermediate_size", shape.ffn)):
+    sizes = {"hidden_size": shape.hidden}
+    if shape.has_mlp:
+        sizes["intermediate_size"] = shape.ffn
+    for name, size in sizes.items():
         if size % layout.tp:
             raise RecipeError(Key("parallel.tp"), f" is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
+    _check_experts(shape, layout)
     groups = max(shape.kv_heads // layout.tp, 1)
     if layout.cp_comm == "a2a" and groups % layout.cp:
         raise RecipeError(
@@ -78,4 +92,26 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
             Key("parallel.pp"),
             f" is {layout.pp}{rest}, but the model has {shape.layers} layers: each stage needs equally many in each of its vpp "
             "parts, and all stages but the first and the last equally many; choose other numbers",
+        )
+
+
+def _check_experts(shape: Shape, layout: Parallel) -> None:
+    """Refuse a layout into which this model's experts cannot be split, and one with ep for a model without experts."""
+    if shape.moe is None:
+        if layout.ep > 1:
+            raise RecipeError(Key("parallel.ep"), f" is {layout.ep} but the model is dense, it has no experts: set parallel.ep=1")
+        return
+    if layout.tp > 1 and not layout.sp:
+        raise RecipeError(
+            Key("parallel.tp"),
+            f" is {layout.tp} without parallel.sp: Megatron's experts need each token on one TP rank only; set parallel.sp=true",
+        )
+    if shape.moe.experts % layout.ep:
+        raise RecipeError(
+            Key("parallel.ep"), f" is {layout.ep} but the model has {shape.moe.experts} experts: choose an ep that divides them"
+        )
+    if shape.moe.ffn % layout.expert_tp:
+        key = Key("parallel.tp" if layout.ep == 1 else "parallel.etp")
+        raise RecipeError(
+            key, f" is {layout.expert_tp} but the model's moe_intermediate_size is {shape.moe.ffn}: choose one that divides it"
         )

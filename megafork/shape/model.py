@@ -1,4 +1,4 @@
-"""The shape of a dense transformer."""
+"""The shape of a transformer, dense or with a mixture of experts."""
 
 from __future__ import annotations
 
@@ -39,8 +39,24 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts that take the place of the MLP in some layers."""
+
+    experts: int
+    """Experts of each such layer."""
+    per_token: int
+    """Experts that compute each token."""
+    ffn: int
+    """Intermediate size of an expert."""
+    normalized: bool
+    """Whether the weights of a token's experts are divided by their sum."""
+    layers: tuple[int, ...]
+    """The layers that have experts; the others have an MLP."""
+
+
+@dataclass(frozen=True)
 class Shape:
-    """The sizes of a dense transformer, as Hugging Face defines them."""
+    """The sizes of a transformer, as Hugging Face defines them."""
 
     architecture: str
     layers: int
@@ -56,10 +72,27 @@ class Shape:
     rope_scaling: Llama3 | Yarn | None
     max_positions: int
     """Maximum tokens per sequence; with YaRN, the extended number."""
+    moe: Mixture | None = None
+    """The mixture of experts; None for a dense model."""
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.architecture]
+
+    @property
+    def mixture(self) -> Mixture:
+        """The mixture of a model that has one."""
+        assert self.moe is not None, "a dense model has no experts"
+        return self.moe
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts in place of an MLP."""
+        return self.moe is not None and layer in self.moe.layers
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has an MLP in place of experts."""
+        return self.moe is None or len(self.moe.layers) < self.layers
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of embedding and head: the vocabulary size, rounded up to a multiple of 16 and of `tp` so that TP ranks hold equal parts."""

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megafork.recipe import Key, RecipeError
+from megafork.shape import experts
 from megafork.shape.config import Keys, read_config
 from megafork.shape.families import FAMILIES
 from megafork.shape.family import Family
@@ -88,6 +89,7 @@ def read_shape(folder: Path) -> Shape:
         rope_theta=theta,
         rope_scaling=scaling,
         max_positions=longest,
+        moe=experts.read_mixture(config, layers) if family.experts else None,
     )
 
 
@@ -120,12 +122,13 @@ def _refuse_what_differs(config: Keys, family: Family) -> None:
             "weights are quantised no longer",
         )
     fixed = {**_FIXED, **family.fixed}
+    known = _READ | _WITHOUT_EFFECT | set(family.ignored) | (experts.KEYS if family.experts else set())
     for key, value in config.values.items():
         if key in fixed:
             wanted = fixed[key]
             if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
                 raise config.error(key, f"megafork trains models with {wanted!r}; give another model")
-        elif key not in _READ and key not in _WITHOUT_EFFECT and key not in family.ignored and value is not None:
+        elif key not in known and value is not None:
             raise config.error(key, "megafork does not know what it changes; delete the key from config.json if it changes nothing")
     for key in family.counts:
         if key in config:

@@ -7,11 +7,13 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from megafork.files import whole
 from megafork.recipe import Log, Recipe, RecipeError
+from megafork.train.writer import Writer
 
 Row = Mapping[str, int | float | None]
 """A line of metrics.jsonl: "step", and metric name -> number or None."""
@@ -54,6 +56,21 @@ def open_boards(recipe: Recipe, resume_step: int) -> list[Board]:
     """Open the dashboards that the recipe requests. `resume_step`: the last step in the checkpoint, 0 for a new run."""
     boards: list[Board] = [TensorBoard(recipe.run_folder / "tensorboard", resume_step)] if recipe.log.tensorboard else []
     return [*boards, *([WeightsAndBiases(recipe, resume_step)] if recipe.log.wandb is not None else [])]
+
+
+class Unhurried:
+    """A board that is written to in the background."""
+
+    def __init__(self, board: Board, writer: Writer) -> None:
+        self._board = board
+        self._writer = writer
+
+    def write(self, row: Row) -> None:
+        self._writer.begin(f"step {row['step']} of the dashboards", partial(self._board.write, row))
+
+    def close(self) -> None:
+        self._writer.settle()
+        self._board.close()
 
 
 class TensorBoard:

@@ -16,10 +16,12 @@ from megafork.model.kernels import accumulate_in_main_gradients
 from megafork.model.policy import Policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh
-from megafork.parallel.reduce import over_tokens
+from megafork.parallel.reduce import over_tokens, over_world
 from megafork.recipe import Optimizer, Recipe
 from megafork.rl.batch import MicroBatch
 from megafork.rl.fork_temperature import fork_temperature
+from megafork.train.experts import expert_metrics
+from megafork.train.reference import Reference
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """(log_prob [P'] at the selected positions, micro-batch) -> (loss of each, sums to report). P' is the number of selected positions."""
@@ -38,6 +40,8 @@ class Learner:
         """Optimizer updates done, including skipped ones."""
         self.skips_in_a_row = 0
         """Consecutive updates up to the latest that were skipped because a gradient was not finite."""
+        self.reference = Reference(chunks) if recipe.loss.kl.kept else None
+        """The weights at the start of the run, whether or not it is resumed."""
         self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
         for chunk in chunks:
             accumulate_in_main_gradients(chunk)
@@ -67,10 +71,24 @@ class Learner:
         with torch.no_grad():
             self._run(micros, keep, temperature_of=forks.of if forks else None, forward_only=True, everywhere=True)
 
-    def train(self, micros: list[MicroBatch], token_loss: TokenLoss) -> dict[str, float]:
+    def score_reference(self, micros: list[MicroBatch]) -> None:
+        """Set `reference_log_prob` at every response position, without gradient (last stage only).
+
+        The weights at the start of the run take the place of the policy's meanwhile."""
+        assert self.reference is not None, "loss.kl asks for no reference"
+
+        def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
+            micro.reference_log_prob = output[0]
+
+        self.settle()
+        with self.reference.in_place(), torch.no_grad():
+            self._run(micros, keep, forward_only=True, everywhere=True)
+
+    def train(self, micros: list[MicroBatch], token_loss: TokenLoss, *, entropy_bonus: float = 0.0) -> dict[str, float]:
         """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.
 
-        The loss is sum(weight * token_loss) over the mini-batch's selected positions on all ranks; gradients are its exact sum.
+        The loss is sum(weight * (token_loss - entropy_bonus * entropy)) over the mini-batch's selected positions on all ranks; gradients
+        are its exact sum.
         Unless gradients are finite everywhere, every rank skips the update. Returns `loss`, `grad_norm`, `lr`, `skipped` (0 or 1) and the
         sums reported by `token_loss`, the same on every rank.
         """
@@ -78,15 +96,18 @@ class Learner:
 
         def loss(micro: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             value, report = token_loss(output[0], micro)
+            if entropy_bonus:
+                value = value - entropy_bonus * output[1]
             total = (micro.weight[micro.selected] * value).sum()
             for name, part in {"loss": total, **report}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.detach().double()
             return total, torch.zeros([], dtype=torch.int), {}
 
+        self._balance(micros)
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(micros, loss, forward_only=False, everywhere=False)
+        self._run(micros, loss, forward_only=False, everywhere=False, entropy_grad=entropy_bonus > 0)
         rate = learning_rate(self.update, self.updates, self.recipe.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -99,6 +120,17 @@ class Learner:
         self.update += 1
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         return {**over_tokens(sums, self.mesh), "grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
+
+    def _balance(self, micros: list[MicroBatch]) -> None:
+        """Weight every response's part of the loss that balances experts: their mean, over the mini-batch of all ranks."""
+        if coefficient := self.recipe.loss.expert_balance:
+            copies = over_world([sum(len(micro.responses) for micro in micros)], self.mesh)[0]
+            for micro in micros:
+                micro.balance = coefficient * self.mesh.layout.model_size / max(copies, 1)
+
+    def expert_metrics(self) -> dict[str, float]:
+        """Metrics of the routers since the last call, {} for a dense model. Every rank must call."""
+        return expert_metrics(self.chunks, self.mesh)
 
     def settle(self) -> None:
         """Make every rank's weights current. Needed before anything but a forward reads them: with overlap, they are only gathered by

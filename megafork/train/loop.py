@@ -25,18 +25,23 @@ from megafork.train.offload import Offload
 from megafork.train.prefetch import Prefetch
 from megafork.train.redistribute import redistribute
 from megafork.train.remarks import Remarks, all_failed, mismatch
-from megafork.train.rollout_files import write_evaluation, write_rollouts
-from megafork.train.run import Metrics, Run, Save, Stopped, build_learner, unsaved
+from megafork.train.rollout_files import RolloutFiles, write_evaluation
+from megafork.train.run import Metrics, Run, Save, build_learner, unsaved
 from megafork.train.sampler import Collected, Outcome, Sampler
+from megafork.train.stopped import Stopped
 from megafork.train.summary import staleness
 from megafork.train.update import update_policy
+from megafork.train.writer import Writer
 
 
 class Trainer:
     """A run's parts, and its step. Every rank creates one, and all ranks call each method together."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner, build: BuildEngine = build_engine) -> None:
-        """`learner`: in its state after the last step. `build`: creates the roll-out engine, as `build_engine` does."""
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, inputs: Inputs, learner: Learner, build: BuildEngine = build_engine, writer: Writer | None = None
+    ) -> None:
+        """`learner`: in its state after the last step. `build`: creates the roll-out engine, as `build_engine` does. `writer`: writes the
+        files of roll-outs; by default the trainer's own."""
         self.recipe = recipe
         self.mesh = mesh
         self.inputs = inputs
@@ -48,6 +53,7 @@ class Trainer:
         self.verifiers = Verifiers(recipe.reward) if self.engine.rank == 0 else None
         self.sampler = Sampler(recipe, inputs.train, self.engine, self.verifiers, inputs.tokenizer, mesh)
         self.prefetch = Prefetch(self.sampler)
+        self.rollout_files = RolloutFiles(recipe, inputs, mesh, writer or Writer())
         self.sampled = self.sampler.state()
         """The sampler's state after the last step's responses, for the checkpoint."""
         self.reward_error: str | None = None
@@ -74,6 +80,7 @@ class Trainer:
         if everything:
             check = None if self._compared else partial(self.compare, step=step)
             updated |= update_policy(self.learner, minibatches, self.recipe, step=step, clock=clock, check=check)
+            self.rollout_files.write(step, everything)
         save(step, {**self.sampled, "rng": torch.get_rng_state()}, clock)
         with clock("refit"):
             if self.recipe.rollout.park_training:
@@ -81,8 +88,6 @@ class Trainer:
             self.engine.wake("weights")
             self.refit(step)
             self.engine.wake("kv_cache")
-        if everything and self.recipe.log.rollouts_every and step % self.recipe.log.rollouts_every == 0:
-            write_rollouts(self.recipe.run_folder / "rollouts" / f"step_{step:06d}.parquet", step, everything, self.inputs, self.mesh)
         metrics = self.sample_metrics(collected, everything) | staleness(collected.responses, step, self.mesh)
         metrics |= updated | self.engine.refit_metrics()
         clock.times["reward"] = over_world([collected.reward_seconds], self.mesh, "max")[0]
@@ -137,7 +142,7 @@ class Trainer:
             "sampling/refills": collected.refills,
             "sampling/groups": len(collected.groups),
             "sampling/with_advantage": learned,
-            "time/idle_share": 1.0 - collected.busy_s / collected.span_s if self.engine.engines > 1 and collected.span_s else None,
+            "rollout/idle_share": 1.0 - collected.busy_s / collected.span_s if self.engine.engines > 1 and collected.span_s else None,
             "packing/padding": padding / max(tokens, 1),
         }
 
@@ -147,6 +152,7 @@ class Trainer:
             return {}
         found = self.prefetch.evaluate(self.inputs.held_out)
         if found.metrics["eval/errors"] == found.responses:
+            self.rollout_files.settle()
             raise Stopped(all_failed(found.responses, self._first(found.first_error)))
         if self.mesh.is_rank_zero:
             write_evaluation(self.recipe.run_folder, step, found.accuracies, self.inputs.held_out)
@@ -159,6 +165,7 @@ class Trainer:
         return next(error for error in errors if error)
 
     def close(self) -> None:
+        self.rollout_files.settle()
         if self.verifiers is not None:
             self.verifiers.close()
         self.engine.close()
@@ -169,7 +176,7 @@ def train(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     updates = recipe.train.steps * recipe.train.minibatches
     learner = build_learner(inputs, recipe, mesh, updates=updates)
     run = Run(recipe, mesh, inputs, learner)
-    trainer = Trainer(recipe, mesh, inputs, learner)
+    trainer = Trainer(recipe, mesh, inputs, learner, writer=run.writer)
     trainer.engine.progress = run.job.progress
     run.begin()
     if run.state is not None:

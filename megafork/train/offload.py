@@ -18,7 +18,7 @@ class Offload:
 
     def __init__(self, model: Sequence[Any], optimizer: Any, device: torch.device) -> None:
         self._optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-        buffers = [buffer for chunk in model for buffer in chunk.buffers]
+        buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         self._gradients = [buffer.grad_data for buffer in buffers]
         self._sizes = [gradient.untyped_storage().nbytes() for gradient in self._gradients]
         self._weights = {_place(buffer.param_data) for buffer in buffers}

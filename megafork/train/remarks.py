@@ -58,7 +58,7 @@ def _why_empty(accuracy: float) -> str:
 def mismatch(metrics: Mapping[str, float], recipe: Recipe) -> str | None:
     """Why not to train on the first step: at equal weights, roll-out and trainer differ by more than precision explains. None if fine."""
     precision = recipe.precision
-    kind = "fp8" if precision.rollout_fp8 or precision.train_fp8 else precision.dtype
+    kind = "fp8" if precision.rollout_fp8 or precision.train_fp8 or recipe.rollout.cache_is_quantised else precision.dtype
     limit = MISMATCH[kind] if recipe.rollout.max_mismatch is None else recipe.rollout.max_mismatch
     kl = metrics["rollout_mismatch/kl"]
     if kl <= limit:  # False for NaN

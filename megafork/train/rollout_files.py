@@ -4,22 +4,26 @@ the log-prob and whether it is a fork), and the accuracy on each held-out prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megafork.data.prompts import Prompt, problems
 from megafork.files import whole
 from megafork.parallel.mesh import Mesh
-from megafork.rl.batch import MicroBatch
+from megafork.recipe import Recipe
+from megafork.rl.batch import MicroBatch, Response
 from megafork.run_folder import evaluation_file
 from megafork.train.inputs import Inputs
+from megafork.train.writer import Writer
 
 SCHEMA = pa.schema(
     [
@@ -42,24 +46,64 @@ SCHEMA = pa.schema(
 )
 
 
-def write_rollouts(file: Path, step: int, micros: list[MicroBatch], inputs: Inputs, mesh: Mesh) -> None:
-    """Write the step's responses from the ranks that trained on them. Every rank must call.
+class _Columns(NamedTuple):
+    response: Response
+    entropy: Tensor
+    log_prob: Tensor
+    mask: Tensor
 
-    Rank 0 writes, and receives one DP rank's rows at a time, so it never holds more than two shares of them. The write is atomic.
-    """
-    rows = _rows(step, micros, inputs, mesh) if mesh.is_last_stage else []
-    sender = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0
-    senders: list[int] = [0] * mesh.world
-    dist.all_gather_object(senders, int(sender))
-    with ExitStack() as opened:
-        writer = None
-        if mesh.is_rank_zero:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            writer = opened.enter_context(pq.ParquetWriter(opened.enter_context(whole(file)), SCHEMA, compression="zstd"))
-        for rank in (rank for rank, sends in enumerate(senders) if sends):
-            part = _receive(rows, rank, mesh)
-            if writer is not None and part:
-                writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
+
+class RolloutFiles:
+    """Writes rollouts/step_000012.parquet in the background. Every rank creates one, and all ranks call each method together."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, mesh: Mesh, writer: Writer) -> None:
+        self._every = recipe.log.rollouts_every
+        self._folder = recipe.run_folder / "rollouts"
+        self._inputs = inputs
+        self._mesh = mesh
+        self._writer = writer
+        sends = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0
+        every: list[bool] = [False] * mesh.world
+        dist.all_gather_object(every, sends)
+        self._senders = [rank for rank, sends in enumerate(every) if sends]
+        self._group = dist.new_group(backend="gloo")  # its own: a thread uses it during training
+
+    def write(self, step: int, micros: list[MicroBatch]) -> None:
+        """Write the step's responses from the ranks that trained on them, if this step's are wanted."""
+        if not self._every or step % self._every:
+            return
+        columns = list(_columns(micros, self._mesh)) if self._mesh.is_last_stage else []
+        held = columns if self._mesh.rank in self._senders else []
+        self._writer.begin(f"{self._folder}: step {step}", partial(self._write, step, held))
+
+    def settle(self) -> None:
+        """Wait until everything is written."""
+        self._writer.settle()
+
+    def _write(self, step: int, held: list[_Columns]) -> None:
+        """Rank 0 writes, and receives one DP rank's rows at a time, so it never holds more than two shares of them. The write is atomic."""
+        rows = _rows(step, held, self._inputs)
+        with ExitStack() as opened:
+            writer = None
+            if self._mesh.is_rank_zero:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = opened.enter_context(whole(self._folder / f"step_{step:06d}.parquet"))
+                writer = opened.enter_context(pq.ParquetWriter(file, SCHEMA, compression="zstd"))
+            for rank in self._senders:
+                part = self._receive(rows, rank)
+                if writer is not None and part:
+                    writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
+
+    def _receive(self, rows: list[dict[str, Any]], source: int) -> list[dict[str, Any]]:
+        """Receive rank `source`'s rows on rank 0."""
+        if source == 0 or self._mesh.rank not in (0, source):
+            return rows if self._mesh.is_rank_zero else []
+        box: list[Any] = [rows]
+        if self._mesh.rank == source:
+            dist.send_object_list(box, dst=0, group=self._group)
+            return []
+        dist.recv_object_list(box, src=source, group=self._group)
+        return box[0]
 
 
 def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], held_out: Sequence[Prompt]) -> None:
@@ -71,41 +115,36 @@ def write_evaluation(run_folder: Path, step: int, accuracies: Sequence[float], h
         unfinished.write_text(json.dumps({"step": step, "accuracies": list(accuracies), "problems": problems(held_out)}) + "\n")
 
 
-def _receive(rows: list[dict[str, Any]], source: int, mesh: Mesh) -> list[dict[str, Any]]:
-    """Receive rank `source`'s rows on rank 0."""
-    if source == 0 or mesh.rank not in (0, source):
-        return rows if mesh.is_rank_zero else []
-    box: list[Any] = [rows]
-    if mesh.rank == source:
-        dist.send_object_list(box, dst=0)
-        return []
-    dist.recv_object_list(box, src=source)
-    return box[0]
-
-
-def _rows(step: int, micros: list[MicroBatch], inputs: Inputs, mesh: Mesh) -> list[dict[str, Any]]:
-    rows = []
+def _columns(micros: list[MicroBatch], mesh: Mesh) -> Iterator[_Columns]:
+    """Each response with its entropies, log-probs and mask, in host memory. Every CP rank must call."""
     for micro in micros:
         columns = [micro.by_response(values, mesh.cp_group) for values in (micro.entropy, micro.old_log_prob, micro.mask)]
-        for response, entropy, log_prob, mask in zip(micro.responses, *columns, strict=True):
-            tokens = response.tokens.tolist()
-            rows.append(
-                {
-                    "step": step,
-                    "prompt_index": response.prompt,
-                    "prompt": inputs.train[response.prompt].text,
-                    "sample": response.sample,
-                    "response": inputs.tokenizer.decode(tokens),
-                    "reward": response.reward,
-                    "accuracy": response.accuracy,
-                    "advantage": response.advantage,
-                    "truncated": response.truncated,
-                    "tokens": tokens,
-                    "pieces": inputs.tokenizer.pieces(tokens),
-                    "entropies": entropy.tolist(),
-                    "log_probs": log_prob.tolist(),
-                    "mask": mask.to(torch.bool).tolist(),
-                    "versions": response.versions.tolist(),
-                }
-            )
+        for response, *values in zip(micro.responses, *columns, strict=True):
+            entropy, log_prob, mask = (value.cpu() for value in values)
+            yield _Columns(response, entropy, log_prob, mask)
+
+
+def _rows(step: int, held: list[_Columns], inputs: Inputs) -> list[dict[str, Any]]:
+    rows = []
+    for response, entropy, log_prob, mask in held:
+        tokens = response.tokens.tolist()
+        rows.append(
+            {
+                "step": step,
+                "prompt_index": response.prompt,
+                "prompt": inputs.train[response.prompt].text,
+                "sample": response.sample,
+                "response": inputs.tokenizer.decode(tokens),
+                "reward": response.reward,
+                "accuracy": response.accuracy,
+                "advantage": response.advantage,
+                "truncated": response.truncated,
+                "tokens": tokens,
+                "pieces": inputs.tokenizer.pieces(tokens),
+                "entropies": entropy.tolist(),
+                "log_probs": log_prob.tolist(),
+                "mask": mask.to(torch.bool).tolist(),
+                "versions": response.versions.tolist(),
+            }
+        )
     return sorted(rows, key=lambda row: (row["prompt_index"], row["sample"]))

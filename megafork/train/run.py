@@ -16,12 +16,14 @@ from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe
 from megafork.run_folder import ORIGIN, origin
 from megafork.train.batch_job import BatchJob
-from megafork.train.boards import open_boards
+from megafork.train.boards import Unhurried, open_boards
 from megafork.train.clock import Clock
 from megafork.train.inputs import Inputs, check_resume
 from megafork.train.learner import Learner
 from megafork.train.metrics import RunLog
 from megafork.train.profile import profiled
+from megafork.train.stopped import Stopped
+from megafork.train.writer import Writer
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.huggingface import write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
@@ -37,10 +39,6 @@ def unsaved(step: int, state: Mapping[str, Any], clock: Clock) -> None:
     """A `Save` that saves nothing."""
 
 
-class Stopped(RuntimeError):
-    """A run ends before its last step, for a reason that needs no traceback. The same command continues it."""
-
-
 class Run:
     """Every rank creates one, after its learner, and all ranks call each method together, `begin` first. Only rank 0 writes the log."""
 
@@ -52,6 +50,7 @@ class Run:
         self.learner = learner
         spec = recipe.checkpoint
         self.checkpoints = Checkpoints(recipe.run_folder / "checkpoints", mesh, keep_last=spec.keep_last, asynchronous=spec.background)
+        self.writer = Writer()
         self.job = BatchJob(mesh)
         self.start = check_resume(recipe, inputs)
         """The last step completed by previous processes."""
@@ -112,6 +111,8 @@ class Run:
         if (self._due(step) or stop is not None) and self._saved != step:
             self.job.beat(step, "checkpoint")
             self._save(step, state)
+        if self._saved == step:
+            self.writer.settle()  # a run that continues after the checkpoint does not repeat what comes before it
         skipping = self.learner.skips_in_a_row >= SKIPS_IN_A_ROW
         self.checkpoints.settle(wait=skipping or self._asked or stop is not None)
         self.job.ended(step)
@@ -128,7 +129,8 @@ class Run:
             )
 
     def close(self) -> None:
-        """Wait for the last checkpoint, and export the model."""
+        """Wait for the last checkpoint and for files still being written, and export the model."""
+        self.writer.settle()
         self.checkpoints.settle(wait=True)
         if self.recipe.checkpoint.export_hf:
             self._export_hf()
@@ -170,7 +172,7 @@ class Run:
             folder,
             steps=self.recipe.train.steps,
             resume_step=self.start,
-            boards=open_boards(self.recipe, self.start),
+            boards=[Unhurried(board, self.writer) for board in open_boards(self.recipe, self.start)],
             text=self.recipe.log.text,
             show_every=show_every,
         )

@@ -21,7 +21,7 @@ from megafork.train.learner import Learner
 from megafork.train.summary import mismatch_metrics
 
 FIRST = 16
-"""Responses that the first step scores at least, to check that roll-out and trainer compute the same model."""
+"""Responses that the first step scores where others score none, to check that roll-out and trainer compute the same model."""
 
 
 def set_old(
@@ -29,15 +29,15 @@ def set_old(
 ) -> dict[str, float]:
     """Set `old_log_prob` and `entropy` of a step's micro-batches (last stage). Every rank must call, with as many micro-batches.
 
-    first: whether some responses must be scored by the trainer, whatever `rollout.mismatch_responses` is. Times `score`, if it scores
-    all, or `compare`. Returns the metrics `rollout_mismatch/*` of the scored responses, the same on every rank; {} if there are none.
+    first: whether the trainer must score some responses even if `rollout.mismatch_responses` is 0. Times `score`, if it scores all, or
+    `compare`. Returns the metrics `rollout_mismatch/*` of the scored responses, the same on every rank; {} if there are none.
     """
     metrics: dict[str, float] = {}
     if recipe.scores_everything:
         with clock("score"):
             learner.score(micros)
             metrics = _mismatch(micros, recipe, groups, learner.mesh, step)
-    elif count := max(recipe.rollout.mismatch_responses, FIRST if first else 0):
+    elif count := recipe.rollout.mismatch_responses or (FIRST if first else 0):
         with clock("compare"):
             scored = sample(micros, count, recipe, learner.mesh, step)
             learner.score(scored)
@@ -68,15 +68,12 @@ def sample(micros: list[MicroBatch], count: int, recipe: Recipe, mesh: Mesh, ste
 
 
 def _mismatch(micros: list[MicroBatch], recipe: Recipe, groups: ForkGroups, mesh: Mesh, step: int) -> dict[str, float]:
-    masks: list[tuple[Tensor, Tensor]] = []
+    forks: list[tuple[Tensor, Tensor]] = []
     if recipe.forks.entropy_from == "rollout" and mesh.is_last_stage:
-        ours, theirs = _with(micros, "entropy"), _with(micros, "rollout_entropy")
+        ours, theirs = [replace(micro) for micro in micros], [replace(micro, entropy=micro.rollout_entropy) for micro in micros]
+        if recipe.loss.old_log_prob != "score":  # which some rules read
+            theirs = [replace(micro, old_log_prob=micro.rollout_log_prob) for micro in theirs]
         for either in (ours, theirs):
             select_forks(either, recipe.forks, groups, seed=recipe.run.seed, step=step)
-        masks = [(one.mask, other.mask) for one, other in zip(ours, theirs, strict=True)]
-    return mismatch_metrics(micros, masks, mesh)
-
-
-def _with(micros: list[MicroBatch], entropies: str) -> list[MicroBatch]:
-    """Copies whose `entropy` is that attribute."""
-    return [replace(micro, entropy=getattr(micro, entropies)) for micro in micros]
+        forks = [(one.fork, other.fork) for one, other in zip(ours, theirs, strict=True)]
+    return mismatch_metrics(micros, forks, mesh)

@@ -40,6 +40,7 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
             "grad_norm": update["grad_norm"],
             "lr": update["lr"],
             "update/skipped": update["skipped"],
+            **learner.expert_metrics(),
             **clock.metrics(tokens, mesh),
         }
         run.end_step(last, {"order": order.state()})

@@ -31,25 +31,41 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
     }
 
 
-def mismatch_metrics(micros: list[MicroBatch], masks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
-    """Mismatch between the engine's and the trainer's log-probs and, if `masks` is given, entropies, on scored micro-batches.
+def _k3(log_ratio: Tensor) -> Tensor:
+    """r - 1 - log r of each token, fp32, 0 or more; its mean over tokens that p_rollout drew is KL(rollout || trainer)."""
+    wide = log_ratio.double()
+    return (torch.expm1(wide) - wide).clamp(min=0.0).float()
 
-    masks: for each micro-batch, the forks by the trainer's entropies and those by the engine's; they are read on the last stage.
+
+def mismatch_metrics(micros: list[MicroBatch], forks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Mismatch between the engine's and the trainer's log-probs and, if `forks` is given, entropies, on scored micro-batches.
+
+    forks: for each micro-batch, those by the trainer's entropies and those by the engine's; they are read on the last stage.
     """
+    levels: dict[str, float] = {}
     sums: dict[str, Tensor | float] = {}
     worst: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
         delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
-        sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum()}
+        found = percentiles(_k3(delta), (0.5, 0.95, 0.99), group=mesh.token_group)
+        levels = dict(zip(("rollout_mismatch/kl_p50", "rollout_mismatch/kl_p95", "rollout_mismatch/kl_p99"), found, strict=True))
+        sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum(), "k1": -delta.sum()}
+        sums |= {"ratio": delta.clamp(max=300.0).exp().sum(), "square": (2.0 * delta.clamp(max=300.0)).exp().sum()}
         worst = {"delta": delta.abs().max() if delta.numel() else 0.0}
-        if masks:
+        if forks:
             apart = torch.cat([micro.entropy - micro.rollout_entropy for micro in micros]).double()
             sums["entropy"] = apart.abs().sum()
-            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in masks]).sum()
-            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in masks]).sum()
+            sums["differ"] = torch.stack([(ours ^ theirs).sum() for ours, theirs in forks]).sum()
+            sums["forks"] = torch.stack([ours.sum() + theirs.sum() for ours, theirs in forks]).sum()
     total = over_tokens(sums, mesh)
     tokens = max(total["tokens"], 1)
-    metrics = {"rollout_mismatch/kl": total["kl"] / tokens, "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"]}
+    metrics = {
+        "rollout_mismatch/kl": total["kl"] / tokens,
+        "rollout_mismatch/max": over_tokens(worst, mesh, "max")["delta"],
+        "rollout_mismatch/k1": total["k1"] / tokens,
+        "rollout_mismatch/ess": total["ratio"] ** 2 / (total["square"] or 1.0) / tokens,
+        **from_last_stage(levels, mesh),
+    }
     if "forks" in total:
         metrics["rollout_mismatch/entropy"] = total["entropy"] / tokens
         metrics["rollout_mismatch/mask"] = total["differ"] / max(total["forks"], 1)
@@ -75,7 +91,12 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
     learned = max(sum(update["tokens"] for update in updates), 1)
     capped = {
         f"loss/{name}": sum(update[key] for update in updates) / learned
-        for name, key in (("importance", "importance"), ("capped_fraction", "capped"))
+        for name, key in (
+            ("importance", "importance"),
+            ("capped_fraction", "capped"),
+            ("masked_fraction", "masked"),
+            ("reference_kl", "reference_kl"),
+        )
         if key in updates[0]
     }
     return {
@@ -89,6 +110,7 @@ def update_metrics(micros: list[MicroBatch], thresholds: list[Selection], update
         "loss/clip_fraction": sum(update["clipped"] for update in updates) / learned,
         "loss/approx_kl": sum(update["kl"] for update in updates) / learned,
         "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
+        "update/tokens": sum(update["tokens"] for update in updates),
         "update/skipped": sum(update["skipped"] for update in updates),
         "lr": updates[-1]["lr"],
     }

@@ -9,8 +9,10 @@ from functools import cache, partial
 from megafork.parallel.reduce import from_last_stage
 from megafork.recipe import Recipe
 from megafork.rl.batch import MicroBatch
+from megafork.rl.covariance import restrain
 from megafork.rl.forks import ForkGroups, Selection, select_forks
 from megafork.rl.loss import policy_loss, set_weights
+from megafork.rl.mismatch import set_response_corrections
 from megafork.rl.objectives import objective_named
 from megafork.train.clock import Clock
 from megafork.train.learner import Learner
@@ -41,11 +43,17 @@ def update_policy(
         found = select_forks(micros, recipe.forks, groups, seed=recipe.run.seed, step=step) if mesh.is_last_stage else None
         thresholds.append(from_last_stage(found, mesh))
 
-    metrics = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
+    compared = set_old(learner, everything, recipe, groups, step=step, clock=clock, first=check is not None)
     if check is not None:
-        check(metrics)
+        check(compared)
+    logged = recipe.scores_everything or recipe.rollout.mismatch_responses  # or the first step after a resumption would log more
+    if recipe.loss.kl.kept:
+        with clock("reference"):
+            learner.score_reference(everything)
     with clock("update"):
-        metrics |= entropy_metrics(everything, groups, mesh)
+        metrics = entropy_metrics(everything, groups, mesh) | (compared if logged else {})
+        if mesh.is_last_stage:
+            set_response_corrections(everything, recipe.loss, mesh.cp_group)
         if recipe.forks.scope == "batch":
             select(everything)
         for mini in minibatches:
@@ -55,5 +63,6 @@ def update_policy(
                 select(mini)
             if mesh.is_last_stage:
                 set_weights(mini, recipe.forks, recipe.loss, groups)
-            updates.append(learner.train(mini, loss))
-    return metrics | update_metrics(everything, thresholds, updates, mesh)
+                restrain(mini, recipe.loss, groups, seed=recipe.run.seed, step=step)
+            updates.append(learner.train(mini, loss, entropy_bonus=recipe.loss.entropy_bonus))
+    return metrics | update_metrics(everything, thresholds, updates, mesh) | learner.expert_metrics()

@@ -33,20 +33,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter of the whole model: a family's rule and, for layer parameters, the layer's number across all stages."""
+    """One Megatron parameter of the whole model: a family's rule and, for layer parameters, the layer's number across all stages; for an
+    expert's, the expert's number across all ranks."""
 
     family: Family
     rule: Rule
     layer: int | None = None
+    expert: int | None = None
 
     @property
     def name(self) -> str:
         """The parameter's global name."""
-        return self.rule.megatron if self.layer is None else f"{LAYERS}.{self.layer}.{self.rule.megatron}"
+        inner = self.rule.megatron.replace("*", str(self.expert))
+        return inner if self.layer is None else f"{LAYERS}.{self.layer}.{inner}"
 
     def huggingface(self) -> tuple[str, ...]:
         """Names of the Hugging Face tensors in it."""
-        return tuple(self.family.hf_name(tensor, self.layer) for tensor in self.rule.tensors)
+        return tuple(self.family.hf_name(tensor, self.layer, self.expert) for tensor in self.rule.tensors)
 
 
 def parameters(shape: Shape) -> Iterator[Parameter]:
@@ -55,11 +58,20 @@ def parameters(shape: Shape) -> Iterator[Parameter]:
     family = shape.family
     yield Parameter(family, family.embedding)
     for layer in range(shape.layers):
-        for rule in family.layer:
-            yield Parameter(family, rule, layer)
+        yield from layer_parameters(shape, layer)
     yield Parameter(family, family.final_norm)
     if not shape.tied:
         yield Parameter(family, family.head)
+
+
+def layer_parameters(shape: Shape, layer: int) -> Iterator[Parameter]:
+    """Every parameter of one layer."""
+    family, sparse = shape.family, shape.is_sparse(layer)
+    for rule in family.sparse_layer if sparse else family.layer:
+        yield Parameter(family, rule, layer)
+    for expert in range(shape.mixture.experts) if sparse else ():
+        for rule in family.experts:
+            yield Parameter(family, rule, layer, expert)
 
 
 def stage_of(parameter: Parameter, shape: Shape, layout: Parallel) -> int:
@@ -67,6 +79,28 @@ def stage_of(parameter: Parameter, shape: Shape, layout: Parallel) -> int:
     if parameter.layer is not None:
         return stage_of_layer(shape.layers, layout)[parameter.layer]
     return 0 if parameter.rule is shape.family.embedding else layout.pp - 1
+
+
+class Shards(NamedTuple):
+    """Which ranks of a pipeline stage hold which shard of a parameter: rank r of the stage, counted from its first, holds shard
+    r % every - first. Ranks for which that is not between 0 and `parts` - 1 hold none."""
+
+    parts: int
+    first: int
+    every: int
+
+    def of(self, rank: int) -> int | None:
+        """The shard of rank `rank` of the stage."""
+        shard = rank % self.every - self.first
+        return shard if 0 <= shard < self.parts else None
+
+
+def shards_of(parameter: Parameter, shape: Shape, layout: Parallel) -> Shards:
+    """How a parameter is split over a stage. Ranks are in Megatron's order: tp fastest, but for experts first etp, then ep."""
+    if parameter.expert is None:
+        return Shards(layout.tp, 0, layout.tp)
+    group = parameter.expert // (shape.mixture.experts // layout.ep)
+    return Shards(layout.expert_tp, group * layout.expert_tp, layout.expert_tp * layout.ep)
 
 
 def huggingface_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ its share, and no GPU memory is used. Files and keys are those of Megatron's `fu
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,32 +18,51 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch import Tensor
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 """The fp32 weights and Adam's two moments."""
 _FORMAT = "fully_reshardable"
+_OF_EXPERTS = "is_expert_parallel"
 
 
 def optimizer_content(optimizer: Any, model: dict[str, Any], *, loading: bool) -> Any:
-    """The optimizer's state dict for `dist_checkpointing` to save or load. `model`: the model's sharded state. Every rank must call."""
-    inner = _inner(optimizer)
-    content = [{**one.state_dict(), "param_state": _sharded(one, model, loading), "param_state_sharding_type": _FORMAT} for one in inner]
-    return content[0] if len(content) == 1 else dict(enumerate(content))
+    """The optimizer's state dict for `dist_checkpointing` to save or load. `model`: the model's sharded state. Every rank must call.
+
+    With expert parallelism Megatron has an optimizer for the experts beside the one for all else. They have the same settings and count the
+    same steps, which are stored once, so that a checkpoint loads under a layout with one optimizer as well.
+    """
+    numbered = list(_numbered(optimizer))
+    parts = (_sharded(inner, parameters, model, loading) for inner, parameters in numbered)
+    shared = numbered[0][0].state_dict()
+    return {**shared, "param_state": dict(itertools.chain(*(part.items() for part in parts))), "param_state_sharding_type": _FORMAT}
 
 
 @torch.no_grad()
 def load_optimizer(optimizer: Any, loaded: Any) -> None:
     """Put loaded `optimizer_content` into the optimizer. Every rank must call."""
-    inner = _inner(optimizer)
-    for one, content in zip(inner, [loaded] if len(inner) == 1 else [loaded[n] for n in range(len(inner))], strict=True):
-        own = {key: value for key, value in content.items() if key not in ("param_state", "param_state_sharding_type")}
-        one.load_state_dict(own)
-        _take(one, content.get("param_state", {}))
+    shared = {key: value for key, value in loaded.items() if key not in ("param_state", "param_state_sharding_type")}
+    for inner, parameters in _numbered(optimizer):
+        groups = [_settings(group, shared["optimizer"]["param_groups"]) for group in inner.optimizer.param_groups]
+        inner.load_state_dict({**shared, "optimizer": {**shared["optimizer"], "param_groups": groups}})
+        _take(inner, parameters, loaded.get("param_state", {}))
 
 
-def _inner(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+def _settings(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved settings of a group of parameters, which are those of experts and of others alike."""
+    own = {key: group[key] for key in param_group_identifier_keys}
+    shared = own.keys() - {_OF_EXPERTS}
+    return {**next(other for other in saved if all(other[key] == own[key] for key in shared)), _OF_EXPERTS: own[_OF_EXPERTS]}
+
+
+def _numbered(optimizer: Any) -> Iterator[tuple[Any, list[_Parameter]]]:
+    """The distributed optimizers with their parameters, numbered one after the other."""
+    first = 0
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = _parameters(inner, first)
+        first += len(parameters)
+        yield inner, parameters
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,7 @@ class _Parameter:
     """The data-parallel rank that writes and reads it."""
 
 
-def _parameters(inner: Any) -> list[_Parameter]:
+def _parameters(inner: Any, first_number: int) -> list[_Parameter]:
     """The parameters of this rank's stage and tensor-parallel share; the same on every data-parallel rank."""
     world = inner.data_parallel_group.size()
     found: list[tuple[Any, tuple[range, ...]]] = []
@@ -73,12 +93,12 @@ def _parameters(inner: Any) -> list[_Parameter]:
         load, rank = heapq.heappop(loads)
         keepers[number] = rank
         heapq.heappush(loads, (load + found[number][0].numel(), rank))
-    return [_Parameter(number, module, slices, keepers[number]) for number, (module, slices) in enumerate(found)]
+    return [_Parameter(first_number + n, module, slices, keepers[n]) for n, (module, slices) in enumerate(found)]
 
 
-def _sharded(inner: Any, model: dict[str, Any], loading: bool) -> dict[int, dict[str, Any]]:
+def _sharded(inner: Any, parameters: list[_Parameter], model: dict[str, Any], loading: bool) -> dict[int, dict[str, Any]]:
     """The parameters that this rank keeps, by number: one sharded tensor per kind, uninitialised if `loading`."""
-    parameters, rank = _parameters(inner), inner.data_parallel_group.rank()
+    rank = inner.data_parallel_group.rank()
     tensors, _ = extract_sharded_tensors_and_factories(model)
     described = {id(sharded.data): sharded for sharded in _flat(tensors)}
     mine = [parameter for parameter in parameters if parameter.keeper == rank]
@@ -119,9 +139,9 @@ def _to_keepers(inner: Any, parameters: list[_Parameter], kind: str) -> Iterator
         yield torch.cat([next(part) for part in parts])
 
 
-def _take(inner: Any, content: dict[int, dict[str, Tensor]]) -> None:
+def _take(inner: Any, parameters: list[_Parameter], content: dict[int, dict[str, Tensor]]) -> None:
     """Send parameters from the ranks that read them to the ranks that hold slices of them. Every data-parallel rank must call."""
-    parameters, rank, world = _parameters(inner), inner.data_parallel_group.rank(), inner.data_parallel_group.size()
+    rank, world = inner.data_parallel_group.rank(), inner.data_parallel_group.size()
     mine = [p for p in parameters if p.keeper == rank]
     needs = [[p for p in parameters if p.keeper == other and len(p.slices[rank])] for other in range(world)]
     found: dict[int, dict[str, Tensor]] = {p.number: {} for part in needs for p in part}

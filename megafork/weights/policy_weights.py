@@ -14,16 +14,21 @@ from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
 from megafork.shape import UNFUSED, Shape
 from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, pieces, shard_shape, stage_of
+from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, pieces, shard_shape, shards_of, stage_of
+
+_EXPERTS = "mlp.experts.local_experts."
 
 
 def global_name(chunk: Policy, name: str) -> str:
-    """A parameter's name in plain layers, with the layer numbered within the whole model instead of within this stage."""
+    """A parameter's name in plain layers, with layer and expert numbered within the whole model instead of within this stage or rank."""
     if not name.startswith(f"{LAYERS}."):
         return name
     head, _, rest = name.removeprefix(f"{LAYERS}.").partition(".")
-    rest = UNFUSED.get(rest, rest)
-    return f"{LAYERS}.{chunk.decoder.layers[int(head)].layer_number - 1}.{rest}"
+    layer = chunk.decoder.layers[int(head)]
+    if rest.startswith(_EXPERTS):
+        expert, _, inner = rest.removeprefix(_EXPERTS).partition(".")
+        rest = f"{_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}.{inner}"
+    return f"{LAYERS}.{layer.layer_number - 1}.{UNFUSED.get(rest, rest)}"
 
 
 def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:
@@ -40,13 +45,14 @@ def load_policy(chunks: list[Policy], source: HuggingFaceWeights, shape: Shape, 
     if shape.tied:
         head = Parameter(shape.family, shape.family.tied_head)
         wanted[head.name] = head
-    tp = mesh.layout.tp
     with torch.no_grad():
         for name, local in local_parameters(chunks).items():
             parameter = wanted[name]
-            assert tuple(local.shape) == shard_shape(parameter, shape, tp), f"{name}: {tuple(local.shape)}"
+            shards = shards_of(parameter, shape, mesh.layout)
+            shard = shards.of(mesh.rank_in_stage)
+            assert shard is not None and tuple(local.shape) == shard_shape(parameter, shape, shards.parts), f"{name}: {tuple(local.shape)}"
             local.zero_()
-            for piece in pieces(parameter, shape, tp, mesh.tp_rank):
+            for piece in pieces(parameter, shape, shards.parts, shard):
                 tensor = source.read(piece.name, piece.rows, piece.columns)
                 local[piece.at : piece.at + tensor.size(0)].copy_(tensor)
 
@@ -58,14 +64,11 @@ def export_policy(chunks: list[Policy], shape: Shape, mesh: Mesh) -> Iterator[tu
     Peak extra memory is twice the full size of one parameter. The tensors are fresh: the receiver may keep them.
     """
     local = local_parameters(chunks)
-    layout = mesh.layout
     for parameter in parameters(shape):
-        stage = stage_of(parameter, shape, layout)
-        size = shard_shape(parameter, shape, layout.tp)
-        shards = _gather(local.get(parameter.name), size, stage, mesh, next(iter(local.values())))
+        shards = _gather(parameter, local.get(parameter.name), shape, mesh, next(iter(local.values())))
         full: dict[str, Tensor] = {}
         for rank, shard in enumerate(shards):
-            for piece in pieces(parameter, shape, layout.tp, rank):
+            for piece in pieces(parameter, shape, len(shards), rank):
                 part = shard[piece.at : piece.at + piece.rows[1] - piece.rows[0]]
                 target = full.get(piece.name)
                 if target is None:
@@ -85,12 +88,20 @@ class WholeWeights:
         return self._export()
 
 
-def _gather(local: Tensor | None, size: tuple[int, ...], stage: int, mesh: Mesh, like: Tensor) -> list[Tensor]:
-    """Every TP rank's shard, on every rank of the replica."""
-    shards = [like.new_empty(size) for _ in range(mesh.layout.tp)]
+def _gather(parameter: Parameter, local: Tensor | None, shape: Shape, mesh: Mesh, like: Tensor) -> list[Tensor]:
+    """Every shard of a parameter, on every rank of the replica."""
+    spread, stage = shards_of(parameter, shape, mesh.layout), stage_of(parameter, shape, mesh.layout)
+    shards = [like.new_empty(shard_shape(parameter, shape, spread.parts)) for _ in range(spread.parts)]
     if mesh.pp_rank == stage:
-        assert local is not None
-        dist.all_gather(shards, local.detach().contiguous(), group=mesh.tp_group)
+        group = mesh.sharing_group(experts=parameter.expert is not None)
+        if spread.parts == group.size():
+            assert local is not None
+            dist.all_gather(shards, local.detach().contiguous(), group=group)
+        else:  # the group's other ranks hold other experts
+            for number, shard in enumerate(shards):
+                if local is not None and number == spread.of(mesh.rank_in_stage):
+                    shard.copy_(local.detach())
+                dist.broadcast(shard, dist.get_global_rank(group, spread.first + number), group=group)
     if mesh.layout.pp > 1:
         group = mpu.get_pipeline_model_parallel_group()
         source = dist.get_global_rank(group, stage)

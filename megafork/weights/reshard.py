@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from megafork.recipe import Parallel
 from megafork.shape import Shape, Span
-from megafork.weights.mapping import Parameter, Piece, full_shape, parameters, pieces, stage_of
+from megafork.weights.mapping import Parameter, Piece, Shards, full_shape, parameters, pieces, shards_of, stage_of
 
 Part = tuple[Span, Span | None]
 """Rows and columns of a Hugging Face tensor; columns None if it is one-dimensional."""
@@ -83,9 +83,10 @@ class Reshard:
     @cached_property
     def alike(self) -> list[tuple[list[Parameter], int]]:
         """One representative of each group of buckets with the same transfers, and the group's size."""
-        kinds: dict[tuple[int, str, int], list[list[Parameter]]] = {}
+        kinds: dict[tuple[int, str, int, int], list[list[Parameter]]] = {}
         for bucket in self.buckets:
-            kinds.setdefault((self.stage(bucket[0]), bucket[0].rule.megatron, self._turn(bucket[0])), []).append(bucket)
+            first = bucket[0]
+            kinds.setdefault((self.stage(first), first.rule.megatron, len(bucket), self._turn(first)), []).append(bucket)
         return [(buckets[0], len(buckets)) for buckets in kinds.values()]
 
     @property
@@ -142,19 +143,21 @@ class Reshard:
         """Ranks that may get something of a parameter from this one: those of its node, and those of the nodes for which it is `_far`."""
         own = rank // self.node
         yield from self._ranks(own)
-        if rank not in self._holders(parameter):
+        stage = self._holders(parameter)
+        shard = self._spread(parameter).of(rank - stage.start) if rank in stage else None
+        if shard is None:
             return
-        holders = self._holders(parameter)[rank % self.layout.tp :: self.layout.tp]
+        holders = self._holding(parameter, shard)
         first = (holders.index(rank) - self._turn(parameter)) % len(holders)
         for node in range(first, -(-self.world // self.node), len(holders)):
             if node != own:
                 yield from self._ranks(node)
 
     def _shards(self, target: int, parameter: Parameter) -> range:
-        """TP ranks whose shards a rank needs: all, or one of those of a parameter that each of them holds whole."""
+        """The shards that a rank needs: all, or one TP rank's of a parameter that each of them holds whole."""
         tp = self.layout.tp
         if parameter.rule.kind != "replicated":
-            return range(tp)
+            return range(self._spread(parameter).parts)
         holders, own = self._holders(parameter), target % tp
         shared = [rank % tp for rank in self._ranks(target // self.node) if rank in holders]
         # all ranks of a node without a holder must choose the same
@@ -163,15 +166,15 @@ class Reshard:
 
     def _near(self, target: int, parameter: Parameter, shard: int) -> int | None:
         """The rank that holds a shard on the target's node: the target itself if it can be, else any, with the load spread evenly."""
-        holders = self._holders(parameter)[shard :: self.layout.tp]
+        holders = self._holding(parameter, shard)
         if target in holders:
             return target
         near = [rank for rank in self._ranks(target // self.node) if rank in holders]
-        return near[target // self.layout.tp % len(near)] if near else None
+        return near[target // self._spread(parameter).every % len(near)] if near else None
 
     def _far(self, node: int, parameter: Parameter, shard: int) -> int:
         """The holder of a shard that sends it to a node without one, with the load spread evenly."""
-        holders = self._holders(parameter)[shard :: self.layout.tp]
+        holders = self._holding(parameter, shard)
         return holders[(node + self._turn(parameter)) % len(holders)]
 
     def _entry(self, node: int, parameter: Parameter, shard: int, overlap: Overlap) -> int:
@@ -183,16 +186,24 @@ class Reshard:
         return range(node * self.node, min((node + 1) * self.node, self.world))
 
     def _holders(self, parameter: Parameter) -> range:
-        """The ranks of the stage that holds a parameter; the first has its first shard."""
+        """The ranks of the stage that holds a parameter."""
         per_stage = self.world // self.layout.pp
         return range(self.stage(parameter) * per_stage, (self.stage(parameter) + 1) * per_stage)
+
+    def _holding(self, parameter: Parameter, shard: int) -> range:
+        """The ranks that hold a shard of a parameter."""
+        spread = self._spread(parameter)
+        return self._holders(parameter)[spread.first + shard :: spread.every]
+
+    def _spread(self, parameter: Parameter) -> Shards:
+        return shards_of(parameter, self.shape, self.layout)
 
     def _turn(self, parameter: Parameter) -> int:
         """Lets ranks that could do the same work take turns, layer by layer."""
         return (parameter.layer or 0) % self.node
 
     def _overlaps(self, parameter: Parameter, shard: int, engine_rank: int) -> tuple[Overlap, ...]:
-        """What a shard has in common with what an engine's rank loads; the same in every layer."""
+        """What a shard has in common with what an engine's rank loads; the same in every layer and for every expert."""
         key = (parameter.rule.megatron, shard, engine_rank)
         if key not in self._known:
             self._known[key] = tuple(self._intersect(parameter, shard, engine_rank))
@@ -205,7 +216,7 @@ class Reshard:
     def _intersect(self, parameter: Parameter, shard: int, engine_rank: int) -> Iterator[Overlap]:
         names = parameter.huggingface()
         wanted = {name: needed(name, self.shape, self.rollout_tp, engine_rank) for name in names}
-        for piece in pieces(parameter, self.shape, self.layout.tp, shard):
+        for piece in pieces(parameter, self.shape, self._spread(parameter).parts, shard):
             for part in wanted[piece.name]:
                 if common := meet(*part, piece):
                     rows, columns = common

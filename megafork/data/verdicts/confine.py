@@ -27,7 +27,8 @@ class Limits:
     """Limits of one process. `memory_mb` counts only memory mapped after the process is confined."""
 
     memory_mb: int
-    cpu_s: float
+    cpu_s: float | None
+    """None: no limit."""
     file_mb: int
 
 
@@ -56,21 +57,31 @@ def drop_capabilities() -> None:
     _libc.capset(ctypes.byref(header), ctypes.byref(none))
 
 
-def confine(limits: Limits, rules: seccomp.Rules | None, *, boxed: bool, own_file: bool = False) -> None:
-    """Restrict this process for model-written code, inside a sandbox (`boxed`) or outside; `own_file`: for a user's own verifier.
+def confine_own_file(limits: Limits, rules: seccomp.Rules | None) -> None:
+    """Restrict this process and its children for a user's own verifier. It stays hidden, also from them.
 
     Raises OSError if there are `rules` and the kernel has no system-call filters.
     """
     _limit(limits)
+    drop_capabilities()
+    if rules is not None:
+        seccomp.install(rules)
+
+
+def confine(limits: Limits, rules: seccomp.Rules, *, boxed: bool) -> None:
+    """Restrict this process for model-written code, inside a sandbox (`boxed`) or outside.
+
+    Raises OSError if the kernel has no system-call filters.
+    """
+    _limit(limits)
     if boxed:
         show()  # no other process is in the sandbox to look
-    elif os.getuid() == 0 and not own_file and _anybody_reads_python():
+    elif os.getuid() == 0 and _anybody_reads_python():
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     drop_capabilities()
-    if rules is not None:
-        seccomp.install(rules)
+    seccomp.install(rules)
 
 
 def limit_memory(memory_mb: int) -> None:
@@ -80,9 +91,14 @@ def limit_memory(memory_mb: int) -> None:
     _lower(resource.RLIMIT_CORE, 0)
 
 
+def limit_cpu(cpu_s: float) -> None:
+    _lower(resource.RLIMIT_CPU, int(cpu_s) + 1)
+
+
 def _limit(limits: Limits) -> None:
     limit_memory(limits.memory_mb)
-    _lower(resource.RLIMIT_CPU, int(limits.cpu_s) + 1)
+    if limits.cpu_s is not None:
+        limit_cpu(limits.cpu_s)
     _lower(resource.RLIMIT_FSIZE, limits.file_mb << 20)
     _lower(resource.RLIMIT_NOFILE, _OPEN_FILES)
     _lower(resource.RLIMIT_MSGQUEUE, 0)

@@ -40,6 +40,11 @@ class Options:
     kept: Sequence[str]
     """Paths of the sandbox's view that are in its scratch folders."""
 
+    @property
+    def own_file(self) -> bool:
+        """Whether the verifier is in a user's file."""
+        return ":" in self.verifier
+
 
 def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.socket, verdicts: socket.socket) -> None:
     """Judge items until the trainer closes its end. `loaded`: the verifier; None: load it here."""
@@ -53,7 +58,12 @@ def serve(options: Options, loaded: verifiers.Verifier | None, items: socket.soc
             wire.send_word(verdicts, describe(error))
             return
     judging = _judging(options, loaded, (items, verdicts))
-    confine.limit_memory(options.memory_mb)
+    if options.own_file and not options.lasting:
+        # once for all children, who inherit it: for each it would take as long as everything else
+        rules = seccomp.Rules(processes=True, writing=True) if seccomp.supported() else None
+        confine.confine_own_file(_limits(options), rules)
+    else:
+        confine.limit_memory(options.memory_mb)
     wire.send_word(verdicts, wire.READY)
     with items.makefile("rb") as file:
         while (item := wire.receive_item(file)) is not None:
@@ -128,14 +138,22 @@ def _in_child(
 
 
 def _confine(options: Options, parent: int) -> None:
-    own_file = ":" in options.verifier
+    """Confine a child. One that runs a user's file inherits it from the judge, except for the limit of its own CPU time."""
     if not options.boxed:
         die_with_parent(parent)
-    if not own_file:
-        silence(1, 2)
-    limits = confine.Limits(options.memory_mb, options.timeout_s * (os.cpu_count() or 1), sandbox.SCRATCH_MB)
-    rules = seccomp.Rules(processes=own_file, writing=own_file or options.boxed)
-    confine.confine(limits, None if own_file and not seccomp.supported() else rules, boxed=options.boxed, own_file=own_file)
+    cpu_s = options.timeout_s * (os.cpu_count() or 1)
+    if options.own_file:
+        confine.limit_cpu(cpu_s)
+        if options.boxed:
+            confine.show()
+        return
+    silence(1, 2)
+    rules = seccomp.Rules(processes=False, writing=options.boxed)
+    confine.confine(_limits(options, cpu_s), rules, boxed=options.boxed)
+
+
+def _limits(options: Options, cpu_s: float | None = None) -> confine.Limits:
+    return confine.Limits(options.memory_mb, cpu_s, sandbox.SCRATCH_MB)
 
 
 def empty_scratch(options: Options) -> bool:
