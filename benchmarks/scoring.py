@@ -3,7 +3,7 @@
 SmolLM2-135M in fp32, one rank on one core with its own vLLM engine: real roll-out, update of a fifth of the tokens and refit, the two steps
 in turn, with the same prompts and seeds, at a learning rate that changes nothing. `rollout.mismatch_responses` is 0: by default a step also
 scores 16 of its responses, whose cost is their share of the scoring pass. A forward is a quarter of forward, backward and scoring together,
-so without any roll-out and with nothing else in a step the ratio would be 4/3; what exceeds it is the machine's load.
+so without any roll-out and with nothing else in a step the ratio would be about 4/3; what exceeds that is the machine's load.
 """
 
 from __future__ import annotations

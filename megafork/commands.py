@@ -51,6 +51,7 @@ def run(command: Command, recipe: Recipe) -> int:
     if not joined:
         check_room(world)
     inputs, _ = preflight(command, recipe, world)
+    from megafork.model.kernels import choose
     from megafork.train.inputs import check_resume
     from megafork.train.metrics import gap
 
@@ -61,7 +62,7 @@ def run(command: Command, recipe: Recipe) -> int:
             if ranks.is_main() and (lost := gap(recipe.run_folder / "metrics.jsonl", done)):
                 ranks.say(lost)
             return DONE
-        _say(inputs.remarks)
+        _say([f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel, inputs.shape)}", *inputs.remarks])
         job = partial(_train, command, recipe, inputs if joined else None)
         return ranks.do(job, world, recipe.run_folder, reaches_out=bool(_remote_servers(recipe)))
 
@@ -200,22 +201,19 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
         check_engines(recipe.rollout.tp, world)
     shape = read_shape(Path(recipe.model.path))
     check_layout(shape, recipe.parallel)
-    if command == "train":
-        from megafork.model import fp8
-
-        fp8.check_rollouts(shape, recipe)
-    if recipe.precision.train_fp8:
-        from megafork.model import precision
-
-        precision.check_training(shape, recipe.precision, recipe.parallel.tp)
-        precision.check_machine(recipe.precision)
     from megafork.data.reward import Verifiers
+    from megafork.model import fp8, kernels, precision
     from megafork.rl.own import check_functions
     from megafork.train import boards
     from megafork.train.inputs import check_resume, read_inputs
     from megafork.train.profile import check_profile
     from megafork.train.sft import examples
 
+    if command == "train":
+        fp8.check_rollouts(shape, recipe)
+    precision.check_training(shape, recipe.precision, recipe.parallel.tp)
+    precision.check_machine(recipe.precision)
+    kernels.choose(recipe.model.kernels, recipe.precision, recipe.parallel, shape)
     boards.check_boards(recipe.log)
     check_profile(recipe.log)
     if command == "train":

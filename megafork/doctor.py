@@ -91,7 +91,12 @@ def _software() -> list[Finding]:
         Finding("NCCL", _nccl(), _nccl() is not None, "ranks communicate over gloo, through main memory"),
         _versioned("megatron-core", installed("megatron-core"), MEGATRON, "no training and no conversion"),
         _vllm(gpus),
-        _optional("Transformer Engine", "no training in FP8", "transformer-engine", "transformer-engine-torch"),
+        _optional(
+            "Transformer Engine",
+            "no fused layers (model.kernels), and no training in FP8",
+            "transformer-engine",
+            "transformer-engine-torch",
+        ),
         _apex(),
         _optional("FlashAttention", "attention with torch's own kernels", "flash-attn", "flash-attn-3"),
         _optional("modelopt", "no post-training quantisation of the exported model", "nvidia-modelopt"),
@@ -123,6 +128,7 @@ def _for_recipe(recipe: Recipe) -> list[Finding]:
         *map(_server, recipe.rollout.servers),
         *_wandb(recipe.log.wandb),
         *_train_fp8(recipe),
+        _kernels(recipe),
     ]
 
 
@@ -228,6 +234,17 @@ def _train_fp8(recipe: Recipe) -> list[Finding]:
 
     reason = lacking()
     return [Finding("precision.train_fp8", reason or "Transformer Engine and a GPU for it", reason is None, "set it to false", needed=True)]
+
+
+def _kernels(recipe: Recipe) -> Finding:
+    """The layers that the recipe gets here."""
+    from megafork.model.kernels import choose
+
+    try:
+        choice = choose(recipe.model.kernels, recipe.precision, recipe.parallel)
+    except RecipeError as error:
+        return Finding("model.kernels", None, False, str(error), needed=True)
+    return Finding("model.kernels", str(choice), choice.fused or recipe.model.kernels == "plain", "more time and memory per token")
 
 
 def _hub(field: str, name: str, kind: str) -> Finding:

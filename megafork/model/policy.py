@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
+from megafork.model.attention import PackedSequences
 from megafork.parallel.vocab import gather_rows, log_prob_and_entropy
 
 
@@ -86,11 +88,23 @@ class Policy(GPTModel):
             self.output_layer.real_vocab_size = real_vocab_size
             self.output_layer.chunk = head_chunk
 
+    def forward(self, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any) -> Any:
+        if self.config.apply_rope_fusion:
+            packing = packed_seq_params.for_fused_layers()
+        else:
+            packing = packed_seq_params.for_plain_layers(self.pg_collection.cp.size(), self.pg_collection.cp.rank())
+        return super().forward(*args, packed_seq_params=packing, **kwargs)
+
     def _postprocess(self, hidden_states: Tensor, labels: HeadRequest | None, **unused: Any) -> Any:
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_states, labels, weight=weight)
+
+
+def in_one_kernel(hidden: Tensor) -> bool:
+    """Whether torch has a kernel that reads and writes this input of a norm once; it has none for the CPU."""
+    return hidden.is_cuda
 
 
 class RMSNorm(nn.Module):
@@ -104,6 +118,8 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if in_one_kernel(hidden):
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         wide = hidden.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(hidden.dtype)

@@ -5,11 +5,9 @@ Megatron accepts `fp8` without Transformer Engine and then silently trains in bf
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
-import torch
-
+from megafork.gpus import fused_problem
 from megafork.model.fp8 import BLOCK
 from megafork.recipe import Precision, RecipeError
 from megafork.shape import Family, Shape, refuse_experts
@@ -17,10 +15,8 @@ from megafork.shape import Family, Shape, refuse_experts
 
 def lacking() -> str | None:
     """The reason why this machine cannot train in FP8, or None if it can."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed (make cuda builds it: docs/install.md)"
-    if not torch.cuda.is_available():
-        return "there is no GPU"
+    if problem := fused_problem():
+        return problem
     from transformer_engine.pytorch import is_fp8_block_scaling_available
 
     able, reason = is_fp8_block_scaling_available(return_reason=True)
@@ -54,8 +50,8 @@ def settings(precision: Precision) -> dict[str, Any]:
 
 
 def projections(family: Family) -> dict[str, type]:
-    """Transformer Engine's class for each projection of a layer, keyed by Megatron's name for the module; parameters keep their names and
-    shapes. Norms and attention remain ours, not in FP8."""
+    """Transformer Engine's class for each projection of a plain layer, keyed by Megatron's name for the module; parameters keep their
+    names and shapes. Norms and attention remain ours, not in FP8."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return {rule.module: TERowParallelLinear if rule.kind == "row" else TEColumnParallelLinear for rule in family.layer if rule.fp8}

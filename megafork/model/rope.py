@@ -47,6 +47,16 @@ class PackedRotary(nn.Module):
         return torch.cat((angles, angles), -1)[:, None]
 
 
+class FusedRotary(PackedRotary):
+    """The angles for Transformer Engine's kernel, which finds each token's place in its sequence itself, also in CP's zigzag chunks."""
+
+    def forward(self, packing: PackedSequences, **unused: Any) -> Tensor:
+        """Angles by place, fp32 [longest sequence, 1, 1, head_dim]; each angle appears twice, once per half of a head."""
+        places = torch.arange(packing.max_seqlen_q, dtype=torch.float32, device=self.frequencies.device)
+        angles = torch.outer(places, self.frequencies)
+        return torch.cat((angles, angles), -1)[:, None, None]
+
+
 def softmax_scale(shape: Shape) -> float:
     """The factor on attention scores. YaRN scales both queries and keys; rotation preserves that, so its square is applied here, once."""
     factor = shape.rope_scaling.attention_factor if isinstance(shape.rope_scaling, Yarn) else 1.0

@@ -1,13 +1,15 @@
 """Activation memory of a rank: closed forms of the tensors that our model's autograd graph saves.
 
-Derived from the model in `model/build.py` (Megatron's unfused layer, RMSNorm in fp32, flash attention), and checked against the
-allocations of a run on the CPU. With context parallelism they assume attention that keeps no score matrix, as on a GPU.
+Derived from the model in `model/build.py`. Those of plain layers on the CPU (norms in fp32, attention by PyTorch) are checked against the
+allocations of a run; on a GPU norms keep no fp32 copy and attention is one call, and fused layers also keep less of rotary positions and
+SwiGLU. With context parallelism they assume attention that keeps no score matrix, as on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megafork.plan.layers import Layers
 from megafork.plan.parameters import WIDTH
 from megafork.recipe import Recipe
 from megafork.shape import Shape, stage_layers
@@ -31,8 +33,33 @@ class Layer:
         return self.norms + self.attention + self.mlp
 
 
-def layer(shape: Shape, recipe: Recipe) -> Layer:
+def layer(shape: Shape, recipe: Recipe, layers: Layers) -> Layer:
     """Bytes per token for `model.recompute` none or selective; under full, layers keep only `input`, and one at a time needs `total`."""
+    return _layer_on_cpu(shape, recipe) if layers == "cpu" else _layer_on_gpu(shape, recipe, fused=layers == "fused")
+
+
+def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
+    layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
+    d, ffn = shape.head_dim, shape.ffn / layout.tp
+    q, kv = shape.heads / layout.tp * d, max(shape.kv_heads / layout.tp, 1) * d
+    mixed = q + 2 * kv if shape.kv_heads >= layout.tp else (shape.heads + 2 * shape.kv_heads) * d  # Megatron then gathers it
+    stream = width * shape.hidden / (layout.tp if layout.sp else 1)
+    gathered = layout.cp > 1 and not fused  # fused layers exchange keys and values while they compute
+    again = recipe.model.recompute == "selective"
+    qk_norms = (
+        (width * (q + kv) if fused else 0.0) + 4 * (q + kv) / d if shape.family.qk_norm else 0.0
+    )  # Transformer Engine copies its input
+    angles = 0.0 if fused else 4 * d * width
+    core = width * (q + (2 * kv * (layout.cp + 0.5) if gathered else kv)) + (0.0 if again else 4 * q / d)
+    return Layer(
+        norms=2 * (2 * stream + 4),
+        attention=width * mixed + qk_norms + angles + core + width * q,
+        mlp=(3 if fused else 5) * width * ffn,
+        input=stream,
+    )
+
+
+def _layer_on_cpu(shape: Shape, recipe: Recipe) -> Layer:
     layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
     split = layout.tp if layout.sp else 1
     d = shape.head_dim
@@ -85,26 +112,28 @@ def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> i
     return min(warm_up + 1, micro_batches * layout.vpp)
 
 
-def stage_activations(shape: Shape, recipe: Recipe, stage: int, *, tokens: int, micro_batches: int, head_rows: int) -> Activations:
+def stage_activations(
+    shape: Shape, recipe: Recipe, stage: int, *, tokens: int, micro_batches: int, head_rows: int, layers: Layers
+) -> Activations:
     """Activation memory for micro-batches of `tokens` (over all CP ranks) in which the head runs at `head_rows` positions."""
-    layout, one = recipe.parallel, layer(shape, recipe)
+    layout, one = recipe.parallel, layer(shape, recipe, layers)
     local = tokens / layout.cp
     a_layer = one.input if recipe.model.recompute == "full" else one.total
     ends = 0 if layout.pp == 1 else 1 if layout.vpp == 1 else 2  # the stage's input, and its output
     in_flight = micro_batches_in_flight(recipe, stage, micro_batches)
-    layers = stage_layers(shape.layers, layout)[stage] / layout.vpp
+    count = stage_layers(shape.layers, layout)[stage] / layout.vpp
     last = stage == layout.pp - 1
     head = _head_bytes(shape, recipe, head_rows / layout.cp) if last else 0.0
-    working = _in_layer(shape, recipe, one, local)
+    working = _in_layer(shape, recipe, one, local, on_cpu=layers == "cpu")
     if last:
         wide = 4 * one.input / WIDTH[recipe.precision.dtype] * local  # the residual stream in fp32
-        final_norm = 6 * wide + (one.input * local if layout.pp > 1 else 0.0)
+        final_norm = (6 * wide if layers == "cpu" else 2 * one.input * local) + (one.input * local if layout.pp > 1 else 0.0)
         working = max(working, final_norm, head + wide + 2 * one.input * local)
     whole = _whole_sequence(shape, recipe, local)
-    return Activations(in_flight, in_flight * (layers * a_layer + ends * one.input) * local, working, head, whole)
+    return Activations(in_flight, in_flight * (count * a_layer + ends * one.input) * local, working, head, whole)
 
 
-def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float) -> float:
+def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, *, on_cpu: bool) -> float:
     """Bytes needed at the peak of a layer's backward, on top of what all layers keep."""
     tp, width = recipe.parallel.tp, WIDTH[recipe.precision.dtype]
     stream = one.input * local
@@ -117,7 +146,7 @@ def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float) -> float:
         "down projection": product + whole + weight,
         "silu": 2 * product,
         "gate and up": max(whole, stream) + 2 * weight - product,
-        "norm": 5 * 4 / width * stream - one.mlp * local - 2 * stream,
+        "norm": 5 * 4 / width * stream - one.mlp * local - 2 * stream if on_cpu else 0.0,
     }
     recomputed = one.total * local + stream if recipe.model.recompute == "full" else 0.0
     return recomputed + max(moments.values()) + stream

@@ -41,6 +41,7 @@ def _knobs(plan: Plan) -> dict[str, list[Any]]:
     share = recipe.rollout.gpu_memory_fraction
     within = [size for size in (2, 4, 8) if size <= GPUS_PER_NODE]
     return {
+        "model.kernels": ["fused"] if plan.layers == "plain" and recipe.precision.dtype == "bf16" else [],
         "parallel.sp": [] if layout.sp else [True],
         "rollout.park_training": [] if recipe.rollout.park_training or recipe.rollout.servers else [True],
         "rollout.gpu_memory_fraction": [other for other in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2) if other != share],

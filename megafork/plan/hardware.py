@@ -50,6 +50,8 @@ FP8_GAIN = 1.4
 """Speedup of a projection's matmul in FP8 over bf16, including the quantisation of its operands (the peak is twice as high)."""
 ATTENTION_SHARE = 0.35
 DECODE_SHARE = 0.60
+STREAM_SHARE = 0.84
+"""Of the memory's bandwidth, in operators that only read and write: 2.8 of an H100's 3.35 TB/s."""
 LINK_SHARE = 0.60
 
 # Memory outside our own tensors. Assumed.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from megafork.model.fp8 import BLOCK
 from megafork.plan.activations import Activations, stage_activations
 from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
+from megafork.plan.layers import layers_of
 from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
 from megafork.shape import Shape, Span, stage_layers
@@ -82,7 +83,8 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
     copies, colocated, parked = _fp8_copies(shape, recipe), not recipe.rollout.servers, recipe.rollout.park_training
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
-        activations = stage_activations(shape, recipe, stage, tokens=tokens, micro_batches=micro_batches, head_rows=tokens)
+        counts = {"tokens": tokens, "micro_batches": micro_batches, "head_rows": tokens}
+        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(recipe))
         weights = stage_weights(shape, recipe, stage, gpus)
         result.append(StageMemory(stage, layers, weights, activations, engine, layers * copies, buffer, colocated, parked))
     return result

@@ -10,6 +10,7 @@ from typing import Any
 from megafork.model import fp8, precision
 from megafork.plan.deadlines import Deadlines
 from megafork.plan.hardware import Gpu
+from megafork.plan.layers import Layers, layers_of
 from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_parameters
 from megafork.plan.refit import planning_s
@@ -76,14 +77,27 @@ class Plan:
         """The plan with other values for some `section.key`s. Raises ValueError if recipe, model or GPUs do not allow them."""
         return make_plan(self.shape, changed(self.recipe, changes), self.gpus, self.gpu, self.mean_response)
 
+    @property
+    def layers(self) -> Layers:
+        return layers_of(self.recipe)
+
+    @property
+    def with_other_layers(self) -> Plan | None:
+        """The plan with plain layers instead of fused ones, or the reverse; None if there are no others, in fp32."""
+        if self.recipe.precision.dtype != "bf16":
+            return None
+        return self.with_changes({"model.kernels": "plain" if self.layers == "fused" else "fused", "parallel.cp_comm": None})
+
     def to_dict(self) -> dict[str, Any]:
         """The same numbers in machine-readable form."""
-        engine, step, deadlines = self.stages[0].engine, self.step, self.deadlines
+        engine, step, deadlines, other = self.stages[0].engine, self.step, self.deadlines, self.with_other_layers
         return {
             "gpu": self.gpu.name,
             "gpus": self.gpus,
             "gpu_memory": self.gpu.memory,
             "layout": {**self.recipe.parallel.model_dump(), "dp": self.dp, "recompute": self.recipe.model.recompute},
+            "layers": self.layers,
+            "other_layers": other and {"layers": other.layers, "seconds": other.step.seconds, "peaks": other.peaks},
             "parameters": self.parameters,
             "stages": [_stage_numbers(stage) for stage in self.stages],
             "engine": {**vars(engine), "concurrent": engine.concurrent, "engines": engines(self.recipe, self.gpus)},

@@ -21,6 +21,7 @@ from megafork.plan.hardware import (
     RESPONSE_SHARE,
     Gpu,
 )
+from megafork.plan.layers import more_than_fused
 from megafork.plan.memory import Engine, engines
 from megafork.plan.parameters import WIDTH, Weights
 from megafork.recipe import Recipe
@@ -145,13 +146,15 @@ def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int
     attention = 2 * load.length * shape.heads * shape.head_dim
     share = MATMUL_SHARE * (FP8_GAIN if recipe.precision.train_fp8 else 1.0)
     compute = local / layout.tp / gpu.flops * (linear * matmul / share + (linear + again) * attention / ATTENTION_SHARE)
+    backward = linear > 1  # twice a forward, beside one forward or, with recomputation, two
+    traffic = more_than_fused(shape, recipe).seconds(gpu, local, forwards=linear - 2 * backward, backwards=float(backward))
     ring = 2 * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width  # two all-reduces per layer
     gather = (layout.cp - 1) * 2 * max(shape.kv_heads / layout.tp, 1) * shape.head_dim * width
     talk = moves * local * (ring / _link(layout.tp > GPUS_PER_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_PER_NODE, gpu))
     rows = local * load.response / load.length
     at_head = head * rows * 2 * shape.hidden * shape.vocab / layout.tp / (gpu.flops * MATMUL_SHARE)
     counts = stage_layers(shape.layers, layout)
-    slowest = max(n * (compute + talk) + (at_head if stage == layout.pp - 1 else 0.0) for stage, n in enumerate(counts))
+    slowest = max(n * (compute + traffic + talk) + (at_head if stage == layout.pp - 1 else 0.0) for stage, n in enumerate(counts))
     return (micro_batches + (layout.pp - 1) / layout.vpp) * slowest
 
 

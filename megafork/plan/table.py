@@ -46,6 +46,7 @@ def render(plan: Plan, source: str, refits: Sequence[Refit] = (), proposals: Seq
         Text(_what_is_counted(plan), style="dim"),
         _engine(plan),
         _times(plan),
+        _layers(plan),
         Text(_assumptions(plan), style="dim"),
         _job(plan),
     ]
@@ -137,6 +138,21 @@ def _times(plan: Plan) -> Table:
     table = _table("a step, estimated", ("phase", "seconds ~", ""), rows)
     table.columns[2].justify = "left"
     return table
+
+
+def _layers(plan: Plan) -> str:
+    """What the other layers would need."""
+    other = plan.with_other_layers
+    if other is None:
+        return "layers: plain, because precision.dtype is fp32"
+    name = {"fused": "fused ones (Transformer Engine)", "plain": "plain ones (model.kernels=plain, or no Transformer Engine)"}[other.layers]
+    step = other.step.seconds / plan.step.seconds - 1
+    training = (other.step.score + other.step.update) / (plan.step.score + plan.step.update) - 1
+    more = "more" if training > 0 else "less"
+    return (
+        f"layers: {plan.layers}. With {name} a step takes ~{abs(step):.0%} {more} time, score and update ~{abs(training):.0%}, and the "
+        f"update peaks at ~{_gib(other.peaks['update'])} instead of ~{_gib(plan.peaks['update'])} GiB"
+    )
 
 
 def _assumptions(plan: Plan) -> str:

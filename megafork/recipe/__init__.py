@@ -98,6 +98,13 @@ class Recipe(Section):
                 f"train.micro_batch_tokens is {self.train.micro_batch_tokens} but one sequence may have {self.longest_padded} tokens "
                 "(data.max_prompt_length + rollout.max_response_length, padded for cp and sp): raise it to at least that"
             )
+        if self.model.kernels == "fused" and self.precision.dtype == "fp32":
+            raise ValueError(
+                "model.kernels is fused with precision.dtype=fp32: Transformer Engine's attention takes bf16; set dtype=bf16, or "
+                "kernels=plain"
+            )
+        if self.model.kernels != "auto" and (problem := self.parallel.cp_comm_problem(fused=self.model.kernels == "fused")):
+            raise ValueError(problem)
         if self.log.profile is not None and (last := max(self.log.profile.steps)) > self.train.steps:
             raise ValueError(f"log.profile.steps has {last} but train.steps is {self.train.steps}: choose steps that the run has")
         return self

@@ -10,12 +10,17 @@ from pydantic import field_validator, model_validator
 
 from megafork.recipe.kinds import Count, Ranks, Section
 
+Kernels = Literal["auto", "fused", "plain"]
+
 
 class Model(Section):
     path: str
     """Hugging Face model folder (config.json, safetensors, tokenizer), or `owner/model` on the hub. `~` is the home directory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
+    kernels: Kernels = "auto"
+    """What computes the layers. `fused`: Transformer Engine's layers, which need a GPU and `precision.dtype: bf16`. `plain`: Megatron's and
+    PyTorch's own. `auto`: fused where both are possible, else plain. Weights and checkpoints are the same for both."""
 
     @field_validator("path")
     @classmethod
@@ -32,6 +37,9 @@ class Parallel(Section):
     """Virtual pipeline size: model chunks per stage (interleaved schedule)."""
     cp: Ranks = 1
     """Context parallel size: ranks that share each sequence's tokens."""
+    cp_comm: Literal["p2p", "a2a", "all_gather"] | None = None
+    """How CP ranks exchange keys and values. Fused layers (`model.kernels`): `p2p`, in a ring while they compute, or `a2a`, heads against
+    tokens, which needs cp to divide the key-value heads of a TP rank. Plain layers: `all_gather`. Unset: p2p, or all_gather."""
     sp: bool = False
     """Sequence parallel: split norms and residuals over the TP ranks (needs tp > 1)."""
     ep: Ranks = 1
@@ -55,10 +63,23 @@ class Parallel(Section):
             )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp is {self.vpp} but parallel.pp is 1: set parallel.vpp=1, or a pp above 1")
+        if self.cp_comm is not None and self.cp == 1:
+            raise ValueError(f"parallel.cp_comm is {self.cp_comm} but parallel.cp is 1: leave it out, or set a cp above 1")
         for name in ("first_stage_layers", "last_stage_layers"):
             if getattr(self, name) is not None and self.pp == 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)} but parallel.pp is 1: leave it out, or set a pp above 1")
         return self
+
+    def cp_comm_problem(self, *, fused: bool) -> str | None:
+        """Why fused or plain layers cannot communicate as `cp_comm` says, and the fix; None if they can."""
+        if self.cp_comm is None or fused == (self.cp_comm != "all_gather"):
+            return None
+        if fused:
+            return (
+                "parallel.cp_comm is all_gather with fused layers: Transformer Engine gathers no packed sequences; set cp_comm=p2p or "
+                "cp_comm=a2a, or model.kernels=plain"
+            )
+        return f"parallel.cp_comm is {self.cp_comm} with plain layers: they gather keys and values; leave it out, or set cp_comm=all_gather"
 
     @property
     def model_size(self) -> int:

@@ -169,3 +169,6 @@ FAMILIES = {
     ),
 }
 """Families, keyed by config.json's `architectures`."""
+
+UNFUSED = {rule.fused: rule.megatron for family in FAMILIES.values() for rule in family.layer if rule.fused}
+"""For each parameter that has another name in fused layers, its name in plain ones."""

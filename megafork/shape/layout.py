@@ -78,6 +78,12 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
         if size % layout.tp:
             raise RecipeError(Key("parallel.tp"), f" is {layout.tp} but the model's {name} is {size}: choose a tp that divides it")
     _check_experts(shape, layout)
+    groups = max(shape.kv_heads // layout.tp, 1)
+    if layout.cp_comm == "a2a" and groups % layout.cp:
+        raise RecipeError(
+            f"parallel.cp_comm is a2a but at parallel.tp={layout.tp} a rank has {groups} key-value heads, which "
+            f"parallel.cp={layout.cp} does not divide: set cp_comm=p2p, or choose a smaller tp or cp"
+        )
     counts = stage_layers(shape.layers, layout)
     if min(counts) < 1 or sum(counts) != shape.layers or any(count % layout.vpp for count in counts):
         given = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers, "vpp": layout.vpp}

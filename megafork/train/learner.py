@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from torch import Tensor
 
 from megafork.compat import megatron as megatron_fixes
+from megafork.model.kernels import accumulate_in_main_gradients
 from megafork.model.policy import Policy
 from megafork.model.schedule import run_micro_batches
 from megafork.parallel.mesh import Mesh
@@ -42,6 +43,8 @@ class Learner:
         self.reference = Reference(chunks) if recipe.loss.kl.kept else None
         """The weights at the start of the run, whether or not it is resumed."""
         self.model = _data_parallel(chunks, overlap=recipe.optimizer.overlap)
+        for chunk in chunks:
+            accumulate_in_main_gradients(chunk)
         adam = _optimizer_config(recipe)
         self.optimizer = get_megatron_optimizer(
             adam,

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,7 @@ class Checkpoints:
 
 def load_weights(folder: Path, chunks: list[Policy], mesh: Mesh) -> None:
     """Load only the weights of a checkpoint, saved under any layout. Every rank must call."""
-    content = {
-        name: chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group}) for name, chunk in _named(chunks)
-    }
+    content = {name: _weights(chunk, mesh) for name, chunk in _named(chunks)}
     _take(chunks, _load(folder, content, mesh, pickles.NoCommonValues()))
 
 
@@ -255,6 +254,17 @@ def _content_metadata() -> dict[str, Any]:
 
 
 def _sharded(chunks: list[Policy], optimizer: Any, mesh: Mesh, *, loading: bool) -> dict[str, Any]:
-    metadata = {**_content_metadata(), "dp_cp_group": mesh.token_group}
-    content: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
+    content: dict[str, Any] = {name: _weights(chunk, mesh) for name, chunk in _named(chunks)}
     return {**content, "optimizer": optimizer_content(optimizer, content, loading=loading)}
+
+
+def _weights(chunk: Policy, mesh: Mesh) -> dict[str, Any]:
+    """A chunk's sharded weights: the same keys for fused and plain layers, in bf16 and FP8. Only linears have an extra state, always empty:
+    Transformer Engine has one for each norm too, and in FP8 pickles its settings into them."""
+    content = chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group})
+    for name in [name for name in content if name.endswith("_extra_state")]:
+        if name.endswith("norm._extra_state"):
+            del content[name]
+        else:
+            content[name] = replace(content[name], data=None)
+    return content

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
-from megafork.shape import Shape
+from megafork.shape import UNFUSED, Shape
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, pieces, shard_shape, shards_of, stage_of
 
@@ -20,7 +20,7 @@ _EXPERTS = "mlp.experts.local_experts."
 
 
 def global_name(chunk: Policy, name: str) -> str:
-    """A parameter's name, with layer and expert numbered within the whole model instead of within this stage or rank."""
+    """A parameter's name in plain layers, with layer and expert numbered within the whole model instead of within this stage or rank."""
     if not name.startswith(f"{LAYERS}."):
         return name
     head, _, rest = name.removeprefix(f"{LAYERS}.").partition(".")
@@ -28,11 +28,11 @@ def global_name(chunk: Policy, name: str) -> str:
     if rest.startswith(_EXPERTS):
         expert, _, inner = rest.removeprefix(_EXPERTS).partition(".")
         rest = f"{_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}.{inner}"
-    return f"{LAYERS}.{layer.layer_number - 1}.{rest}"
+    return f"{LAYERS}.{layer.layer_number - 1}.{UNFUSED.get(rest, rest)}"
 
 
 def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by global name."""
+    """This rank's parameters by global name, whether its layers are fused or plain."""
     return {global_name(chunk, name): parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
 
 

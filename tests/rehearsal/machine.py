@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import varlen
 from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -28,6 +29,7 @@ def rehearse() -> Ledger:
     _make_tensors(ledger)
     BACKENDS.install()
     vocab._implementation = lambda device: blocks  # Triton's kernels need a GPU, or its interpreter
+    varlen.install()  # FlashAttention
     CausalBias.__new__ = _outside_of_modes  # type: ignore[method-assign, assignment]
     OperatorMode(ledger).__enter__()
     return ledger
