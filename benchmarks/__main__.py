@@ -19,7 +19,7 @@ from benchmarks import document, machine, peers
 from benchmarks.figure import Figure, Series
 from megafork.compat import noise
 
-NAMES = ("threshold", "head_memory", "head_time", "update_head", "kernels", "layouts", "refit", "dealing", "step", "scoring")
+NAMES = ("threshold", "head_memory", "head_time", "update_head", "kernels", "layouts", "refit", "planning", "dealing", "step", "scoring")
 RESULTS = Path(__file__).with_name("results")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.plan.refit import COMPARED, ENGINES, Refit, cost, cost_of_full_gather, count_refit
-from megafork.recipe import Parallel, Recipe
+from megafork.recipe import Recipe
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Weights
 from megafork.shape import read_shape
 from megafork.weights.huggingface import HuggingFaceWeights, write_folder
 from megafork.weights.policy_weights import export_policy, load_policy
 from megafork.weights.refit import Bridge
-from megafork.weights.reshard import Reshard
 
 OURS, GATHER, DISK = "bridge", "full gather", "write and read a folder"
 SIZES: dict[str, Any] = {
@@ -60,7 +58,6 @@ def run(quick: bool) -> list[Figure]:
             megabytes = {way: Series(way, [count / 1e6]) for way, count in received.items()}
             figures += [Figure(f"refit, {name}", "s", times[OURS], times[way]) for way in (GATHER, DISK)]
             figures.append(Figure(f"refit, {name}: received by a rank", "MB", megabytes[OURS], megabytes[GATHER]))
-    figures += [_planning(world) for world in (64, 512, 4096)]
     counted = (count_refit(KNOWN["qwen3-32b"], layout, 64, tp) for layout in COMPARED for tp in ENGINES)
     return figures + [_figure(refit) for refit in counted]
 
@@ -103,24 +100,6 @@ def _times(spec: Recipe, out: Path, repeats: int, port: int) -> tuple[dict[str, 
     engine.close()
     width = next(chunks[0].parameters()).element_size()
     return times, {OURS: cost(bridge.plan).received * width, GATHER: cost_of_full_gather(bridge.plan).received * width}
-
-
-def _planning(world: int) -> Figure:
-    """A rank's routes, found once per run, against the whole plan of one layer of each stage, of which a rank would pick its part."""
-    layout, times = Parallel(tp=8, pp=4, sp=True), []
-    for enumerate_all in (False, True):
-        plan = Reshard(KNOWN["qwen3-32b"], layout, world, 8)
-        layers = {plan.stage(bucket[0]): bucket for bucket in plan.buckets if bucket[0].layer is not None}.values()
-        start = time.perf_counter()
-        _ = [list(plan.transfers(bucket)) for bucket in layers] if enumerate_all else plan.routes(world // 2)
-        times.append(time.perf_counter() - start)
-    return Figure(
-        f"Qwen3-32B, TP8 PP4 to TP8, planning on {world} ranks",
-        "s",
-        Series("own routes, all layers", times[:1]),
-        Series("every transfer, one layer per stage", times[1:]),
-        note="once per run; a refit plans nothing",
-    )
 
 
 def _figure(refit: Refit) -> Figure:

@@ -120,11 +120,11 @@ class Reshard:
 
     def stage(self, parameter: Parameter) -> int:
         """The pipeline stage that holds a parameter."""
-        return self._stages[parameter.name]
+        return self._stages[parameter.layer, parameter.rule.megatron]
 
     @cached_property
-    def _stages(self) -> dict[str, int]:
-        return {parameter.name: stage_of(parameter, self.shape, self.layout) for parameter in parameters(self.shape)}
+    def _stages(self) -> dict[tuple[int | None, str], int]:
+        return {(each.layer, each.rule.megatron): stage_of(each, self.shape, self.layout) for each in parameters(self.shape)}
 
     def _to(self, target: int, parameter: Parameter) -> Iterator[Transfer]:
         """The transfers to one rank."""
