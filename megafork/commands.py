@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,10 @@ def run(command: Command, recipe: Recipe) -> int:
             if ranks.is_main() and (lost := gap(recipe.run_folder / "metrics.jsonl", done)):
                 ranks.say(lost)
             return DONE
-        _say([f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel, inputs.shape)}", *inputs.remarks])
+        if ranks.is_main():
+            sys.stdout.write(f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel, inputs.shape)}\n")
+            sys.stdout.flush()  # before the ranks write
+        _say(inputs.remarks)
         job = partial(_train, command, recipe, inputs if joined else None)
         return ranks.do(job, world, recipe.run_folder, reaches_out=bool(_remote_servers(recipe)))
 

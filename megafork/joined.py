@@ -1,4 +1,4 @@
-"""Ranks started by torchrun or Slurm: their environment, checked before anything relies on it."""
+"""The environment of ranks: what the launcher gives its own, and that of ranks started by torchrun or Slurm, checked first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import re
 from megafork.recipe import RecipeError
 from megafork.secret import FIX, NAME, is_loopback, secret
 
+STORE = "MEGAFORK_STORE"
+"""Environment variable with the path of the file through which the launcher's ranks meet."""
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _MEETING = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,6 +41,15 @@ def joined() -> bool:
 def on_one_machine() -> bool:
     """Whether all ranks are on this machine: by torchrun's count of local ranks, else because they meet at a loopback address."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or is_loopback(os.environ["MASTER_ADDR"])
+
+
+def loopback(*, reaches_out: bool) -> dict[str, str]:
+    """Environment variables to add for ranks that are all on this machine, except those the user has set.
+
+    `reaches_out`: the ranks send weights to other machines by NCCL, which has one interface setting per process.
+    """
+    names = {"GLOO_SOCKET_IFNAME"} if reaches_out else set(_LOOPBACK)
+    return {name: _LOOPBACK[name] for name in names if name not in os.environ}
 
 
 def _join_slurm() -> bool:

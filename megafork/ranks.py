@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from megafork.compat import noise
 from megafork.files import full_disk
-from megafork.joined import first_host, joined, on_one_machine
+from megafork.joined import STORE, first_host, joined, loopback, on_one_machine
 from megafork.process import die_with_parent
 from megafork.recipe import RecipeError
 
@@ -67,8 +67,6 @@ def do(job: Job, world: int, folder: Path, *, reaches_out: bool = False) -> int:
     if not joined():
         return _start(job, world, folder / "logs", reaches_out)
     if on_one_machine():
-        from megafork.parallel.meeting import loopback
-
         os.environ.update(loopback(reaches_out=reaches_out))
     code = _rank(job)
     if code != DONE:
@@ -78,8 +76,6 @@ def do(job: Job, world: int, folder: Path, *, reaches_out: bool = False) -> int:
 
 def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
     """Start the ranks; rank 0 has the terminal, the others write to `logs/rank_N.log`."""
-    from megafork.parallel.meeting import STORE, loopback
-
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank_*"):
         old.unlink()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from silent import fail_behind_a_back
 from task import make_task, write_recipe
 
 from megafork import ranks
@@ -197,15 +198,6 @@ def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-def _fail_behind_a_back(folder: Path, rank: int) -> int:
-    """One rank fails; the others wait for it in no collective that could tell them."""
-    if os.environ["RANK"] == str(rank):
-        return 3
-    (folder / os.environ["RANK"]).touch()
-    while True:
-        time.sleep(1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_failure_that_no_other_rank_notices(
@@ -213,6 +205,6 @@ def test_a_failure_that_no_other_rank_notices(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the ranks find this file there
     before = set(psutil.Process().children())
-    assert ranks.do(partial(_fail_behind_a_back, tmp_path, rank), 3, tmp_path) == ranks.FAILED
+    assert ranks.do(partial(fail_behind_a_back, tmp_path, rank), 3, tmp_path) == ranks.FAILED
     assert f"rank {rank} ended with exit code 3 and recorded no reason" in capfd.readouterr().err
     assert set(psutil.Process().children()) <= before

@@ -20,7 +20,7 @@ from megafork.recipe.run import Log
 from megafork.report.report import report_html
 from megafork.train.profile import check_profile, operators
 
-PHASES = {"train": {"rollout", "reward", "score", "update", "refit"}, "sft": {"update"}}
+PHASES = {"train": {"rollout", "reward", "score", "update", "checkpoint", "refit"}, "sft": {"update"}}
 NUMBERS = ("time/", "throughput/", "memory/", "rollout/idle_share")
 
 

@@ -53,6 +53,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2": (2, {"parallel": {"cp": 2}}),
     "CP2 recompute attention": (2, {"parallel": {"cp": 2}, "model": {"recompute": "selective"}}),
 }
+SLOWLY = {"optimizer": {"lr": 1e-3}}
+"""With attention this sharp, larger steps blow rounding up."""
 
 
 def scaled(folder: Path, rope: str, architecture: str = "Qwen3", **changes: Any) -> Path:
@@ -75,7 +77,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
     @cache
     def make(rope: str) -> tuple[Path, Any]:
         folder = scaled(tmp_path_factory.mktemp("model"), rope)
-        return folder, [reference(spec) for spec in specs(folder, {})]
+        return folder, [reference(spec) for spec in specs(folder, SLOWLY)]
 
     return make
 
@@ -86,7 +88,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 def test_three_steps_equal_the_float64_reference(rope: str, layout: str, wanted: Any) -> None:
     folder, expected = wanted(rope)
     world, sections = LAYOUTS[layout]
-    compare(on_ranks(world, train_on_rank, specs(folder, sections)), expected)
+    compare(on_ranks(world, train_on_rank, specs(folder, {**sections, **SLOWLY})), expected)
 
 
 def _differences(folders: list[Path], checkpoint: Path) -> list[float]:

@@ -111,14 +111,14 @@ def in_layout(name: str, folder: Path) -> list[tuple[Masks, Selection]]:
 def test_which_layouts_change_the_mask_in_which_precision(trained: Path) -> None:
     alone = in_layout("TP1", trained)
     for masks, selection in alone:
-        assert selection.selected == -(-len(masks) // 5) and selection.near < 0.02 * len(masks)
+        assert selection.selected == -(-len(masks) // 5) and selection.near < 0.05 * len(masks)
         assert sum(entropy < 0.3 for entropy, _ in masks.values()) > 0.5 * len(masks), "a trained model is certain of many tokens"
     for name in LAYOUTS:
         for dtype, (masks, _), (plain, selection) in zip(("fp32", "bf16"), in_layout(name, trained), alone, strict=True):
             flipped = [token for token in plain if masks[token][1] != plain[token][1]]
             if dtype == "fp32" or name in ("DP2", "PP2"):
                 assert flipped == [], (name, dtype)
-            assert len(flipped) <= 0.001 * len(plain), (name, dtype)
+            assert len(flipped) <= 0.1 * selection.near, (name, dtype)  # near tau by chance, they lie on either side by rounding
             assert all(abs(plain[token][0] - selection.tau) <= NEAR * selection.tau for token in flipped), (name, dtype)
             if name == "TP2":
                 assert masks != plain, "tensor parallelism rounds entropies differently"

@@ -383,7 +383,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
         mine, theirs = ({k: v for k, v in row.items() if not k.startswith(clocks)} for row in (there, here))
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert wanted[-1]["accuracy/mean"] > 0 and wanted[-1]["grad_norm"] > 0
-    unscored = ["rollout.fork_temperature=null", "forks.entropy_from=rollout", "loss.old_log_prob=current"]
+    unscored = ["rollout.fork_temperature=null", "forks.entropy_from=rollout", "loss.old_log_prob=current", "train.minibatches=1"]
     kit = ["loss.importance_cap=2", "loss.mismatch.token_mask=[0.5,2]"]
     stale = run("stale", "rollout.staleness=2", *unscored, *kit, f"rollout.servers=[{servers[1][0]}]")  # the other is starting
     behind = [row["staleness/max"] for row in stale[1:]]

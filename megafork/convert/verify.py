@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megafork.convert.sources import Source
+from megafork.joined import loopback
 from megafork.model import fp8
 from megafork.model.attention import PackedSequences
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest, Policy
-from megafork.parallel.meeting import loopback
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Parallel, Precision
 from megafork.shape import Shape

@@ -15,22 +15,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megafork.joined import STORE
 from megafork.recipe import RecipeError
 from megafork.secret import FIX, NAME, is_loopback, secret
 
-STORE = "MEGAFORK_STORE"
-"""Environment variable with the path of the launcher's file."""
-_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _GREETING = "megafork"
-
-
-def loopback(*, reaches_out: bool) -> dict[str, str]:
-    """Environment variables to add for ranks that are all on this machine, except those the user has set.
-
-    `reaches_out`: the ranks send weights to other machines by NCCL, which has one interface setting per process.
-    """
-    names = {"GLOO_SOCKET_IFNAME"} if reaches_out else set(_LOOPBACK)
-    return {name: _LOOPBACK[name] for name in names if name not in os.environ}
 
 
 def join(backend: str, timeout: timedelta) -> None:

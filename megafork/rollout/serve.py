@@ -22,7 +22,7 @@ import typer
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.gpus import check_installation
-from megafork.parallel.meeting import loopback
+from megafork.joined import loopback
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rollout.config import EngineConfig
