@@ -3,8 +3,8 @@
 Both have the same model, prompts, number of responses and updates, loss (DAPO's, at the top fifth of the entropies) and precision (fp32).
 TRL draws with transformers, the only engine of its that runs on a CPU.
 
-The quickstart's model has 1.1 million parameters. Four fifths of our processor time is then vLLM's work in Python per request and token, and
-every response is judged in a sandbox; TRL draws one padded batch and calls its reward in process, which is faster at that size.
+The quickstart's model has 1.1 million parameters. Four fifths of our processor time is then vLLM's work in Python per request and token,
+and every response is judged in a sandbox; TRL draws one padded batch and calls its reward in process, which is faster at that size.
 """
 
 from __future__ import annotations
