@@ -274,6 +274,23 @@ def test_the_router_runs_without_transformer_engine() -> None:
     assert torch.equal(logits, torch.tensor([[[2.0, -1.0]], [[8.0, -3.0]], [[14.0, -5.0]]]))
 
 
+def _events() -> list[bool]:
+    """Whether the dispatcher's stream gives an event beside vLLM: by the class that it takes, and with the fix."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from vllm.v1.worker.cpu import shm
+
+    expert_fixes.wait_for_no_stream()
+    return [stream.record_event() is not None for stream in (shm.torch.cuda.Stream(), MoEAlltoAllTokenDispatcher.cuda_dtoh_stream)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs vLLM's worker for the CPU, which a GPU's vLLM does not use")
+def test_the_dispatcher_waits_for_no_stream_beside_vllm() -> None:
+    [[upstream, ours]] = on_ranks(1, _events, engines=True)
+    assert ours
+    assert not upstream, "vLLM's stand-in for a stream now gives events"
+
+
 def _uneven_exchange() -> dict[str, Any]:
     """Rank r has r + 1 rows: what upstream says of it, and what comes with the fixes, forward and backward."""
     from megatron.core.tensor_parallel import mappings

@@ -56,7 +56,7 @@ def gather_uneven_rows() -> None:
 
 
 def wait_for_no_stream() -> None:
-    """Let the dispatcher copy its counts to the host without CUDA. It makes its stream from `torch.cuda.Stream`, which vLLM on the CPU
-    replaces by one whose events are None. Goes when vLLM's stand-in returns an event."""
+    """Let the dispatcher copy its counts to the host without CUDA. It makes its stream from `torch.cuda.Stream`, which vLLM's worker for
+    the CPU (0.32) replaces, when it is imported, by one whose `record_event` returns None. Goes when that returns an event."""
     if not torch.cuda.is_available():
         token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = cpu.Stream()

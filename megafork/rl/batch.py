@@ -55,6 +55,19 @@ class Response:
         return len(self.prompt_tokens) + len(self.tokens) - 1
 
 
+def sum_and_mean_by_response(values: Tensor, response: Tensor, responses: int, context: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Sum and mean of `values` [N] over the tokens of each response, without gradient: fp64 [R] each, R at least 1.
+
+    response: int64 [N], the response of each token. Every rank of `context` (CP), which hold parts of the same `responses`, must call.
+    """
+    sums = torch.zeros(2, max(responses, 1), dtype=torch.float64, device=values.device)
+    sums[0].index_add_(0, response, values.detach().double())
+    sums[1].index_add_(0, response, torch.ones_like(values, dtype=torch.float64))
+    if context is not None:
+        dist.all_reduce(sums, group=context)
+    return sums[0], sums[0] / sums[1].clamp(min=1.0)
+
+
 @dataclass
 class MicroBatch:
     """Responses packed back to back, as one CP rank sees them.

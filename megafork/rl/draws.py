@@ -5,6 +5,8 @@ They depend only on the run's seed, the step and the name of what they are drawn
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from megafork.rl.batch import MicroBatch
 
 _OF_A_RESPONSE = 1 << 40
 """In place of an offset: no token has it."""
-_WORD = (1 << 64) - 1
+_Word = TypeVar("_Word", int, Tensor)
+"""A signed number of 64 bits, or an int64 tensor of them; of many responses, one number at a time is far quicker to mix."""
 
 
 def of_tokens(micro: MicroBatch, seed: int, step: int) -> Tensor:
@@ -24,38 +27,33 @@ def of_tokens(micro: MicroBatch, seed: int, step: int) -> Tensor:
 
 def of_response(group: int, sample: int, seed: int, step: int) -> float:
     """A number in [0, 1) by (seed, step, group, sample), independent of those of its tokens."""
-    mixed = _mixed((seed ^ (step << 32)) & _WORD)
-    for part in (group, sample, _OF_A_RESPONSE):
-        mixed = _mixed((mixed + part) & _WORD)
-    return (mixed >> 40) / (1 << 24)
-
-
-def _mixed(x: int) -> int:
-    """`_mix` of one number, below 2^64."""
-    x = (x + 0x9E3779B97F4A7C15) & _WORD
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
-    return x ^ (x >> 31)
+    return _upper_bits(seed ^ (step << 32), group, sample, _OF_A_RESPONSE) / (1 << 24)
 
 
 def _uniform(seed: int, step: int, *parts: Tensor) -> Tensor:
-    mixed = _mix(torch.full_like(parts[0], seed) ^ (step << 32))
+    return _upper_bits(torch.full_like(parts[0], seed) ^ (step << 32), *parts).float() / (1 << 24)
+
+
+def _upper_bits(start: _Word, *parts: _Word) -> _Word:
+    """24 bits mixed from all of these."""
+    mixed = _mix(start)
     for part in parts:
         mixed = _mix(mixed + part)
-    return (mixed >> 40 & 0xFFFFFF).float() / (1 << 24)
+    return _shift(mixed, 40)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+def _mix(x: _Word) -> _Word:
+    x = _wrapped(x + _wrapped(0x9E3779B97F4A7C15))
+    x = _wrapped((x ^ _shift(x, 30)) * _wrapped(0xBF58476D1CE4E5B9))
+    x = _wrapped((x ^ _shift(x, 27)) * _wrapped(0x94D049BB133111EB))
     return x ^ _shift(x, 31)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
+def _shift(x: _Word, bits: int) -> _Word:
+    """Logical right shift."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(constant: int) -> int:
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
+def _wrapped(x: _Word) -> _Word:
+    """A Python number as one of 64 bits; a tensor's already are."""
+    return x if isinstance(x, Tensor) else (x + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -65,8 +65,12 @@ def divergence(log_ratio: Tensor, estimator: str) -> Tensor:
             return -log_ratio
         case "k2":
             return log_ratio.square() / 2.0
-    bounded = log_ratio.clamp(max=20.0)
-    return torch.expm1(bounded) - bounded
+    return k3(log_ratio.clamp(max=20.0))
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(d) - 1 - d of each log-ratio, 0 or more but for rounding, in the dtype given."""
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def set_weights(micros: list[MicroBatch], forks: Forks, loss: Loss, groups: ForkGroups) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.recipe import Loss
-from megafork.rl.batch import MicroBatch
+from megafork.rl.batch import MicroBatch, sum_and_mean_by_response
 
 MOST = 20.0
 """Largest |log ratio| that is told apart."""
@@ -46,7 +46,8 @@ def set_response_corrections(micros: list[MicroBatch], loss: Loss, context: dist
 
 def _response_correction(micro: MicroBatch, loss: Loss, context: dist.ProcessGroup | None) -> Tensor:
     spec, log_ratio = loss.mismatch, micro.old_log_prob - micro.rollout_log_prob
-    total, mean = (part.clamp(-MOST, MOST).exp() for part in _of_responses(micro, log_ratio, context))
+    found = sum_and_mean_by_response(log_ratio, micro.sequence, len(micro.responses), context)
+    total, mean = (part.clamp(-MOST, MOST).exp() for part in found)
     factor = torch.ones_like(total)
     if loss.importance_cap is not None and loss.importance_level != "token":
         factor = (total if loss.importance_level == "sequence" else mean).clamp(max=loss.importance_cap)
@@ -64,16 +65,6 @@ def _times(factor: Tensor | None, other: Tensor) -> Tensor:
 
 def _within(ratio: Tensor, band: tuple[float, float]) -> Tensor:
     return (ratio >= band[0]) & (ratio <= band[1])
-
-
-def _of_responses(micro: MicroBatch, values: Tensor, context: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Sum and mean of `values` [P] over the tokens of each response: fp64 [R] each, R at least 1."""
-    sums = torch.zeros(2, max(len(micro.responses), 1), dtype=torch.float64, device=values.device)
-    sums[0].index_add_(0, micro.sequence, values.double())
-    sums[1].index_add_(0, micro.sequence, torch.ones_like(values, dtype=torch.float64))
-    if context is not None:
-        dist.all_reduce(sums, group=context)
-    return sums[0], sums[0] / sums[1].clamp(min=1.0)
 
 
 def _worst(micro: MicroBatch, values: Tensor, context: dist.ProcessGroup | None) -> Tensor:

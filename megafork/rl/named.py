@@ -25,3 +25,11 @@ def function_named(key: str, name: str, built_in: Mapping[str, F]) -> F:
     if not callable(found):
         raise RecipeError(f"{key} is {name!r}: {file} defines no function {function!r}; name one that it has")
     return found
+
+
+def tried(key: str, name: str, call: Callable[[], Any]) -> Any:
+    """What the function that `key` names returns for made-up tokens. Raises RecipeError if it raises anything."""
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - whatever the user's own function raises
+        raise RecipeError(f"{key} is {name!r}: its function raised {type(error).__name__}: {error}; fix it") from None

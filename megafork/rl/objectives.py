@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megafork.recipe import Loss, RecipeError
-from megafork.rl.named import function_named
+from megafork.rl.batch import sum_and_mean_by_response
+from megafork.rl.named import function_named, tried
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ class Tokens:
 
         Every rank of `context` must call.
         """
-        sums = torch.zeros(2, max(self.responses, 1), dtype=torch.float64, device=values.device)
-        sums[0].index_add_(0, self.response, values.detach().double())
-        sums[1].index_add_(0, self.response, torch.ones_like(values, dtype=torch.float64))
-        if self.context is not None:
-            dist.all_reduce(sums, group=self.context)
-        return (sums[0] / sums[1].clamp(min=1.0))[self.response]
+        return sum_and_mean_by_response(values, self.response, self.responses, self.context)[1][self.response]
 
 
 Objective = Callable[[Tokens, Loss], tuple[Tensor, Tensor]]
@@ -116,10 +111,7 @@ def check_objective(loss: Loss) -> None:
     objective, wrong = objective_named(loss.objective), f"loss.objective is {loss.objective!r}: its function"
     log_prob = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
     tokens = Tokens(log_prob, torch.tensor([-0.6, -1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1]), 2)
-    try:
-        answer: Any = objective(tokens, loss)
-    except Exception as error:  # noqa: BLE001 - whatever the user's own function raises
-        raise RecipeError(f"{wrong} raised {type(error).__name__}: {error}; fix it") from None
+    answer = tried("loss.objective", loss.objective, lambda: objective(tokens, loss))
     if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Tensor) and part.shape == (3,) for part in answer)):
         raise RecipeError(f"{wrong} must return two tensors of as many elements as there are tokens: the losses, and which are held back")
     value, held_back = answer

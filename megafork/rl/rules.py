@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from torch import Tensor
 from megafork.parallel.quantile import percentiles
 from megafork.parallel.reduce import all_sum
 from megafork.recipe import Forks, RecipeError
-from megafork.rl.named import function_named
+from megafork.rl.named import function_named, tried
 
 STAPO = (0.002, 0.75)
 """tau_p and q of the authors of STAPO."""
@@ -153,10 +152,8 @@ def check_rule(forks: Forks) -> None:
     """Refuse a rule that is unknown, or a user's own that does not return what it must. Raises RecipeError."""
     rule, wrong = rule_named(forks.select), f"forks.select is {forks.select!r}: its function"
     entropy, log_prob = torch.tensor([0.0, 0.5, 1.5]), torch.tensor([0.0, -0.5, -2.0])
-    try:
-        answer: Any = rule(Candidates(entropy, log_prob, torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0.1, 0.2, 0.9])), forks)
-    except Exception as error:  # noqa: BLE001 - whatever the user's own function raises
-        raise RecipeError(f"{wrong} raised {type(error).__name__}: {error}; fix it") from None
+    tokens = Candidates(entropy, log_prob, torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0.1, 0.2, 0.9]))
+    answer = tried("forks.select", forks.select, lambda: rule(tokens, forks))
     if not (isinstance(answer, Tensor) and answer.shape == (3,) and answer.dtype in (torch.float32, torch.bool)):
         raise RecipeError(f"{wrong} must return one tensor with a float32 score, or a boolean, for each token")
     if answer.isnan().any():

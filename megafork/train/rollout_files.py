@@ -3,6 +3,7 @@ the log-prob and whether it is a fork), and the accuracy on each held-out prompt
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -119,9 +120,7 @@ def _columns(micros: list[MicroBatch], mesh: Mesh) -> Iterator[_Columns]:
     """Each response with its entropies, log-probs and mask, in host memory. Every CP rank must call."""
     for micro in micros:
         columns = [micro.by_response(values, mesh.cp_group) for values in (micro.entropy, micro.old_log_prob, micro.mask)]
-        for response, *values in zip(micro.responses, *columns, strict=True):
-            entropy, log_prob, mask = (value.cpu() for value in values)
-            yield _Columns(response, entropy, log_prob, mask)
+        yield from itertools.starmap(_Columns, zip(micro.responses, *columns, strict=True))
 
 
 def _rows(step: int, held: list[_Columns], inputs: Inputs) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from megafork.parallel.quantile import percentiles
 from megafork.parallel.reduce import from_last_stage, over_tokens, over_world
 from megafork.rl.batch import MicroBatch, Response
 from megafork.rl.forks import ForkGroups, Selection
+from megafork.rl.loss import k3
 
 
 def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) -> dict[str, float]:
@@ -31,12 +32,6 @@ def entropy_metrics(micros: list[MicroBatch], groups: ForkGroups, mesh: Mesh) ->
     }
 
 
-def _k3(log_ratio: Tensor) -> Tensor:
-    """r - 1 - log r of each token, fp32, 0 or more; its mean over tokens that p_rollout drew is KL(rollout || trainer)."""
-    wide = log_ratio.double()
-    return (torch.expm1(wide) - wide).clamp(min=0.0).float()
-
-
 def mismatch_metrics(micros: list[MicroBatch], forks: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> dict[str, float]:
     """Mismatch between the engine's and the trainer's log-probs and, if `forks` is given, entropies, on scored micro-batches.
 
@@ -47,7 +42,7 @@ def mismatch_metrics(micros: list[MicroBatch], forks: Sequence[tuple[Tensor, Ten
     worst: dict[str, Tensor | float] = {}
     if mesh.is_last_stage:
         delta = torch.cat([micro.old_log_prob - micro.rollout_log_prob for micro in micros]).double()
-        found = percentiles(_k3(delta), (0.5, 0.95, 0.99), group=mesh.token_group)
+        found = percentiles(k3(delta).clamp(min=0.0).float(), (0.5, 0.95, 0.99), group=mesh.token_group)
         levels = dict(zip(("rollout_mismatch/kl_p50", "rollout_mismatch/kl_p95", "rollout_mismatch/kl_p99"), found, strict=True))
         sums = {"tokens": delta.numel(), "kl": (delta.exp() - 1 - delta).sum(), "k1": -delta.sum()}
         sums |= {"ratio": delta.clamp(max=300.0).exp().sum(), "square": (2.0 * delta.clamp(max=300.0)).exp().sum()}
