@@ -122,6 +122,28 @@ def expand_temperatures() -> None:
     rejection_sampler.expand_batch_to_tokens = expand
 
 
+def pack_reloaded_experts() -> None:
+    """Lay out experts for the CPU's kernel again after a reload. Call in every process with an engine, before it is made.
+
+    vLLM (0.32) pads and packs them only when it first loads them. Reloaded ones are copied over the packed ones as they are: the engine
+    fails if they were padded, and if not, its answers are silently wrong.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if torch.cuda.is_available() or getattr(original, "packs_again", False):
+        return
+
+    def setup_kernel(self: Any, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        reloaded = self.moe_kernel is not None
+        original(self, layer, *args, **kwargs)
+        if reloaded:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    setup_kernel.packs_again = True  # type: ignore[attr-defined]
+    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
 def finish_tied_heads(model: torch.nn.Module) -> None:
     """Repack tied heads after a weight reload; call after every reload.
 

@@ -44,6 +44,7 @@ class ColocatedEngine(Engine):
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # its imports set variables as well
+            vllm_fixes.pack_reloaded_experts()
             if config.engine.get("speculative_config"):
                 vllm_fixes.expand_temperatures()
             try:
