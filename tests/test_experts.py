@@ -261,7 +261,6 @@ def test_what_does_not_know_experts_says_so(tmp_path: Path) -> None:
         "megafork plan --refit": lambda: count_refit(shape, Parallel(ep=2), 2, 1),
         "precision.rollout_fp8 is true": lambda: fp8.check_rollouts(shape, fp8_rollouts),
         "precision.train_fp8 is true": lambda: precision.check_training(shape, Precision(train_fp8=True), 1),
-        "megafork train": lambda: read_inputs(recipe(folder), supervised=False),
         "--fp8": lambda: megatron_to_hf(folder, tmp_path / "out", fp8=True),
     }
     for what, call in calls.items():

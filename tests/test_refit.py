@@ -94,9 +94,7 @@ EXPERTS = {1: 64, 2: 48}
 
 
 def test_every_family_has_a_case() -> None:
-    assert {family for cases in CASES.values() for family, _, _ in cases} == {
-        name.removesuffix("ForCausalLM") for name in FAMILIES
-    }
+    assert {family for cases in CASES.values() for family, _, _ in cases} == {name.removesuffix("ForCausalLM") for name in FAMILIES}
 
 
 @pytest.mark.parametrize(("layout", "engine_tp"), CASES)

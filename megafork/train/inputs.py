@@ -11,7 +11,7 @@ from megafork.data import reward
 from megafork.data.prompts import Prompt, fingerprint, load_prompts, without_training_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Key, Recipe, RecipeError
-from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape, refuse_experts
+from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape
 from megafork.weights import checkpoint
 from megafork.weights.huggingface import HuggingFaceWeights
 
@@ -62,7 +62,6 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
-    refuse_experts(shape, "megafork train", "vLLM does not take its new weights after an update; `megafork sft` trains it")
     check_rollout_tp(shape, recipe.rollout.tp)
     if recipe.longest_sequence > shape.max_positions:
         raise RecipeError(
