@@ -106,7 +106,7 @@ def test_a_refitted_engine_is_a_fresh_engine(layout: str, engine_tp: int, tmp_pa
 
 def spec_of(folder: Path, architecture: str, tied: bool, dtype: str, parallel: dict[str, Any], engine_tp: int, seed: int) -> Recipe:
     name = f"{architecture}-{'tied' if tied else 'untied'}-{dtype}"
-    experts = {"moe_intermediate_size": EXPERTS[engine_tp]} if architecture == "Qwen3Moe" else {}
+    experts: dict[str, Any] = {"moe_intermediate_size": EXPERTS[engine_tp]} if architecture == "Qwen3Moe" else {}
     return recipe(
         save_model(folder / name, architecture, seed=seed, tie_word_embeddings=tied, hidden_size=128, **experts),
         run={"name": name},
