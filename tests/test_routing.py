@@ -154,7 +154,11 @@ def test_engines_report_the_experts_of_each_token(tmp_path: Path) -> None:
     import transformers
 
     folder = save(tmp_path, "MoE, some layers dense")
-    spec = recipe(folder, rollout={"routing": "replay", "tp": 2, "max_response_length": 64}, data={"max_prompt_length": 160})
+    spec = recipe(
+        folder,
+        rollout={"routing": "replay", "tp": 2, "max_response_length": 40, "kv_cache_mb": 1, "max_running": 8},
+        data={"max_prompt_length": 150},
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for completions in on_ranks(2, _generate, spec, free_port(), engines=True, timeout_s=400)[0]:
         for request, completion in zip(REQUESTS, completions, strict=True):
