@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
 CLUSTER = [f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "fork_fp8", "all_tokens")]
 PRESETS = [f"presets/{name}.yaml" for name in ("default", "paper", "official_code")]
-QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml"]
+QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml", "quickstart_moe/sft.yaml", "quickstart_moe/train.yaml"]
 CODE = ["code/sft.yaml", "code/train.yaml"]
 ABLATION = [f"ablation/{file.name}" for file in sorted((RECIPES / "ablation").glob("*.yaml"))]
 
