@@ -54,6 +54,10 @@ STREAM_SHARE = 0.84
 """Of the memory's bandwidth, in operators that only read and write: 2.8 of an H100's 3.35 TB/s."""
 LINK_SHARE = 0.60
 
+BUSIEST = 1.25
+"""Tokens that the rank with the most of them gets from the routers of a mixture, as a multiple of the mean over the ranks that share the
+experts. Assumed, for memory and for time."""
+
 # Memory outside our own tensors. Assumed.
 RESERVED = 3 * GIB
 """The driver, the CUDA context, NCCL's buffers, cuBLAS workspaces."""
