@@ -59,11 +59,13 @@ def held(shape: Shape, layout: Parallel) -> float:
 
 
 def working(shape: Shape, layout: Parallel, width: int, skew: float) -> float:
-    """Bytes at the peak of a layer's forward on top of what it keeps: tokens as sent and as received, and outputs, before and after they
-    are joined."""
-    copies = Copies.of(shape, layout, skew)
-    moved = layout.ep * layout.expert_tp > 1  # else what is received is what was sent
-    return width * shape.hidden * (copies.sent + (2 + moved) * copies.received)
+    """Bytes at the peak of a layer's forward on top of what it keeps: tokens as sent and as they arrive, and outputs before and after they
+    are joined or, with etp, sorted and added up, in fp32."""
+    copies, etp = Copies.of(shape, layout, skew), layout.expert_tp
+    arriving = copies.received / etp
+    elements = copies.sent + (arriving if layout.ep > 1 else 0.0) + 2 * copies.received  # without ep, what arrives is what was sent
+    added = (copies.received if width < 4 else 0.0) + arriving if etp > 1 else 0.0
+    return shape.hidden * (width * elements + 4 * added)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from megafork.plan.hardware import (
     ATTENTION_SHARE,
     DECODE_SHARE,
     DECODE_STEP,
+    EXPERT_SHARE,
+    FAR_ALL_REDUCE_LATENCY,
     FP8_GAIN,
     GPUS_PER_NODE,
     GROUPS_SAMPLED,
@@ -114,15 +116,16 @@ def _rollout(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, 
     room = max(engine.cache, 0) / (engine.token * context)
     running = max(1, int(min(spec.max_running, room, sampled)))
 
-    active = engine.weights - engine.experts
+    active = float(engine.weights - engine.experts)
     if shape.moe is not None:
-        active += engine.experts * shape.moe.per_token // shape.moe.experts
+        active += engine.experts * shape.moe.per_token / shape.moe.experts / EXPERT_SHARE
 
     def decode(batch: float, context: float) -> float:
-        read = engine.weights - engine.experts + (engine.experts * experts.touched(shape, batch) if engine.experts else 0)
+        read = engine.weights - engine.experts + (engine.experts * experts.touched(shape, batch) / EXPERT_SHARE if engine.experts else 0)
         reading = (read + batch * context * engine.token) / (gpu.bandwidth * DECODE_SHARE)
         counting = batch * active / (gpu.flops * MATMUL_SHARE)  # 2 FLOP per weight of 2 bytes
-        joining = 2 * shape.layers * ALL_REDUCE_LATENCY if spec.tp > 1 else 0.0
+        latency = FAR_ALL_REDUCE_LATENCY if spec.tp > GPUS_PER_NODE else ALL_REDUCE_LATENCY
+        joining = 2 * shape.layers * latency if spec.tp > 1 else 0.0
         return max(reading, counting) + joining + DECODE_STEP
 
     bulk = sampled * load.response / running * decode(running, context)
@@ -170,7 +173,7 @@ def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int
 def _layer(shape: Shape, recipe: Recipe, gpu: Gpu, work: Work, *, sparse: bool) -> float:
     """Seconds of one layer: its arithmetic, what plain layers move beyond fused ones, and what its ranks send each other."""
     layout, width, local = recipe.parallel, WIDTH[recipe.precision.dtype], work.local
-    of_mlp = 2 * experts.weights_of_a_token(shape, layout) if sparse else 2 * 3 * shape.hidden * shape.ffn
+    of_mlp = 2 * experts.weights_of_a_token(shape, layout) / EXPERT_SHARE if sparse else 2 * 3 * shape.hidden * shape.ffn
     matmul = 2 * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + of_mlp
     again = work.linear > 1 and recipe.model.recompute == "selective"  # only the attention core
     attention = 2 * work.length * shape.heads * shape.head_dim
