@@ -46,6 +46,8 @@ class ColocatedEngine(Engine):
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # its imports set variables as well
             vllm_fixes.pack_reloaded_experts()
+            if config.whole_experts:
+                vllm_fixes.share_experts()
             if config.engine.get("speculative_config"):
                 vllm_fixes.expand_temperatures()
             try:
