@@ -85,7 +85,7 @@ CASES: dict[tuple[str, int], list[tuple[str, bool, str]]] = {
     ("TP2 PP2", 1): [("Llama", False, "fp32")],
     ("TP2 PP2", 2): [("Qwen3", True, "bf16")],
     ("EP2", 1): [("Qwen3Moe", False, "fp32")],
-    ("EP2 TP2", 2): [("Qwen3Moe", False, "bf16"), ("Qwen3Moe, whole", False, "fp32")],
+    ("EP2 TP2", 2): [("Qwen3Moe", False, "bf16"), ("Qwen3Moe_whole", False, "fp32")],
 }
 """Layout and the engines' TP: family, tied or not, dtype. Qwen3 comes tied and untied in both dtypes, every other family once, and those
 whose tensors are split otherwise than others' (fused ones, experts) under both splits. Experts are also shared by an engine, each whole."""
@@ -94,7 +94,7 @@ EXPERTS = {1: 64, 2: 48}
 
 
 def test_every_family_has_a_case() -> None:
-    assert {family.partition(",")[0] for cases in CASES.values() for family, _, _ in cases} == {
+    assert {family.partition("_")[0] for cases in CASES.values() for family, _, _ in cases} == {
         name.removesuffix("ForCausalLM") for name in FAMILIES
     }
 
@@ -108,7 +108,7 @@ def test_a_refitted_engine_is_a_fresh_engine(layout: str, engine_tp: int, tmp_pa
 
 def spec_of(folder: Path, architecture: str, tied: bool, dtype: str, parallel: dict[str, Any], engine_tp: int, seed: int) -> Recipe:
     name = f"{architecture}-{'tied' if tied else 'untied'}-{dtype}"
-    architecture, _, whole = architecture.partition(", ")
+    architecture, _, whole = architecture.partition("_")
     experts: dict[str, Any] = {"moe_intermediate_size": EXPERTS[engine_tp]} if architecture == "Qwen3Moe" else {}
     return recipe(
         save_model(folder / name, architecture, seed=seed, tie_word_embeddings=tied, hidden_size=128, **experts),
