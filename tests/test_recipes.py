@@ -26,8 +26,7 @@ MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
 MIXTURES = ["qwen3_30b_a3b_fork.yaml", "qwen3_235b_a22b_fork.yaml"]
 CLUSTER = [*(f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "fork_fp8", "all_tokens")), *MIXTURES]
 PRESETS = [f"presets/{name}.yaml" for name in ("default", "paper", "official_code")]
-QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml"]
-QUICKSTART_MOE = ["quickstart_moe/sft.yaml", "quickstart_moe/train.yaml"]
+QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml", "quickstart_moe/sft.yaml", "quickstart_moe/train.yaml"]
 CODE = ["code/sft.yaml", "code/train.yaml"]
 ABLATION = [f"ablation/{file.name}" for file in sorted((RECIPES / "ablation").glob("*.yaml"))]
 
@@ -38,7 +37,7 @@ def plan(name: str, gpus: int | None = None, overrides: list[str] | None = None)
 
 
 def test_these_are_all_recipes_and_no_two_share_a_run_folder() -> None:
-    runs = [*CLUSTER, *QUICKSTART, *QUICKSTART_MOE, *CODE, *ABLATION]
+    runs = [*CLUSTER, *QUICKSTART, *CODE, *ABLATION]
     assert {str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml")} == {*runs, *PRESETS}
     assert len({load_recipe(RECIPES / name).run_folder for name in runs}) == len(runs)
 

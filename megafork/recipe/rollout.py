@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -59,6 +59,10 @@ class Rollout(Section):
     park_training: bool = False
     """Move gradients and optimizer state off the GPU while vLLM uses it: room for a larger `gpu_memory_fraction`, at the cost of a host
     round trip per step. Not with `servers`, which have their own GPUs."""
+    routing: Literal["none", "replay"] = "none"
+    """Of a mixture of experts. replay: scoring and updates send each token to the experts that vLLM chose for it, so that the two compute
+    the same function of nearly equal weights; the weights of the experts, and their gradients, are the trainer's. With `servers`, which
+    do not tell their choice, updates replay that of the scoring pass. none: routers choose anew."""
     max_running: Count = 256
     """Requests that an engine decodes at once."""
     engine: dict[str, JsonValue] = Field(default={})

@@ -24,6 +24,8 @@ OWN = {
     "kv_cache_memory_bytes": "rollout.kv_cache_mb",
     "logits_processors": "rollout.fork_temperature",
     "weight_transfer_config": "rollout.servers",
+    "enable_return_routed_experts": "rollout.routing",
+    "aux_output_config": "rollout.routing",
     "seed": "run.seed",
     "override_generation_config": "rollout.temperature",
     "generation_config": "rollout.temperature",

@@ -37,6 +37,8 @@ class EngineConfig:
     """Whether requests may use `Sampling.forks`; enabling it costs the engine some overlap even if no request does."""
     entropies: bool = False
     """Whether requests may ask for `Sampling.entropies`."""
+    routing: bool = False
+    """Whether completions carry the experts that each token took."""
     fp8: bool = False
     """Whether projections are in e4m3, quantised at every refit (`model.fp8`)."""
 
@@ -58,6 +60,7 @@ class EngineConfig:
             kv_cache_mb=spec.kv_cache_mb,
             fork_decoding=spec.fork_temperature is not None,
             entropies=recipe.forks.entropy_from == "rollout",
+            routing=recipe.routing_from == "rollout",
             fp8=recipe.precision.rollout_fp8,
             engine=spec.engine,
         )

@@ -42,6 +42,8 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     check_layout(shape, recipe.parallel)
     if recipe.loss.expert_balance and shape.moe is None:
         raise RecipeError(f"loss.expert_balance is {recipe.loss.expert_balance:g} but the model is dense, it has no experts: leave it out")
+    if recipe.rollout.routing == "replay" and shape.moe is None:
+        raise RecipeError("rollout.routing is replay but the model is dense, it has no experts: leave it out")
     if not supervised:
         _check_rollout(shape, recipe)
         reward.check_verifier(recipe.reward)
