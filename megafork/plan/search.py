@@ -15,8 +15,8 @@ _SPARE = 0.05
 
 
 def proposals(plan: Plan, show: int = 10) -> list[Plan]:
-    """The `show` best plans over tp, pp, vpp, cp, sp, ep and recompute, each with the least recomputation that fits, and then the most memory
-    for vLLM.
+    """The `show` best plans over tp, pp, vpp, cp, sp, ep and recompute, each with the least recomputation that fits, and then the most
+    memory for vLLM.
 
     TP x CP stays within a node. Sequence parallelism is on whenever tp > 1: it only saves memory. With ep, experts are whole.
     """
