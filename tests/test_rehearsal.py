@@ -17,7 +17,7 @@ from rehearsal.step import waits_of
 from tiny import recipe, save_model
 from training import Rig
 
-from megafork.model import attention, policy
+from megafork.model import attention, build, policy
 from megafork.parallel import vocab
 from megafork.parallel.quantile import top_thresholds
 from megafork.recipe import Recipe
@@ -110,6 +110,7 @@ def both(specs: list[Recipe], folder: Path | None = None) -> list[tuple[Any, Any
     # as on a GPU, also on the CPU
     vocab._factor_dtype = lambda weight: weight.dtype
     policy.in_one_kernel = lambda hidden: True
+    build.compiles = lambda device: True
     attention.in_one_call = lambda query: query.dtype is torch.bfloat16
     varlen.install()
 
