@@ -6,6 +6,7 @@ uncompiled.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import inductor
@@ -18,8 +19,12 @@ from ranks import on_ranks
 
 from megafork.model import attention
 from megafork.model.attention import PackedCoreAttention, PackedSequences
+from megafork.model.build import PolicyConfig, transformer_config
 from megafork.model.policy import RMSNorm
 from megafork.parallel.context import places_of, unzigzag_index, zigzag_index
+from megafork.parallel.mesh import build_mesh
+from megafork.plan.models import KNOWN
+from megafork.recipe import Parallel, Precision
 
 LENGTHS = [8, 24, 8, 8, 4]
 HEADS, GROUPS, DIM = 4, 2, 16
@@ -132,6 +137,18 @@ def test_megatron_s_swiglu_and_its_own_gradient(weighted: bool, dtype: torch.dty
     expected = torch.autograd.grad((wanted * gradient.double()).sum(), exact)
     for got, full in zip(torch.autograd.grad(found, inputs, gradient), expected, strict=True):
         torch.testing.assert_close(got.double(), full, atol=8 * allowed, rtol=8 * allowed)
+
+
+def _megatron_s_swiglu() -> list[bool]:
+    """Whether Megatron's own SwiGLU computes plain layers on the CPU and on a GPU."""
+    mesh = build_mesh(Parallel(), seed=1, device=torch.device("cpu"))
+    config = PolicyConfig(Precision(dtype="bf16"))
+    places = (mesh, replace(mesh, device=torch.device("cuda", 0)))
+    return [transformer_config(KNOWN["qwen3-8b"], config, place).bias_activation_fusion for place in places]
+
+
+def test_megatron_s_swiglu_is_taken_on_a_gpu() -> None:
+    assert on_ranks(1, _megatron_s_swiglu) == [[False, True]]
 
 
 def _code_for_swiglu() -> list[str]:
