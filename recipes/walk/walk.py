@@ -113,7 +113,7 @@ def response_text(problem: Problem, moves: Sequence[Move]) -> str:
     return " ".join(texts)
 
 
-def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
+def make_rows(seed: int, *, sft: int = SFT_ROWS, train: int = TRAIN_ROWS, heldout: int = HELDOUT_ROWS) -> dict[str, list[dict[str, Any]]]:
     """Rows of the files `sft`, `train` and `heldout`; no held-out problem is in the others."""
     choose = random.Random(seed)
 
@@ -132,8 +132,8 @@ def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
                 found[one] = None
         return list(found)
 
-    heldout = problems(HELDOUT_ROWS, set())
-    known = problems(SFT_ROWS + TRAIN_ROWS, set(heldout))
+    unseen = problems(heldout, set())
+    known = problems(sft + train, set(unseen))
 
     def row(one: Problem) -> dict[str, Any]:
         sizes = choose.sample(one.sizes, len(one.sizes))
@@ -143,9 +143,9 @@ def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
         return {"prompt": row(one)["prompt"], "response": response_text(one, walk(one, choose.random() < RIGHT_SHARE, choose))}
 
     return {
-        "sft": [warm_start_row(one) for one in known[:SFT_ROWS]],
-        "train": [row(one) for one in known[SFT_ROWS:]],
-        "heldout": [row(one) for one in heldout],
+        "sft": [warm_start_row(one) for one in known[:sft]],
+        "train": [row(one) for one in known[sft:]],
+        "heldout": [row(one) for one in unseen],
     }
 
 
