@@ -79,9 +79,13 @@ RIGHT = "at 3 + 5 = 8 need + 9 moves 1 ; at 8 + 9 = 17 need + 0 moves 0 ;"
 
 
 def test_the_right_chain_and_wrong_ones() -> None:
-    assert walk.score(RIGHT, ROW) == 1.0 and walk.score(RIGHT.replace(" ", "\n "), ROW) == 1.0
+    for right in (RIGHT, RIGHT.replace(" ", "\n "), "at 3 + 9 = 12 need + 5 moves 1 ; at 12 + 5 = 17 need + 0 moves 0 ;"):
+        assert walk.score(right, ROW) == 1.0
+    near = "at 3 + 5 = 8 need + 11 moves 1 ; at 8 + 9 = 17 need + 2 moves 0 ;"
+    assert walk.score(near, {**ROW, "answer": "19"}) == 1.0
     wrong = {
         "misses": "at 3 + 5 = 8 need + 9 moves 1 ; at 8 + 5 = 13 need + 4 moves 0 ;",
+        "misses by three": "at 3 + 9 = 12 need + 5 moves 1 ; at 12 + 2 = 14 need + 3 moves 0 ;",
         "a size that the problem lacks": "at 3 + 7 = 10 need + 7 moves 1 ; at 10 + 7 = 17 need + 0 moves 0 ;",
         "wrong arithmetic": "at 3 + 5 = 8 need + 9 moves 1 ; at 8 + 5 = 17 need + 0 moves 0 ;",
         "a wrong distance": RIGHT.replace("need + 9", "need + 8"),
@@ -95,7 +99,7 @@ def test_the_right_chain_and_wrong_ones() -> None:
 
 
 @given(problems(), st.integers(0, 2**32))
-def test_the_verifier_rewards_what_ends_at_the_target(problem: walk.Problem, seed: int) -> None:  # type: ignore[name-defined]
+def test_the_verifier_rewards_what_ends_near_the_target(problem: walk.Problem, seed: int) -> None:  # type: ignore[name-defined]
     moves, row = (
         chain(problem, seed),
         {"start": problem.start, "answer": str(problem.target), "sizes": problem.sizes, "moves": problem.moves},
@@ -103,7 +107,7 @@ def test_the_verifier_rewards_what_ends_at_the_target(problem: walk.Problem, see
     end = problem.start
     for move in moves:
         end += {"+": 1, "-": -1}[move.sign] * move.size
-    assert walk.score(walk.response_text(problem, moves), row) == float(end == problem.target)
+    assert walk.score(walk.response_text(problem, moves), row) == float(end - 2 <= problem.target <= end + 2)
 
 
 @given(problems(), st.integers(0, 2**32), st.booleans())

@@ -1,10 +1,10 @@
-"""A task with long chains of thought, most of whose tokens are forced: walk to a target in an exact number of moves.
+"""A task with long chains of thought, most of whose tokens are forced: walk near a target in an exact number of moves.
 
     prompt    from 3 to 17 by 2 5 9 moves 6 :
     response  at 3 + 5 = 8 need + 9 moves 5 ; at 8 - 2 = 6 need + 11 moves 4 ; ...
 
 The model is free to choose each move's sign and size: two forks among its twelve tokens. Result, distance, moves left, separators and the
-end follow from the text before them. No move leaves LOWEST .. HIGHEST.
+end follow from the text before them. No move leaves LOWEST .. HIGHEST, and the last must end at most NEAR away from the target.
 
 `python recipes/walk/walk.py OUT` writes the files that `recipes/quickstart/countdown.py` writes for its task, with rows
 {"prompt", "answer" (the target), "start", "sizes", "moves"}. A recipe names the verifier as `reward.verifier: recipes/walk/walk.py:score`.
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 SIGNS = {"+": 1, "-": -1}
 LOWEST, HIGHEST = 0, 24  # places
 SIZES = range(1, 10)  # of moves; each problem has three
-MOVES = range(5, 10)  # per problem: responses of 61 to 109 tokens
+NEAR = 2  # to the target
+MOVES = range(5, 9)  # per problem: responses of 61 to 97 tokens
 RIGHT_SHARE = 0.5  # of the warm start's chains
 SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 25_600, 4_096, 128
 
@@ -53,6 +54,10 @@ def after(place: int, move: Move) -> int:
     return place + SIGNS[move.sign] * move.size
 
 
+def is_near(place: int, target: int) -> bool:
+    return abs(place - target) <= NEAR
+
+
 def move_text(place: int, move: Move, target: int, left: int) -> str:
     """left: moves that remain after this one."""
     to = after(place, move)
@@ -63,8 +68,8 @@ def move_text(place: int, move: Move, target: int, left: int) -> str:
 
 
 def score(response: str, row: dict[str, Any]) -> float:
-    """1.0 if `response` is row["moves"] correctly written moves from row["start"], each by one of row["sizes"], to int(row["answer"]);
-    else 0.0. The text is compared with every possible next move, so no text raises."""
+    """1.0 if `response` is row["moves"] correctly written moves from row["start"], each by one of row["sizes"], that end near
+    int(row["answer"]); else 0.0. The text is compared with every possible next move, so no text raises."""
     words, place, target = response.split(), int(row["start"]), int(row["answer"])
     for left in reversed(range(int(row["moves"]))):
         for move in choices(place, row["sizes"]):
@@ -74,7 +79,7 @@ def score(response: str, row: dict[str, Any]) -> float:
         else:
             return 0.0
         words, place = words[len(expected) :], after(place, move)
-    return float(not words and place == target)
+    return float(not words and is_near(place, target))
 
 
 # --- problems and chains of thought ---
@@ -82,14 +87,14 @@ def score(response: str, row: dict[str, Any]) -> float:
 
 @functools.cache
 def ways(place: int, target: int | None, sizes: tuple[int, ...], moves: int) -> int:
-    """The number of walks from `place` of so many moves that end at the target; None: anywhere."""
+    """The number of walks from `place` of so many moves that end near the target; None: anywhere."""
     if moves == 0:
-        return int(target in (None, place))
+        return int(target is None or is_near(place, target))
     return sum(ways(after(place, move), target, sizes, moves - 1) for move in choices(place, sizes))
 
 
 def walk(problem: Problem, right: bool, choose: random.Random) -> list[Move]:
-    """One of the walks that end at the target, or of those that don't, all with the same probability."""
+    """One of the walks that end near the target, or of those that don't, all with the same probability."""
     place, moves = problem.start, []
     for left in reversed(range(problem.moves)):
         every = choices(place, problem.sizes)
