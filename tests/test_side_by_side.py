@@ -191,12 +191,16 @@ def wait_for(what: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_real_trials_side_by_side(recipes: list[str], tmp_path: Path) -> None:
-    """One fails while the other goes on; then it is stopped and killed with its parent; in the end the numbers are those of one after
-    another."""
+    """One fails while the other goes on; then it is stopped and killed with its parent; in the end the numbers are those of the listed
+    commands, each in a job of its own."""
     make_task(tmp_path)
-    common = ["ablate", *recipes, "checkpoint.every=1", "--seeds", "1", "--json"]
-    one_by_one = megafork(*common, "--out", "in_turn", cwd=tmp_path, limit_s=600)
-    assert one_by_one.returncode == 0, one_by_one.stderr
+    common = ["ablate", *recipes, "checkpoint.every=1", "--seeds", "1"]
+    for line in CliRunner().invoke(app, [*common, "--out", "jobs", "--list"], catch_exceptions=False).stdout.splitlines():
+        job = megafork(*shlex.split(line)[1:], cwd=tmp_path, limit_s=600, env={**os.environ, "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"})
+        assert job.returncode == 0, job.stderr
+    common.append("--json")
+    jobs = megafork(*common, "--out", "jobs", cwd=tmp_path, limit_s=600)
+    assert jobs.returncode == 0 and jobs.stderr.count("done before") == 2, "they are only tabulated"
     command = [*common, "--out", "out", "--parallel", "2", "--record", "runs.json"]
     top, every = tmp_path / "out/top-seed_1", tmp_path / "out/all-seed_1"
 
@@ -223,9 +227,9 @@ def test_real_trials_side_by_side(recipes: list[str], tmp_path: Path) -> None:
     done = megafork(*command, cwd=tmp_path, limit_s=600)
     assert done.returncode == 0, done.stderr
     for folder in (top, every):
-        assert numbers(folder) == numbers(tmp_path / "in_turn" / folder.name)
+        assert numbers(folder) == numbers(tmp_path / "jobs" / folder.name)
         assert (folder / "report.html").exists()
-    ours, theirs = (json.loads(run.stdout.splitlines()[-1]) for run in (done, one_by_one))
+    ours, theirs = (json.loads(run.stdout.splitlines()[-1]) for run in (done, jobs))
     for results in (ours, theirs):
         for recipe in results["recipes"]:
             recipe.pop("seconds")

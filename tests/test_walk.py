@@ -59,7 +59,7 @@ def test_chains_are_long_and_at_least_three_quarters_of_their_tokens_are_forced(
 
 
 def test_the_share_of_forced_tokens_in_the_warm_starts_chains() -> None:
-    """84.6% of all tokens, and of no chain less than 83.4%."""
+    """83.1% of all tokens, and of no chain less than 82%."""
     rows = walk.make_rows(1, sft=400, train=1, heldout=1)["sft"]
     counts = []
     for row in rows:
@@ -67,31 +67,30 @@ def test_the_share_of_forced_tokens_in_the_warm_starts_chains() -> None:
         sizes = tuple(sorted(map(int, words[5:8])))
         problem = walk.Problem(int(words[1]), int(words[3]), sizes, int(words[9]))
         text = row["response"].split()
-        counts.append(list(options(problem, [walk.Move(text[at + 2], int(text[at + 3])) for at in range(0, len(text), 12)])))
+        counts.append(list(options(problem, [walk.Move(text[at + 2], int(text[at + 3])) for at in range(0, len(text), 11)])))
     shares = [sum(count == 1 for count in allowed) / len(allowed) for allowed in counts]
     total = sum(count == 1 for allowed in counts for count in allowed) / sum(map(len, counts))
-    assert total == pytest.approx(0.846, abs=0.003) and min(shares) > 0.834
+    assert total == pytest.approx(0.831, abs=0.003) and min(shares) > 0.82
     assert min(map(len, counts)) >= 60 and max(map(len, counts)) <= 150
 
 
 ROW = {"start": 3, "answer": "17", "sizes": [2, 9, 5], "moves": 2}
-RIGHT = "at 3 + 5 = 8 need + 9 moves 1 ; at 8 + 9 = 17 need + 0 moves 0 ;"
+RIGHT = "at 3 + 5 = 8 to 17 moves 1 ; at 8 + 9 = 17 to 17 moves 0 ;"
 
 
 def test_the_right_chain_and_wrong_ones() -> None:
-    for right in (RIGHT, RIGHT.replace(" ", "\n "), "at 3 + 9 = 12 need + 5 moves 1 ; at 12 + 5 = 17 need + 0 moves 0 ;"):
+    for right in (RIGHT, RIGHT.replace(" ", "\n "), "at 3 + 9 = 12 to 17 moves 1 ; at 12 + 5 = 17 to 17 moves 0 ;"):
         assert walk.score(right, ROW) == 1.0
-    near = "at 3 + 5 = 8 need + 11 moves 1 ; at 8 + 9 = 17 need + 2 moves 0 ;"
-    assert walk.score(near, {**ROW, "answer": "19"}) == 1.0
+    assert walk.score(RIGHT.replace("to 17", "to 19"), {**ROW, "answer": "19"}) == 1.0
     wrong = {
-        "misses": "at 3 + 5 = 8 need + 9 moves 1 ; at 8 + 5 = 13 need + 4 moves 0 ;",
-        "misses by three": "at 3 + 9 = 12 need + 5 moves 1 ; at 12 + 2 = 14 need + 3 moves 0 ;",
-        "a size that the problem lacks": "at 3 + 7 = 10 need + 7 moves 1 ; at 10 + 7 = 17 need + 0 moves 0 ;",
-        "wrong arithmetic": "at 3 + 5 = 8 need + 9 moves 1 ; at 8 + 5 = 17 need + 0 moves 0 ;",
-        "a wrong distance": RIGHT.replace("need + 9", "need + 8"),
-        "below zero": "at 3 - 5 = -2 need + 19 moves 1 ; at -2 + 9 = 17 need + 0 moves 0 ;",
+        "misses": "at 3 + 5 = 8 to 17 moves 1 ; at 8 + 5 = 13 to 17 moves 0 ;",
+        "misses by three": "at 3 + 9 = 12 to 17 moves 1 ; at 12 + 2 = 14 to 17 moves 0 ;",
+        "a size that the problem lacks": "at 3 + 7 = 10 to 17 moves 1 ; at 10 + 7 = 17 to 17 moves 0 ;",
+        "wrong arithmetic": "at 3 + 5 = 8 to 17 moves 1 ; at 8 + 5 = 17 to 17 moves 0 ;",
+        "another target": RIGHT.replace("to 17 moves 1", "to 16 moves 1"),
+        "below zero": "at 3 - 5 = -2 to 17 moves 1 ; at -2 + 9 = 17 to 17 moves 0 ;",
         "too few moves": RIGHT.split(" ;")[0] + " ;",
-        "too many moves": RIGHT + " at 17 + 2 = 19 need - 2 moves 0 ;",
+        "too many moves": RIGHT + " at 17 + 2 = 19 to 17 moves 0 ;",
         "cut off": RIGHT[:-2],
         "nothing": "",
     }
@@ -137,5 +136,5 @@ def test_the_files_are_reproducible_and_fit_the_recipes() -> None:
     for name in ("sft", "train"):
         recipe = load_recipe(RECIPES / "walk" / f"{name}.yaml")
         assert max(len(row["prompt"].split()) for part in rows.values() for row in part) <= recipe.data.max_prompt_length
-        assert recipe.rollout.max_response_length >= 12 * max(walk.MOVES) + 1
+        assert recipe.rollout.max_response_length >= 11 * max(walk.MOVES) + 1
         assert recipe.longest_sequence <= 128  # positions of the model

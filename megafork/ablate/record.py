@@ -7,16 +7,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megafork.ablate.options import OF_NO_EFFECT, OF_THE_TRIAL, Trial, flat
 from megafork.ablate.results import Outcome
-from megafork.data.prompts import fingerprint, problems
+from megafork.data.prompts import Prompt, fingerprint, problems
 from megafork.files import whole
 from megafork.recipe import Recipe, RecipeError
-
-if TYPE_CHECKING:
-    from megafork.train.inputs import Inputs
 
 _FINGERPRINTED = ("data.train", "data.eval")
 
@@ -30,13 +27,13 @@ class Origin:
     held_out: str
 
     @classmethod
-    def of(cls, inputs: Inputs) -> Origin:
-        """Reads all weights."""
+    def of(cls, model: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> Origin:
+        """model: its folder, whose weights are all read."""
         digest = hashlib.sha256()
-        for file in [inputs.weights.folder / "config.json", *sorted(inputs.weights.folder.glob("*.safetensors"))]:
+        for file in [model / "config.json", *sorted(model.glob("*.safetensors"))]:
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return cls(digest.hexdigest()[:16], fingerprint(inputs.train), problems(inputs.held_out))
+        return cls(digest.hexdigest()[:16], fingerprint(train), problems(held_out))
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ class Ablation:
         recipe = trial.recipe
         key = recipe.model.path, recipe.data.model_dump_json()
         if key not in self._origins:
-            self._origins[key] = Origin.of(self.preflight(recipe))
+            inputs = self.preflight(recipe)
+            self._origins[key] = Origin.of(inputs.weights.folder, inputs.train, inputs.held_out)
         return self._origins[key]
 
 

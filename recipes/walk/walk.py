@@ -1,10 +1,10 @@
 """A task with long chains of thought, most of whose tokens are forced: walk near a target in an exact number of moves.
 
     prompt    from 3 to 17 by 2 5 9 moves 6 :
-    response  at 3 + 5 = 8 need + 9 moves 5 ; at 8 - 2 = 6 need + 11 moves 4 ; ...
+    response  at 3 + 5 = 8 to 17 moves 5 ; at 8 - 2 = 6 to 17 moves 4 ; ...
 
-The model is free to choose each move's sign and size: two forks among its twelve tokens. Result, distance, moves left, separators and the
-end follow from the text before them. No move leaves LOWEST .. HIGHEST, and the last must end at most NEAR away from the target.
+The model is free to choose each move's sign and size: two forks among its eleven tokens. Result, target, moves left, separators and the end
+follow from the text before them. No move leaves LOWEST .. HIGHEST, and the last must end at most NEAR away from the target.
 
 `python recipes/walk/walk.py OUT` writes the files that `recipes/quickstart/countdown.py` writes for its task, with rows
 {"prompt", "answer" (the target), "start", "sizes", "moves"}. A recipe names the verifier as `reward.verifier: recipes/walk/walk.py:score`.
@@ -25,7 +25,7 @@ SIGNS = {"+": 1, "-": -1}
 LOWEST, HIGHEST = 0, 24  # places
 SIZES = range(1, 10)  # of moves; each problem has three
 NEAR = 2  # to the target
-MOVES = range(5, 9)  # per problem: responses of 61 to 97 tokens
+MOVES = range(6, 9)  # per problem: responses of 67 to 89 tokens
 RIGHT_SHARE = 0.5  # of the warm start's chains
 SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 25_600, 4_096, 128
 
@@ -60,8 +60,7 @@ def is_near(place: int, target: int) -> bool:
 
 def move_text(place: int, move: Move, target: int, left: int) -> str:
     """left: moves that remain after this one."""
-    to = after(place, move)
-    return f"at {place} {move.sign} {move.size} = {to} need {'+' if target >= to else '-'} {abs(target - to)} moves {left} ;"
+    return f"at {place} {move.sign} {move.size} = {after(place, move)} to {target} moves {left} ;"
 
 
 # --- the verifier ---
@@ -155,7 +154,7 @@ def make_rows(seed: int, *, sft: int = SFT_ROWS, train: int = TRAIN_ROWS, heldou
 
 
 def vocabulary() -> list[str]:
-    return [*map(str, range(LOWEST, HIGHEST + 1)), *SIGNS, "=", ";", ":", "from", "to", "by", "moves", "at", "need"]
+    return [*map(str, range(LOWEST, HIGHEST + 1)), *SIGNS, "=", ";", ":", "from", "to", "by", "moves", "at"]
 
 
 def main() -> None:
