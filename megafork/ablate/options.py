@@ -44,12 +44,13 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: trained, exported and evaluated."""
+        """Whether nothing is left to do: trained, exported, evaluated and reported."""
         from megafork.weights import checkpoint  # imports megatron
 
         found = checkpoint.complete(self.recipe.run_folder / "checkpoints")
         step = found[-1][0] if found else 0
-        return step >= self.recipe.train.steps and is_exported(self.recipe, step) and is_evaluated(self.recipe, step)
+        done = step >= self.recipe.train.steps and is_exported(self.recipe, step) and is_evaluated(self.recipe, step)
+        return done and (self.recipe.run_folder / "report.html").exists()
 
 
 @dataclass(frozen=True)
