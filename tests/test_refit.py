@@ -21,7 +21,7 @@ from megafork.weights.refit import Bridge
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
-UPDATES = 5
+UPDATES = 3
 
 
 def _refit_after_updates(specs: list[Recipe], checked: tuple[int, ...], port: int) -> list[Any]:

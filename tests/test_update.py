@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from speed import by_speed
 from tiny import recipe, save_model
 from training import SHARES, Results, compare, reference, specs, train_on_rank
 
@@ -52,10 +53,6 @@ QUICK = ("TP1", "TP2 SP", "DP2", "PP2 VPP2", "CP2")
 CROSSED = ("TP1", "TP2 SP", "PP2 VPP2")
 """Where both models meet both shares. The others train the tied one on the forks and the untied one on all tokens: what a tied embedding
 adds, its gradient's sums over TP and between stages, does not depend on which tokens have a loss."""
-
-
-def by_speed(layouts: Iterable[str], quick: Collection[str]) -> list[Any]:
-    return [layout if layout in quick else pytest.param(layout, marks=pytest.mark.slow) for layout in layouts]
 
 
 @pytest.mark.parametrize("layout", by_speed(LAYOUTS, QUICK))
