@@ -217,8 +217,8 @@ def test_carried_out_any_plan_gives_each_rank_what_a_gather_would(plan: Reshard)
     """The routes of all ranks, each planned for itself, are carried out with tensors whose elements all differ."""
     world, shape = range(plan.world), plan.shape
     sizes = {name: full_shape(name, shape) for parameter in parameters(shape) for name in parameter.huggingface()}
-    numbers = itertools.count()
-    whole = {name: torch.tensor([next(numbers) for _ in range(torch.Size(size).numel())]).view(size) for name, size in sizes.items()}
+    counts = [torch.Size(size).numel() for size in sizes.values()]
+    whole = {name: part.view(sizes[name]) for name, part in zip(sizes, torch.arange(sum(counts)).split(counts), strict=True)}
     got = [{name: torch.full(size, -1) for name, size in sizes.items()} for _ in world]
     shards = [_shards(plan, rank, whole) for rank in world]
     between = 0
