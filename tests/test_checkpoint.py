@@ -63,6 +63,7 @@ def _load_and_go_on(spec: Recipe, folder: Path) -> Any:
     ids=["at once, tied", "in the background, untied"],
 )
 def test_saved_under_one_layout_continued_under_others(background: bool, tied: bool, tmp_path: Path) -> None:
+    """Weights and the optimizer's state are found by what they are, not by the rank that wrote them."""
     model, folder = save_model(tmp_path / "m", tie_word_embeddings=tied), tmp_path / "checkpoints"
     history, weights = on_ranks(4, _save_and_go_on, _spec(model, {"parallel": {"tp": 2, "sp": True}}), folder, background)[0]
     assert [name.name for name in folder.iterdir()] == ["step_000002"]

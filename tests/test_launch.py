@@ -160,6 +160,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(number: signal.Signals, early
 
 @pytest.mark.slow
 def test_joins_the_ranks_of_torchrun_and_does_not_repeat_a_finished_run(task: Path) -> None:
+    """Of the real torchrun, whose agent keeps the store: ranks that are started by others start none, and rank 0 alone speaks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ("sft", str(task / "recipe.yaml"), "run.name=NAME", "run.ranks=1", "--json")
     run = Run(task, subprocess.Popen, *torchrun, "-m", "megafork.cli", *words)

@@ -57,6 +57,7 @@ adds, its gradient's sums over TP and between stages, does not depend on which t
 
 @pytest.mark.parametrize("layout", by_speed(LAYOUTS, QUICK))
 def test_three_steps_equal_the_float64_reference(layout: str, wanted: Any) -> None:
+    """The forward, the backward, the threshold and the optimizer under every split; the reference knows no ranks."""
     world, sections = LAYOUTS[layout]
     cases = [(tied, n) for tied in (True, False) for n in range(len(SHARES)) if layout in CROSSED or tied == (n == 0)]
     every = [specs(wanted(tied)[0], sections)[n] for tied, n in cases]
@@ -130,6 +131,8 @@ def switched(wanted: Any) -> Callable[[int], list[dict[str, Any]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP2 SP", "DP2", "PP2 VPP2", "CP2"])
 def test_every_switch_equals_the_reference_in_every_layout(layout: str, wanted: Any, switched: Any) -> None:
+    """Selections, objectives and penalties read other ranks' tokens, entropies and log-probs: one layout of each kind, all switches in one
+    fork."""
     folder, plain, _ = wanted(True)
     world, sections = LAYOUTS[layout]
     every = [recipe(folder, **BASE, **switches, **sections) for switches in SWITCHES.values()]
