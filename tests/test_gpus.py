@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import megafork
+from command import forked_python, megafork
 from task import make_task, write_recipe
 
 from megafork import cli, commands, doctor, gpus
@@ -112,8 +112,9 @@ def test_commands_refuse_a_torch_without_cuda_before_anything_starts(task: Path,
 @pytest.mark.usefixtures("two_gpus")
 def test_servers_refuse_it_too(task: Path) -> None:
     words = [sys.executable, "-m", "megafork.rollout.serve", "recipe.yaml", "--port", "1"]
-    refused = subprocess.run(words, cwd=task, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert refused.returncode == 2 and "this machine has 2 GPUs, but torch" in refused.stderr
+    with forked_python(words, cwd=task, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as refused:
+        said = refused.communicate(timeout=120)[1]
+    assert refused.returncode == 2 and "this machine has 2 GPUs, but torch" in said
 
 
 @cpu_stack
