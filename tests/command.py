@@ -19,9 +19,12 @@ from ranks import free_port, import_vllm, on_ranks, own_thread_pool
 
 from megafork import commands
 from megafork import ranks as launcher
+from megafork.ablate import side_by_side
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
+from megafork.user_code import import_file
 
+FAULTS = Path(__file__).with_name("faults")
 WITH_ENGINES = ("train", "eval", "analyze", "ablate")
 
 
@@ -70,7 +73,10 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     logging.root.handlers.clear()  # pytest's
     # those that are replaced may be objects of an earlier fork, and would close what they stand for
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww"))
-    setattr(launcher, "Popen", forked_python)  # noqa: B010 - of the launcher
+    if "FAULT" in os.environ:  # this interpreter has started long ago
+        import_file(FAULTS / "sitecustomize.py", "faults")
+    for starter in (launcher, side_by_side):
+        setattr(starter, "Popen", forked_python)  # noqa: B010 - of that module
     assert args[1] == "-m", args
     sys.argv = args[2:]
     code = 1

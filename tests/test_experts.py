@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
+from speed import by_speed
 from tiny import MODELS, recipe, save_model
 from training import Results, Rig, compare, reference, specs, train_on_rank
 
@@ -51,7 +52,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return folder, [reference(spec) for spec in specs_of(folder, {})], plain
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", by_speed(LAYOUTS, ("EP2 overlap", "EP2 TP2")))
 def test_three_steps_equal_the_float64_reference(layout: str, wanted: Case) -> None:
     folder, expected, plain = wanted
     world, sections = LAYOUTS[layout]

@@ -141,7 +141,7 @@ def _generate(spec: Recipe, port: int) -> list[list[Completion]]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     answers = []
     for arguments in ENGINES.values():
-        config = replace(EngineConfig.of(spec), engine=arguments)
+        config = replace(EngineConfig.of(spec), engine=arguments, whole_experts="speculative_config" in arguments)
         engine = ColocatedEngine(config, mesh, FolderWeights(Path(spec.model.path)))
         engine.refit(0)
         answers.append(engine.generate(REQUESTS, Sampling(max_tokens=40, temperature=0.25, stop=(7,))))
@@ -150,7 +150,7 @@ def _generate(spec: Recipe, port: int) -> list[list[Completion]]:
 
 
 def test_engines_report_the_experts_of_each_token(tmp_path: Path) -> None:
-    """An engine of TP 2, against the choice of transformers."""
+    """Engines of TP 2, against the choice and the log-probs of transformers; of the second each rank has half of the experts, whole."""
     import transformers
 
     folder = save(tmp_path, "MoE, some layers dense")
@@ -165,6 +165,10 @@ def test_engines_report_the_experts_of_each_token(tmp_path: Path) -> None:
             prompt, tokens = (torch.tensor(part, dtype=torch.int32) for part in (request.prompt, completion.tokens))
             want = routed.chosen(model, replace(responses()[0], prompt_tokens=prompt, tokens=tokens))
             assert torch.equal(completion.routing.sort(-1).values, want.sort(-1).values)
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, tokens]).long()[None]).logits[0, len(prompt) - 1 : -1] / 0.25
+            log_probs = logits.log_softmax(-1).gather(-1, tokens.long()[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.log_probs), log_probs, atol=1e-4, rtol=0)
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 8), st.sampled_from([4, 128, 256, 257, 4096]), st.randoms())

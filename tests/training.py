@@ -1,4 +1,4 @@
-"""Three training steps on one fixed batch: on real ranks in any layout, and in float64 on transformers, one response at a time."""
+"""A few training steps on one fixed batch: on real ranks in any layout, and in float64 on transformers, one response at a time."""
 
 from __future__ import annotations
 
@@ -87,16 +87,16 @@ class Rig:
         return dict(policy_weights.export_policy(self.learner.chunks, self.shape, self.mesh))
 
 
-def train_on_rank(specs: list[Recipe], plant: Callable[[], None] | None = None) -> list[dict[str, Any]]:
-    """Three steps by each recipe, one after the other; `plant` may break something first."""
+def train_on_rank(specs: list[Recipe], plant: Callable[[], None] | None = None, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Some steps by each recipe, one after the other; `plant` may break something first."""
     if plant is not None:
         plant()
     results = []
     for spec in specs:
         rig = Rig(spec)
-        steps = [rig.step(number) for number in range(STEPS)]
-        masks = dict(itertools.chain(*(mask.items() for _, mask in steps)))
-        results.append({"history": [metrics for metrics, _ in steps], "masks": masks, "weights": rig.weights()})
+        taken = [rig.step(number) for number in range(steps)]
+        masks = dict(itertools.chain(*(mask.items() for _, mask in taken)))
+        results.append({"history": [metrics for metrics, _ in taken], "masks": masks, "weights": rig.weights()})
     return results
 
 
@@ -105,7 +105,7 @@ def _by_token(micro: MicroBatch, step: int) -> dict[tuple[int, ...], bool]:
     return {(step, g, s, int(o)): bool(m) for (g, s, o), m in zip(names, micro.mask, strict=True)}
 
 
-def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
+def reference(spec: Recipe, dp: int = 1, steps: int = STEPS) -> dict[str, Any]:
     """The same steps in float64 on transformers with torch's AdamW. `dp` counts where micro-batches do: `scope: microbatch`,
     `reduction: official`."""
     import transformers
@@ -125,7 +125,7 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
     with torch.no_grad():
         start = {_name(r): _score(model, r, spec.rollout.temperature)[0] for r in responses()} if spec.loss.kl.coef else {}
     history, masks = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         every = [prefix.cut(r, spec, step=step) for r in routed.given(responses(), spec)]
         if spec.routing_from == "score":
             every = [replace(r, routing=routed.chosen(model, r)) for r in every]

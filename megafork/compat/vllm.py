@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import uuid
 from collections.abc import Iterator
@@ -142,6 +143,32 @@ def pack_reloaded_experts() -> None:
 
     setup_kernel.packs_again = True  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def share_experts() -> None:
+    """Let the ranks of an engine share its experts on the CPU. Call in every process with such an engine, before it is made.
+
+    The CPU's kernel (0.32) is given the numbers of experts in the whole model, and takes them for those in the rank, with silently wrong
+    answers. Here those of other ranks get the weight 0.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    original = CPUUnquantizedExperts.apply
+    if torch.cuda.is_available() or getattr(original, "shares_experts", False):
+        return
+    signature = inspect.signature(original)
+
+    def apply(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        values = given.arguments
+        if values["expert_map"] is not None:
+            here = values["expert_map"].long()[values["topk_ids"].long()]  # -1: on another rank
+            values["topk_weights"] = values["topk_weights"].masked_fill(here < 0, 0.0)
+            values["topk_ids"] = here.clamp(min=0).to(values["topk_ids"].dtype)
+        original(*given.args, **given.kwargs)
+
+    apply.shares_experts = True  # type: ignore[attr-defined]
+    CPUUnquantizedExperts.apply = apply
 
 
 def finish_tied_heads(model: torch.nn.Module) -> None:

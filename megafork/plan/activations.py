@@ -1,9 +1,9 @@
 """Activation memory of a rank: closed forms of the tensors that our model's autograd graph saves.
 
 Derived from the model in `model/build.py`. Those of plain layers on the CPU (norms in fp32, attention by PyTorch) are checked against the
-allocations of a run; on a GPU norms keep no fp32 copy and attention is one call, and fused layers also keep less of rotary positions and
-SwiGLU. With context parallelism they assume attention that keeps no score matrix, as on a GPU. Layers with experts are plain everywhere
-(`experts.py`).
+allocations of a run; on a GPU norms keep no fp32 copy, SwiGLU keeps only its input and attention is one call, and fused layers also keep
+less of rotary positions. With context parallelism they assume attention that keeps no score matrix, as on a GPU. Layers with experts are
+plain everywhere (`experts.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Layer:
     attention: float
     """Fused QKV, the norms of q and k, RoPE, the core's inputs and output."""
     mlp: float
-    """Fused gate and up, silu, up again, their product; or what the router, the dispatcher and the experts keep."""
+    """Fused gate and up, and their product; on the CPU also silu, and up again. Or what the router, the dispatcher and the experts keep."""
     input: float
     """The residual stream alone: all that full recomputation keeps."""
 
@@ -55,15 +55,14 @@ def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
     stream = width * shape.hidden / (layout.tp if layout.sp else 1)
     gathered = layout.cp > 1 and not fused  # fused layers exchange keys and values while they compute
     again = recipe.model.recompute == "selective"
-    qk_norms = (
-        (width * (q + kv) if fused else 0.0) + 4 * (q + kv) / d if shape.family.qk_norm else 0.0
-    )  # Transformer Engine copies its input
+    copied = q + kv if fused else q if shape.kv_heads > layout.tp else 0.0  # by Transformer Engine; by Megatron, to join groups' queries
+    qk_norms = width * copied + 4 * (q + kv) / d if shape.family.qk_norm else 0.0
     angles = 0.0 if fused else 4 * d * width
     core = width * (q + (2 * kv * (layout.cp + 0.5) if gathered else kv)) + (0.0 if again else 4 * q / d)
     return Layer(
         norms=2 * (2 * stream + 4),
         attention=width * mixed + qk_norms + angles + core + width * q,
-        mlp=(3 if fused else 5) * width * ffn,
+        mlp=3 * width * ffn,
         input=stream,
     )
 

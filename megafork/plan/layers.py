@@ -1,7 +1,7 @@
 """Fused and plain layers in the plan: which a recipe gets on a GPU, and how many more bytes plain ones read and write.
 
-Matrix products, norms and attention are one kernel each in both. What differs is counted in passes over tensors of the operators that
-`model/build.py` leaves to PyTorch: rotary positions, SwiGLU, and the addition of weight gradients to fp32 buffers.
+Matrix products, norms, attention and SwiGLU are one kernel each in both. What differs is counted in passes over tensors: rotary positions,
+the gradient of SwiGLU, which torch.compile generates for plain layers, and the addition of weight gradients to fp32 buffers.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def more_than_fused(shape: Shape, recipe: Recipe, *, sparse: bool = False) -> Tr
     parameters = shared / tp + of_experts / (layout.ep * layout.expert_tp)
     return Traffic(
         # Rotary: 12 passes (2 products of 2, half negated 1, joined 2, sum 3, joined again 2) for 2
-        # SwiGLU: 7 (silu 2, + 0 2, product 3) for 3
-        forward=(12 - 2) * rotated + angles + (7 - 3) * inner,
+        # SwiGLU: 3 for 3
+        forward=(12 - 2) * rotated + angles,
         # Rotary: 14 (2 products of 2, half negated 1, joined 2, sum 3, nothing beyond the rotated part: 1, added 3) for 2
-        # SwiGLU: 13 (products 3 and 3, silu 3, joined 4) for 5
-        backward=(14 - 2) * rotated + (13 - 5) * inner,
+        # SwiGLU: 7 (torch.compile's kernel loads the gate and the product's gradient twice) for 5
+        backward=(14 - 2) * rotated + (7 - 5) * inner,
         weights=2 * width * parameters,  # a gradient is written before it is added
     )

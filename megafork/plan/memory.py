@@ -112,7 +112,8 @@ def engines(recipe: Recipe, gpus: int) -> int:
 def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
     """vLLM's weights (exact: the parts that it loads) and the memory left for its KV cache."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
-    others, experts = (_engine_bytes(shape, tp, width, fp8=recipe.precision.rollout_fp8, experts=which) for which in (False, True))
+    how = {"fp8": recipe.precision.rollout_fp8, "whole": recipe.rollout.whole_experts}
+    others, experts = (_engine_bytes(shape, tp, width, experts=which, **how) for which in (False, True))
     weights = others + experts
     if recipe.rollout.kv_cache_mb is not None:
         cache = recipe.rollout.kv_cache_mb * 2**20
@@ -134,13 +135,13 @@ def refit_buffer(shape: Shape, recipe: Recipe) -> int:
     return int(width * (whole + (1 + recipe.parallel.pp) * whole / tp))
 
 
-def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool, experts: bool) -> int:
+def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool, experts: bool, whole: bool) -> int:
     """Bytes of the weights that an engine's rank loads: those of experts, or all others."""
 
     def size(parameter: Parameter) -> int:
         if (parameter.expert is not None) != experts:
             return 0
-        parts = itertools.chain.from_iterable(needed(name, shape, tp, 0) for name in parameter.huggingface())
+        parts = itertools.chain.from_iterable(needed(name, shape, tp, 0, whole_experts=whole) for name in parameter.huggingface())
         return sum(part(*each, fp8=fp8 and parameter.rule.fp8) for each in parts)
 
     def part(rows: Span, columns: Span | None, *, fp8: bool) -> int:

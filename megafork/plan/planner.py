@@ -69,7 +69,7 @@ class Plan:
     def refit_planning_s(self) -> float | None:
         """Seconds that a rank spends at the start of a run on planning its refits: measured now, on this machine. None with servers, to
         which whole tensors go. A refit plans nothing."""
-        return None if self.recipe.rollout.servers else planning_s(self.shape, self.recipe.parallel, self.gpus, self.recipe.rollout.tp)
+        return None if self.recipe.rollout.servers else planning_s(self.shape, self.recipe, self.gpus)
 
     @property
     def fits(self) -> bool:
@@ -125,7 +125,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     check_world(recipe.parallel, gpus)
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
-    check_rollout_tp(shape, recipe.rollout.tp)
+    check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
     precision.check_training(shape, recipe.precision, recipe.parallel.tp)
     fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)

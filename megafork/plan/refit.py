@@ -15,7 +15,7 @@ from megafork.plan.parameters import WIDTH, count_of
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import Shape, check_engines, check_layout, check_world
 from megafork.weights.mapping import Parameter, pieces, shards_of
-from megafork.weights.reshard import Reshard, area, meet, needed
+from megafork.weights.reshard import Reshard, area, meet
 
 COMPARED = (Parallel(tp=8, pp=4, sp=True), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2, sp=True), Parallel(tp=8, sp=True))
 """Training layouts that `refits` compares with the recipe's own, each with engines of `ENGINES` ranks."""
@@ -82,9 +82,13 @@ def _alike(plan: Reshard) -> Iterator[tuple[Parameter, int]]:
     """One parameter for all that have the same transfers, and how many they are: those of like layers, and of the experts that the same
     ranks hold."""
     for bucket, times in plan.alike:
-        groups = Counter((parameter.rule, shards_of(parameter, plan.shape, plan.layout)) for parameter in bucket)
+
+        def kind(parameter: Parameter) -> tuple[Any, ...]:
+            return parameter.rule, shards_of(parameter, plan.shape, plan.layout), plan.owner(parameter)
+
+        groups = Counter(kind(parameter) for parameter in bucket)
         for parameter in bucket:
-            count = groups.pop((parameter.rule, shards_of(parameter, plan.shape, plan.layout)), 0)
+            count = groups.pop(kind(parameter), 0)
             if count:
                 yield parameter, times * count
 
@@ -116,7 +120,7 @@ def _lacking(plan: Reshard, ranks: range) -> int:
         shards = {spread.of(rank % per_stage) for rank in ranks if rank // per_stage == plan.stage(parameter)}
         held = {piece for shard in shards if shard is not None for piece in pieces(parameter, shape, spread.parts, shard)}
         for name in parameter.huggingface():
-            for part in {part for rank in ranks for part in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp)}:
+            for part in {part for rank in ranks for part in plan.needed(name, rank)}:
                 there = (meet(*part, piece) for piece in held if piece.name == name)
                 lacking += times * (area(*part) - sum(area(*covered) for covered in there if covered))
     return lacking
@@ -148,18 +152,18 @@ class Refit:
         return {"layout": self.layout.model_dump(), "gpus": self.gpus, "rollout_tp": self.rollout_tp, **counts}
 
 
-def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtype: str = "bf16") -> Refit:
+def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtype: str = "bf16", *, whole_experts: bool = False) -> Refit:
     """Count one refit. Raises RecipeError if model or GPUs do not allow the layout or the engine size."""
     check_layout(shape, layout)
     check_world(layout, gpus)
     check_engines(rollout_tp, gpus)
-    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
+    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE, whole_experts)
     return Refit(layout, gpus, rollout_tp, WIDTH[dtype], cost(plan), cost_of_full_gather(plan), lower_bound(plan))
 
 
-def planning_s(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int) -> float:
+def planning_s(shape: Shape, recipe: Recipe, gpus: int) -> float:
     """Seconds that a rank takes for its routes, measured here. Layout, GPUs and engines must fit."""
-    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
+    plan = Reshard(shape, recipe.parallel, gpus, recipe.rollout.tp, GPUS_PER_NODE, recipe.rollout.whole_experts)
     begin = time.perf_counter()
     plan.routes(gpus // 2)
     return time.perf_counter() - begin
@@ -168,7 +172,7 @@ def planning_s(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int) -> fl
 def refits(shape: Shape, recipe: Recipe, gpus: int) -> list[Refit]:
     """The recipe's own refit, then those of `COMPARED`, or `COMPARED_MIXTURES`, that model and GPUs allow."""
     dtype = recipe.precision.dtype
-    own = count_refit(shape, recipe.parallel, gpus, recipe.rollout.tp, dtype)
+    own = count_refit(shape, recipe.parallel, gpus, recipe.rollout.tp, dtype, whole_experts=recipe.rollout.whole_experts)
     counted = {own.name: own}
     for layout, engine in itertools.product(COMPARED_MIXTURES if shape.moe else COMPARED, ENGINES):
         with suppress(RecipeError):

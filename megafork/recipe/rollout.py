@@ -40,6 +40,9 @@ class Rollout(Section):
     paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
     tp: Ranks = 1
     """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
+    whole_experts: bool = False
+    """Of a mixture of experts: an engine's `tp` ranks share its experts, each whole (vLLM's expert parallelism), instead of splitting every
+    expert."""
     dynamic_sampling: bool = True
     """Drop groups whose responses are all right or all wrong, and sample others."""
     max_refills: CountOrZero = 10

@@ -18,6 +18,7 @@ OWN = {
     "quantization": "precision.rollout_fp8",
     "hf_overrides": "precision.rollout_fp8",
     "tensor_parallel_size": "rollout.tp",
+    "enable_expert_parallel": "rollout.whole_experts",
     "max_model_len": "data.max_prompt_length and rollout.max_response_length",
     "max_num_seqs": "rollout.max_running",
     "gpu_memory_utilization": "rollout.gpu_memory_fraction",
@@ -39,7 +40,7 @@ FIXED = {
     **dict.fromkeys(("distributed_executor_backend", "worker_cls", "worker_extension_cls"), "megafork starts the workers"),
     **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "nnodes", "node_rank"), "world size / rollout.tp engines are made"),
     **dict.fromkeys(
-        ("prefill_context_parallel_size", "decode_context_parallel_size", "enable_expert_parallel", "enable_eplb", "model_impl"),
+        ("prefill_context_parallel_size", "decode_context_parallel_size", "expert_placement_strategy", "enable_eplb", "model_impl"),
         "the refit knows only vLLM's own split over rollout.tp ranks",
     ),
     **dict.fromkeys(

@@ -46,6 +46,8 @@ class ColocatedEngine(Engine):
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # its imports set variables as well
             vllm_fixes.pack_reloaded_experts()
+            if config.whole_experts:
+                vllm_fixes.share_experts()
             if config.engine.get("speculative_config"):
                 vllm_fixes.expand_temperatures()
             try:
@@ -102,7 +104,8 @@ class ColocatedEngine(Engine):
 
         assert self._fork_decoding or not sampling.forks, "construct the engine with fork_decoding=True"
         assert self._entropies or not sampling.entropies, "construct the engine with entropies=True"
-        return vllm.SamplingParams(**sampling_arguments(request, sampling), flat_logprobs=True)
+        own = {"flat_logprobs": True, "skip_clone": True}  # made for this request alone, so vLLM need not copy it deeply
+        return vllm.SamplingParams(**sampling_arguments(request, sampling), **own)
 
     def refit(self, version: int) -> None:
         from vllm.config import set_current_vllm_config

@@ -27,6 +27,8 @@ class EngineConfig:
     """The run's seed. Each request carries its own seed, which alone determines what is drawn."""
     tp: int = 1
     """Ranks that share an engine."""
+    whole_experts: bool = False
+    """Whether these ranks share the experts instead of splitting each."""
     max_running: int = 256
     """Maximum requests decoded concurrently."""
     gpu_memory_fraction: float = 0.6
@@ -55,6 +57,7 @@ class EngineConfig:
             longest_sequence=recipe.longest_sequence,
             seed=recipe.run.seed,
             tp=spec.tp,
+            whole_experts=spec.whole_experts,
             max_running=spec.max_running,
             gpu_memory_fraction=spec.gpu_memory_fraction,
             kv_cache_mb=spec.kv_cache_mb,

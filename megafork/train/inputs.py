@@ -64,7 +64,7 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
-    check_rollout_tp(shape, recipe.rollout.tp)
+    check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
     if recipe.longest_sequence > shape.max_positions:
         raise RecipeError(
             f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "
