@@ -136,7 +136,7 @@ def test_a_run_allocates_sends_and_multiplies_what_is_planned(
             assert real.sent == pytest.approx(MICROS * sparse * ((passes - 1) * rows + backward), rel=0.01)
             sent = experts.traffic(shape, layout, width)
             mean = 2 * shape.hidden * width * copies / local * (1 - 1 / layout.ep)
-            assert (sent.in_node, sent.between_nodes) == (pytest.approx(mean), 0)
+            assert sent.in_node == pytest.approx(mean) and sent.between_nodes == 0
         if layout.pp == 1 and not changes and recompute != "full":
             shared = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads) / layout.tp
             active = shape.hidden * (moe.experts + 3 * moe.per_token * moe.ffn * real.skew)
@@ -198,7 +198,7 @@ def test_an_engine_holds_the_parts_that_it_loads(tp: int, changes: dict[str, Any
     assert engine.weights == size(names) and engine.experts == size([name for name in names if ".experts." in name]) > 0
 
 
-REFITS = {
+REFITS: dict[str, tuple[Parallel, int, int, dict[str, Any]]] = {
     "ep2-pp2": (Parallel(ep=2, pp=2), 8, 2, {"moe": Mixture(4, 2, 48, True, (1, 2, 3))}),
     "ep2-etp2-tp2": (Parallel(ep=2, etp=2, tp=2, sp=True), 8, 1, {}),
     "ep4": (Parallel(ep=4), 4, 2, {}),
@@ -243,7 +243,7 @@ def test_a_refit_moves_what_is_counted(name: str) -> None:
 
 def test_the_refits_of_a_mixture_are_compared_and_their_bucket_has_room() -> None:
     shape, spec = KNOWN["qwen3-30b-a3b"], published()
-    shape = replace(shape, layers=4, moe=replace(shape.mixture, experts=16, layers=(0, 1, 2, 3)))  # few, for each is a transfer
+    shape = replace(shape, layers=2, moe=replace(shape.mixture, layers=(0, 1)))
     counted = refits(shape, spec, 16)
     assert [refit.name for refit in counted[:3]] == [
         "TP1 PP1 CP1 EP8 DP16 to TP2",
@@ -256,12 +256,12 @@ def test_the_refits_of_a_mixture_are_compared_and_their_bucket_has_room() -> Non
         assert refit.least.between_nodes == refit.plan.between_nodes <= refit.gather.between_nodes
         plan, largest = Reshard(shape, refit.layout, 16, refit.rollout_tp), 0
         for bucket, _ in plan.alike:
-            moved = [0] * 16
+            moved = [[0] * 16, [0] * 16]  # by round
             for transfer in plan.transfers(bucket):
                 for rank in {transfer.source, transfer.target} if transfer.source != transfer.target else ():
-                    moved[rank] += transfer.numel
+                    moved[transfer.relayed][rank] += transfer.numel
             whole = sum(math.prod(plan.full_shape(name)) for parameter in bucket for name in parameter.huggingface())
-            largest = max(largest, whole + max(moved))
+            largest = max(largest, whole + max(map(max, moved)))
         values = {f"parallel.{key}": value for key, value in refit.layout.model_dump().items()} | {"rollout.tp": refit.rollout_tp}
         assert 2 * largest <= refit_buffer(shape, changed(spec, values)) <= 2 * 2 * largest
 
