@@ -44,7 +44,7 @@ def layer(shape: Shape, recipe: Recipe, layers: Layers, *, sparse: bool = False,
         return one
     layout = recipe.parallel
     unequal = experts.skew(layout) if skew is None else skew
-    return replace(one, mlp=experts.kept(shape, layout, WIDTH[recipe.precision.dtype], unequal))
+    return replace(one, mlp=experts.kept(shape, layout, WIDTH[recipe.precision.dtype], unequal, on_cpu=layers == "cpu"))
 
 
 def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:

@@ -33,13 +33,13 @@ class Copies:
         return cls(sent, sent * layout.expert_tp * skew)
 
 
-def kept(shape: Shape, layout: Parallel, width: int, skew: float) -> float:
+def kept(shape: Shape, layout: Parallel, width: int, skew: float, *, on_cpu: bool) -> float:
     """Bytes that a layer's router, dispatcher and experts keep for the backward."""
     moe, copies = shape.mixture, Copies.of(shape, layout, skew)
     routing = 5 * moe.experts + 20 * moe.per_token  # fp32 weights and a mask, of every expert; choices, their weights, the sorting
     inner = width * moe.ffn / layout.expert_tp
-    # sorted tokens and their weights; gate and up, silu, up again, their product, and that weighted
-    return routing / layout.tp + copies.received * (width * shape.hidden + 4 + 6 * inner)
+    # sorted tokens and their weights; gate and up, their weighted product, and on the CPU also silu, up again, and the product itself
+    return routing / layout.tp + copies.received * (width * shape.hidden + 4 + (6 if on_cpu else 3) * inner)
 
 
 def inner(shape: Shape, layout: Parallel) -> float:
