@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +15,7 @@ from megafork.analyze.options import AnalysisOptions
 from megafork.evaluate.options import EvaluationOptions, decodings
 from megafork.files import full_disk
 from megafork.options import takes
-from megafork.ranks import Interrupted
+from megafork.process import Interrupted, die_with_starter
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rl.fork_temperature import PAPER_THRESHOLD
@@ -122,13 +123,21 @@ def ablate(
     grid: Annotated[list[str] | None, typer.Option(help="KEY=V1,V2,...: tune each recipe over these values; may be repeated.")] = None,
     tuning_seeds: Annotated[str | None, typer.Option(help="Seeds that choose each recipe's setting; none of --seeds.")] = None,
     common: Annotated[str, typer.Option(help="Compare at equal `updates`, or at equal `tokens` that had a loss.")] = "updates",
+    parallel: Annotated[int, typer.Option(metavar="N", help="Runs at once, each in a process of its own.")] = 1,
+    record: Annotated[str | None, typer.Option(metavar="FILE", help="Keep finished runs in this small file, and go on from it.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the command of each run that can be trained now; train none.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train recipes over the same seeds, and tabulate the differences. Calling it again resumes a killed ablation."""
     from megafork.ablate.options import AblationOptions
 
-    options = AblationOptions.parse(arguments, seeds, out, grid or (), tuning_seeds, common)
+    options = AblationOptions.parse(arguments, seeds, out, grid or (), tuning_seeds, common, parallel, record)
     from megafork import commands
+
+    if list_only:
+        for trial in commands.left_to_train(options):
+            typer.echo(shlex.join(["megafork", "train", *trial.arguments]))
+        return
     from megafork.ablate.table import tables
 
     code, results = commands.ablate(options)
@@ -264,6 +273,7 @@ def _finish(as_json: bool, **values: Any) -> None:
 
 def main() -> None:
     """Run the command line. Wrong input prints one line to standard error, with exit code 2; a stopping signal one line, with code 1."""
+    die_with_starter()
     try:
         app()
     except RecipeError as error:

@@ -18,12 +18,14 @@ from megafork.lock import sole_writer
 from megafork.ranks import DONE, FAILED
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.data import listed
+from megafork.room import check_room, places
 from megafork.secret import FIX, NAME, is_loopback, secret
 from megafork.shape import check_engines, check_layout, check_world, read_shape
 
 if TYPE_CHECKING:
-    from megafork.ablate.options import AblationOptions
+    from megafork.ablate.options import AblationOptions, Trial
     from megafork.ablate.results import Results as AblationResults
+    from megafork.ablate.run import Ablation
     from megafork.analyze.inputs import AnalysisInputs
     from megafork.analyze.options import AnalysisOptions
     from megafork.analyze.statistics import Results as AnalysisResults
@@ -72,23 +74,38 @@ def run(command: Command, recipe: Recipe) -> int:
 
 
 def ablate(options: AblationOptions) -> tuple[int, AblationResults]:
-    """Run the remaining trials of an ablation one after another, first those of its grid.
+    """Run the remaining trials of an ablation, first those of its grid.
 
     Returns the exit code and the results of the finished ones.
 
     If a trial fails, it is reported and the others continue. Raises RecipeError before any rank starts, and in a job of several ranks.
     """
+    ablation = _checked(options)
+    if options.parallel > 1:
+        ablation.places = places(options.parallel, max(_ranks_here(trial.recipe) for trial in options.trials()))
+    with _sole_writer(Path(options.out), f"--out is {options.out!r}"):
+        results = ablation.run()
+    return FAILED if ablation.failed else DONE, results
+
+
+def left_to_train(options: AblationOptions) -> list[Trial]:
+    """The trials of an ablation that can be trained now, each in a job of its own. Raises RecipeError."""
+    return _checked(options).left()
+
+
+def _checked(options: AblationOptions) -> Ablation:
     noise.silence()
     if ranks.joined():
         raise RecipeError("megafork ablate starts ranks itself: call it outside torchrun and srun, or call `megafork train` in them")
     check_installation(engines=True)
     from megafork.ablate.run import Ablation
 
-    ablation = Ablation(options, lambda recipe: preflight("train", recipe, _ranks_here(recipe))[0], _attempt, ranks.say)
+    def check(recipe: Recipe) -> Inputs:
+        return preflight("train", _with_local_model(recipe), _ranks_here(recipe))[0]
+
+    ablation = Ablation(options, check, _attempt, ranks.say)
     ablation.check()
-    with _sole_writer(Path(options.out), f"--out is {options.out!r}"):
-        results = ablation.run()
-    return FAILED if ablation.failed else DONE, results
+    return ablation
 
 
 def evaluate(options: EvaluationOptions) -> tuple[int, Results | None]:
@@ -173,24 +190,6 @@ def refusals(recipe: Recipe) -> dict[str, str]:
         except RecipeError as error:
             refused[command] = str(error)
     return refused
-
-
-def check_room(world: int) -> None:
-    """Refuse more ranks than this machine has GPUs or, without GPUs, memory for. Raises RecipeError."""
-    import psutil
-    import torch
-
-    which, elsewhere = (
-        f"run.ranks (or parallel.tp x pp x cp) is {world}",
-        "start fewer, or start them on more machines with Slurm or torchrun",
-    )
-    gpus, memory = torch.cuda.device_count(), psutil.virtual_memory().total / 1e9
-    if gpus and world > gpus:
-        raise RecipeError(f"{which}, but this machine has {gpus} GPUs: {elsewhere}")
-    if not gpus and world * ranks.GB_A_CPU_RANK > memory:
-        raise RecipeError(
-            f"{which}: these ranks need {world * ranks.GB_A_CPU_RANK:.0f} GB to start, but this machine has {memory:.0f} GB: {elsewhere}"
-        )
 
 
 def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int]:

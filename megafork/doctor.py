@@ -23,9 +23,9 @@ from megafork.data.hub import is_hub_name
 from megafork.data.row_files import data_files
 from megafork.data.verdicts import sandbox
 from megafork.gpus import gpu_count, installed, torch_problem, triton_problem, vllm_problem
-from megafork.ranks import GB_A_CPU_RANK
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.data import listed
+from megafork.room import GB_A_CPU_RANK
 
 PYTHON = ">=3.11"
 MEGATRON = ">=0.16.1,<0.17"

@@ -14,28 +14,24 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import STDOUT, Popen, TimeoutExpired
-from types import FrameType
 from typing import IO, Any
 
 from megafork.compat import noise
 from megafork.files import full_disk
 from megafork.joined import STORE, first_host, joined, loopback, on_one_machine
-from megafork.process import die_with_parent
+from megafork.process import Interrupted, die_with_parent, stop_signals
 from megafork.recipe import RecipeError
 
 __all__ = ["DONE", "FAILED", "WRONG_INPUT", "Interrupted", "Job", "do", "first_host", "is_main", "joined", "record", "say"]
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 Job = Callable[[], int]
 """The work of a rank: joins the others, returns an exit code. Built from module-level functions and plain values, so it can be pickled."""
 _LAUNCHER = "MEGAFORK_LAUNCHER"
-GB_A_CPU_RANK = 0.8
-"""Memory in GB that Python, torch, megatron-core and vLLM take in a rank before any model is loaded, measured without a GPU."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """torchrun's environment variable for the file to which a rank writes why it failed."""
 _STOP_LIMIT_S = 5.0
@@ -43,14 +39,6 @@ _STOP_LIMIT_S = 5.0
 _LOOK_S = 0.05
 _NOTICING_S = 2.0
 """Maximum delay in noticing the end of a rank that recorded nothing. Its peers lose their connection to it and report that sooner."""
-
-
-class Interrupted(RuntimeError):
-    """A signal stopped the ranks, as Ctrl-C does."""
-
-
-class _Stop(BaseException):
-    """A stop signal arrived."""
 
 
 def is_main() -> bool:
@@ -92,17 +80,14 @@ def _start(job: Job, world: int, logs: Path, reaches_out: bool) -> int:
             _LAUNCHER: str(os.getpid()),
             STORE: _path(store.fileno()),
         }
-        try:
-            with _stop_signals():
-                try:
-                    for rank in range(world):
-                        ranks.append(_Started.new(rank, shared, (work, store), logs))
-                    while _all_is_well(ranks):
-                        time.sleep(_LOOK_S)
-                finally:
-                    _end(ranks)
-        except _Stop as stop:
-            raise Interrupted(f"stopped by {signal.Signals(stop.args[0]).name}; the same command resumes the run") from None
+        with stop_signals():
+            try:
+                for rank in range(world):
+                    ranks.append(_Started.new(rank, shared, (work, store), logs))
+                while _all_is_well(ranks):
+                    time.sleep(_LOOK_S)
+            finally:
+                _end(ranks)
     return _explain([rank for rank in ranks if rank.failed], logs)
 
 
@@ -114,24 +99,6 @@ def _nameless(name: str) -> IO[bytes]:
 def _path(descriptor: int) -> str:
     """Path with which a process reopens an inherited descriptor."""
     return f"/proc/self/fd/{descriptor}"
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Inside this context a stop signal raises _Stop, unless it is ignored (`nohup`)."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stop(number)
-
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass

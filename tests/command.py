@@ -19,6 +19,7 @@ from ranks import free_port, import_vllm, on_ranks, own_thread_pool
 
 from megafork import commands
 from megafork import ranks as launcher
+from megafork.ablate import side_by_side
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
 from megafork.user_code import import_file
@@ -74,7 +75,8 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww"))
     if "FAULT" in os.environ:  # this interpreter has started long ago
         import_file(FAULTS / "sitecustomize.py", "faults")
-    setattr(launcher, "Popen", forked_python)  # noqa: B010 - of the launcher
+    for starter in (launcher, side_by_side):
+        setattr(starter, "Popen", forked_python)  # noqa: B010 - of that module
     assert args[1] == "-m", args
     sys.argv = args[2:]
     code = 1

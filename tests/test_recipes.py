@@ -23,11 +23,13 @@ from megafork.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
-CLUSTER = [f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "fork_fp8", "all_tokens")]
+MIXTURES = ["qwen3_30b_a3b_fork.yaml", "qwen3_235b_a22b_fork.yaml"]
+CLUSTER = [*(f"{model}_{kind}.yaml" for model in MODELS for kind in ("fork", "fork_fp8", "all_tokens")), *MIXTURES]
 PRESETS = [f"presets/{name}.yaml" for name in ("default", "paper", "official_code")]
-QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml"]
+QUICKSTART = ["quickstart/sft.yaml", "quickstart/train.yaml", "quickstart_moe/sft.yaml", "quickstart_moe/train.yaml"]
+WALK = ["walk/sft.yaml", "walk/train.yaml"]
 CODE = ["code/sft.yaml", "code/train.yaml"]
-ABLATION = [f"ablation/{file.name}" for file in sorted((RECIPES / "ablation").glob("*.yaml"))]
+ABLATION = [str(file.relative_to(RECIPES)) for file in sorted((RECIPES / "ablation").rglob("*.yaml"))]
 
 
 def plan(name: str, gpus: int | None = None, overrides: list[str] | None = None) -> Plan:
@@ -36,8 +38,8 @@ def plan(name: str, gpus: int | None = None, overrides: list[str] | None = None)
 
 
 def test_these_are_all_recipes_and_no_two_share_a_run_folder() -> None:
-    assert {str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml")} == {*CLUSTER, *PRESETS, *QUICKSTART, *CODE, *ABLATION}
-    runs = [*CLUSTER, *QUICKSTART, *CODE, *ABLATION]
+    runs = [*CLUSTER, *QUICKSTART, *WALK, *CODE, *ABLATION]
+    assert {str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml")} == {*runs, *PRESETS}
     assert len({load_recipe(RECIPES / name).run_folder for name in runs}) == len(runs)
 
 
@@ -53,8 +55,8 @@ def test_it_fits_the_gpus_that_it_names_with_room_to_spare(name: str) -> None:
         assert planned.fits, planned.over
         assert max(planned.peaks.values()) < 0.95 * planned.gpu.memory
         assert planned.stages[0].engine.concurrent >= 8
-        held = sum(stage.weights.parameters for stage in planned.stages) * planned.recipe.parallel.tp
-        assert 0 <= held - planned.parameters < 0.001 * held  # norms are on every TP rank
+        held = sum(kind.parameters * kind.every for stage in planned.stages for kind in stage.weights.kinds)
+        assert 0 <= held - planned.parameters < 0.001 * held  # norms and routers are on every TP rank
 
 
 @pytest.mark.parametrize("name", CLUSTER)
@@ -84,29 +86,44 @@ def test_the_twin_differs_in_the_tokens_alone(model: str) -> None:
 
 
 def forks_of(name: str) -> dict[str, object]:
-    """Settings of `forks` in which a recipe of the ablation differs from its reference; it may differ in nothing else but its name."""
-    reference, other = (load_recipe(RECIPES / "ablation" / f"{file}.yaml").model_dump() for file in ("top_20", name))
+    """Settings of `forks` in which a recipe of the ablation differs from its folder's reference; it may differ in nothing else but its
+    name."""
+    file = RECIPES / name
+    reference, other = (load_recipe(path).model_dump() for path in (file.with_name("top_20.yaml"), file))
     assert {section for section in other if other[section] != reference[section]} <= {"run", "forks"}
     assert {**other["run"], "name": ""} == {**reference["run"], "name": ""}
     return {key: value for key, value in other["forks"].items() if value != reference["forks"][key]}
 
 
 def test_the_recipes_of_the_ablation_change_one_thing_each() -> None:
-    reference, quickstart = (load_recipe(RECIPES / file) for file in ("ablation/top_20.yaml", "quickstart/train.yaml"))
-    assert reference.forks == quickstart.forks and reference.train == quickstart.train and reference.forks.top_entropy_quantile == 0.2
-    assert {Path(name).stem: forks_of(Path(name).stem) for name in ABLATION} == {
+    for folder, task in (("ablation", "quickstart"), ("ablation/walk", "walk")):
+        reference, trained = (load_recipe(RECIPES / file) for file in (f"{folder}/top_20.yaml", f"{task}/train.yaml"))
+        assert reference.forks == trained.forks and reference.train == trained.train and reference.forks.top_entropy_quantile == 0.2
+    weights = {"horvitz_thompson": True, "normalize_by": "response"}
+    expected = {
         "top_20": {},
         "top_10": {"top_entropy_quantile": 0.1},
         "top_50": {"top_entropy_quantile": 0.5},
         "all": {"select": "all"},
         "bottom_80": {"select": "bottom", "top_entropy_quantile": 0.8},
         "random_20": {"select": "random"},
+        "random_20_weighted": {"select": "random", **weights},
+        "prefix_50": {"select": "prefix", "top_entropy_quantile": 0.5, **weights},
+        "gmts": {"select": "gmts"},
+        "gradient": {"select": "gradient"},
+        "covariance": {"select": "covariance"},
+        "rsi": {"select": "rsi", "rsi_interval": (0.5, 2.0)},
+        "stapo": {"select": "stapo"},
+        "rest_20": {"rest_weight": 0.2},
         "normalize_by_response": {"normalize_by": "response"},
         "scope_batch": {"scope": "batch"},
         "scope_microbatch": {"scope": "microbatch"},
         "scope_sequence": {"scope": "sequence"},
         "scope_fixed": {"scope": "fixed", "threshold": 0.672},
     }
+    assert {Path(name).stem for name in ABLATION} == set(expected)
+    for name in ABLATION:
+        assert forks_of(name) == expected[Path(name).stem], name
 
 
 def test_the_presets_are_the_switches_of_the_paper_and_of_its_code() -> None:
@@ -139,7 +156,7 @@ def parameters_on_meta(spec: Recipe, world: int) -> list[int]:
 def test_the_model_is_built_in_its_layout_at_its_real_size(name: str, tmp_path: Path) -> None:
     overrides = []
     if name in QUICKSTART:
-        countdown.write_model(tmp_path, seed=1)
+        countdown.write_model(tmp_path, seed=1, experts=8 if "moe" in name else 0)
         overrides = [f"model.path={tmp_path}"]
     if lacking() is not None:  # of Transformer Engine, which needs a GPU; its layers have the same parameters
         overrides.append("precision.train_fp8=false")

@@ -160,7 +160,7 @@ def _lacked(plan: Reshard, ranks: range) -> int:
     wanted, held = ({name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()} for _ in range(2))
     for rank in ranks:
         for name in sizes:
-            for rows, columns in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp):
+            for rows, columns in plan.needed(name, rank):
                 wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
         for parameter in parameters(shape):
             if plan.stage(parameter) == rank * layout.pp // plan.world:
@@ -201,11 +201,11 @@ def _plans(draw: st.DrawFn) -> Reshard:
         ep = draw(st.sampled_from([1, 2, 3, 6]))
         layout = Parallel(tp=tp, pp=pp, sp=tp > 1, ep=ep, etp=draw(st.sampled_from([None, 2])) if ep > 1 else None)
         shape = replace(shape, moe=Mixture(6, 2, 12, True, layers=(0, *range(2, 2 * pp))))
-    plan = Reshard(shape, layout, world, rollout_tp, draw(st.integers(1, world)))
+    plan = Reshard(shape, layout, world, rollout_tp, draw(st.integers(1, world)), bool(shape.family.experts) and draw(st.booleans()))
     try:
         check_layout(shape, plan.layout)
         check_world(plan.layout, world)
-        check_rollout_tp(shape, rollout_tp)
+        check_rollout_tp(shape, rollout_tp, whole_experts=plan.whole_experts)
     except RecipeError:
         reject()
     return plan
@@ -238,7 +238,7 @@ def test_carried_out_any_plan_gives_each_rank_what_a_gather_would(plan: Reshard)
     for rank in world:
         for name, tensor in whole.items():
             expected = torch.full_like(tensor, -1)
-            for rows, columns in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp):
+            for rows, columns in plan.needed(name, rank):
                 _at(expected, rows, columns).copy_(_at(tensor, rows, columns))
             assert torch.equal(got[rank][name], expected), (rank, name)
     assert between == sum(_lacked(plan, range(first, min(first + plan.node, plan.world))) for first in range(0, plan.world, plan.node))

@@ -30,7 +30,7 @@ FLOORS: list[dict[str, str]] = [  # from the top; each room with its purpose
 ]
 GROUND = (
     *("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "did_you_mean"),
-    *("files", "lock", "process", "secret", "joined", "gpus"),
+    *("files", "lock", "process", "secret", "joined", "gpus", "room"),
 )
 """Small modules on the lowest floor; on that floor rooms may import each other."""
 WALK = ("prompts", "roll-out", "reward", "score", "forks", "update", "refit")

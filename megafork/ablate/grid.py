@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megafork.ablate.options import AblationOptions, Trial
-from megafork.ablate.results import Measured, measure
+from megafork.ablate.results import Measured, OutcomeOf, measure, read_outcome
 from megafork.ablate.statistics import spread
 from megafork.recipe import RecipeError
 
@@ -54,7 +54,9 @@ def tuning_trials(options: AblationOptions) -> list[Trial]:
     ]
 
 
-def choose(options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> list[dict[str, Any]]:
+def choose(
+    options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str], outcome_of: OutcomeOf = read_outcome
+) -> list[dict[str, Any]]:
     """Each recipe's settings with their accuracy after the last step over the tuning seeds.
 
     [{"recipe", "setting", "runs": [{"seed", "folder", "end"}], "end": {"mean", "sd"}, "complete", "chosen"}]. `chosen` is the setting with
@@ -64,7 +66,7 @@ def choose(options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Tr
     for trial in trials:
         rows.setdefault((trial.of, trial.setting), [])
         if trial not in failed:
-            rows[trial.of, trial.setting].append(measure(trial))
+            rows[trial.of, trial.setting].append(measure(trial, outcome_of(trial)))
     table: list[dict[str, Any]] = []
     for (recipe, setting), runs in rows.items():
         ends = [run.values["end"] for run in runs]

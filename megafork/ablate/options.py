@@ -11,8 +11,8 @@ from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.run_folder import is_evaluated, is_exported, read_recipe
 
-_OF_THE_TRIAL = ("run.name", "run.folder", "run.seed")
-_OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")
+OF_THE_TRIAL = ("run.name", "run.folder", "run.seed")
+OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")
 """Keys that may change when a run is resumed. A checkpoint knows its model."""
 
 
@@ -32,6 +32,8 @@ class Trial:
     """The recipe's file name without `.yaml`."""
     setting: tuple[str, ...] = ()
     """Of the grid, as overrides."""
+    arguments: tuple[str, ...] = field(default=(), compare=False)
+    """Of the `megafork train` that does the same: the recipe's file and its overrides."""
 
     def __str__(self) -> str:
         return f"{self.name}, seed {self.seed}"
@@ -42,12 +44,13 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: trained, exported and evaluated."""
+        """Whether nothing is left to do: trained, exported, evaluated and reported."""
         from megafork.weights import checkpoint  # imports megatron
 
         found = checkpoint.complete(self.recipe.run_folder / "checkpoints")
         step = found[-1][0] if found else 0
-        return step >= self.recipe.train.steps and is_exported(self.recipe, step) and is_evaluated(self.recipe, step)
+        done = step >= self.recipe.train.steps and is_exported(self.recipe, step) and is_evaluated(self.recipe, step)
+        return done and (self.recipe.run_folder / "report.html").exists()
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class AblationOptions:
     """`section.key=v1,v2,...`: values that each recipe is tuned over."""
     tuning_seeds: tuple[int, ...] = ()
     common: Common = "updates"
+    parallel: int = 1
+    """Runs at once."""
+    record: str | None = None
+    """File of finished runs (`record.py`)."""
 
     @classmethod
     def parse(
@@ -74,6 +81,8 @@ class AblationOptions:
         grid: Sequence[str] = (),
         tuning_seeds: str | None = None,
         common: str = "updates",
+        parallel: int = 1,
+        record: str | None = None,
     ) -> AblationOptions:
         """Parse `arguments` (recipes and overrides in any order), and seeds such as "1,2,3". Raises RecipeError."""
         overrides = [argument for argument in arguments if "=" in argument]
@@ -81,7 +90,7 @@ class AblationOptions:
         if not recipes:
             raise RecipeError("RECIPE is missing: give recipes such as recipes/ablation/all.yaml, the baseline first")
         for override in overrides:
-            if override.startswith(_OF_THE_TRIAL):
+            if override.startswith(OF_THE_TRIAL):
                 raise RecipeError(f"override {override!r} is set for each trial: give --seeds and --out instead")
         if common not in get_args(Common):
             raise RecipeError(f"--common is {common!r}: must be one of {', '.join(get_args(Common))}")
@@ -91,7 +100,9 @@ class AblationOptions:
         numbers, tuning = _seeds("--seeds", seeds), _seeds("--tuning-seeds", tuning_seeds) if tuning_seeds is not None else ()
         if both := sorted(set(numbers) & set(tuning)):
             raise RecipeError(f"--tuning-seeds has {both[0]}, as --seeds has: a setting is not compared on the seeds that it was chosen on")
-        return cls(tuple(recipes), tuple(overrides), numbers, out, tuple(grid), tuning, common)  # type: ignore[arg-type]
+        if parallel < 1:
+            raise RecipeError(f"--parallel is {parallel}: give the number of runs at once, 1 or more")
+        return cls(tuple(recipes), tuple(overrides), numbers, out, tuple(grid), tuning, common, parallel, record)  # type: ignore[arg-type]
 
     def trials(self, settings: Mapping[str, tuple[str, ...]] | None = None) -> list[Trial]:
         """All compared trials, one seed after another, so that a comparison is available early.
@@ -118,8 +129,9 @@ class AblationOptions:
     def trial(self, file: str, seed: int, setting: tuple[str, ...], *, folder: str | None = None, suffix: str = "") -> Trial:
         """The recipe in `file` with one setting of the grid and one seed; `suffix` is added to its name. Raises RecipeError."""
         stem = Path(file).stem
-        own = [f"run.folder={folder or self.out}", f"run.name={stem}{suffix}-seed_{seed}", f"run.seed={seed}"]
-        return Trial(stem + suffix, seed, load_recipe(file, [*self.overrides, *setting, *own]), stem, setting)
+        own = (f"run.folder={folder or self.out}", f"run.name={stem}{suffix}-seed_{seed}", f"run.seed={seed}")
+        overrides = (*self.overrides, *setting, *own)
+        return Trial(stem + suffix, seed, load_recipe(file, list(overrides)), stem, setting, (file, *overrides))
 
 
 def _seeds(option: str, text: str) -> tuple[int, ...]:
@@ -132,13 +144,14 @@ def _seeds(option: str, text: str) -> tuple[int, ...]:
 def check_begun(trial: Trial) -> None:
     """Raise RecipeError if the trial's folder holds a run with other settings. A larger number of steps continues the run."""
     folder = trial.recipe.run_folder
-    before, now = _flat(read_recipe(folder)), _flat(trial.recipe.model_dump(mode="json"))
-    differing = [key for key in before if key in now and before[key] != now[key] and not key.startswith(_OF_NO_EFFECT)]
+    before, now = flat(read_recipe(folder)), flat(trial.recipe.model_dump(mode="json"))
+    differing = [key for key in before if key in now and before[key] != now[key] and not key.startswith(OF_NO_EFFECT)]
     for key in differing:
         if key != "train.steps" or before[key] > now[key]:
             was = f"{key}={before[key]}, not {now[key]}"
             raise RecipeError(f"--out has {str(folder)!r}, a run with {was}: choose another --out, or delete it")
 
 
-def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+def flat(sections: dict[str, Any]) -> dict[str, Any]:
+    """By `section.key`."""
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

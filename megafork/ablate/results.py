@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,33 +25,64 @@ OTHERS = ("length", "entropy")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A finished run in numbers."""
+class Outcome:
+    """A finished run in the numbers that tables need."""
 
-    trial: Trial
-    values: dict[str, float]
-    """ACCURACIES, OTHERS, and "seconds" spent in steps; no entropy if no step had tokens to learn from."""
-    prompts: np.ndarray
-    """Accuracy of each held-out prompt after the last step, float64."""
+    curve: list[list[float]]
+    """[step, tokens whose loss went through the backward until then, held-out accuracy] of each evaluation."""
+    tokens: float
+    """Of the whole run."""
+    length: float
+    seconds: float
+    """Spent in steps."""
+    entropy: float | None
+    """None if no step had tokens to learn from."""
+    prompts: list[float]
+    """Accuracy of each held-out prompt after the last step."""
     problems: str | None
     """Fingerprint of the held-out problems; None in files of an older version."""
 
 
-def learned(trial: Trial) -> float:
-    """Tokens whose loss went through the backward in the whole run."""
-    return sum(known_values(read_steps(trial.recipe.run_folder), "update/tokens"))
-
-
-def measure(trial: Trial, tokens: float | None = None) -> Measured:
-    """tokens: measure the curve over the tokens learned from, up to this number, rather than over all steps."""
+def read_outcome(trial: Trial) -> Outcome:
+    """From the run's folder."""
     folder = trial.recipe.run_folder
     metrics = read_steps(folder)
     curve, done = [], 0.0
     for row in metrics:
         done += number(row, "update/tokens") or 0.0
         if (value := number(row, "eval/accuracy")) is not None:
-            curve.append((row["step"], done, value))
-    steps, learned_by, accuracies = (np.array(column, np.float64) for column in zip(*curve, strict=True))
+            curve.append([row["step"], done, value])
+    lengths, entropies = (known_values(metrics, key) for key in ("eval/response_length", "entropy/mean"))
+    last = json.loads((folder / "evaluations" / f"step_{int(curve[-1][0]):06d}.json").read_text())
+    return Outcome(
+        curve=curve,
+        tokens=done,
+        length=lengths[-1],
+        seconds=sum(known_values(metrics, "time/step")),
+        entropy=entropies[-1] if entropies else None,
+        prompts=last["accuracies"],
+        problems=last.get("problems"),
+    )
+
+
+OutcomeOf = Callable[[Trial], Outcome]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is compared of a finished run."""
+
+    trial: Trial
+    values: dict[str, float]
+    """ACCURACIES, OTHERS, "seconds" and "tokens"; no entropy if no step had tokens to learn from."""
+    prompts: np.ndarray
+    """Accuracy of each held-out prompt after the last step, float64."""
+    problems: str | None
+
+
+def measure(trial: Trial, outcome: Outcome, tokens: float | None = None) -> Measured:
+    """tokens: measure the curve over the tokens learned from, up to this number, rather than over all steps."""
+    steps, learned_by, accuracies = np.array(outcome.curve, np.float64).T
     places = steps
     if tokens is not None:
         last = np.interp(tokens, learned_by, accuracies)
@@ -61,19 +92,22 @@ def measure(trial: Trial, tokens: float | None = None) -> Measured:
         "end": accuracies[-1],
         "best": accuracies.max(),
         "area": np.trapezoid(accuracies, places) / (places[-1] - places[0]),
-        "length": known_values(metrics, "eval/response_length")[-1],
-        "seconds": sum(known_values(metrics, "time/step")),
-        "tokens": done if tokens is None else tokens,
+        "length": outcome.length,
+        "seconds": outcome.seconds,
+        "tokens": outcome.tokens if tokens is None else tokens,
     }
-    if entropies := known_values(metrics, "entropy/mean"):
-        values["entropy"] = entropies[-1]
-    last = json.loads((folder / "evaluations" / f"step_{int(steps[-1]):06d}.json").read_text())
-    accuracies_of_prompts = np.array(last["accuracies"], np.float64)
-    return Measured(trial, {name: float(value) for name, value in values.items()}, accuracies_of_prompts, last.get("problems"))
+    if outcome.entropy is not None:
+        values["entropy"] = outcome.entropy
+    numbers = {name: float(value) for name, value in values.items()}
+    return Measured(trial, numbers, np.array(outcome.prompts, np.float64), outcome.problems)
 
 
 def summarise(
-    options: AblationOptions, trials: Sequence[Trial], failed: Mapping[Trial, str], tuning: list[dict[str, Any]] | None = None
+    options: AblationOptions,
+    trials: Sequence[Trial],
+    failed: Mapping[Trial, str],
+    tuning: list[dict[str, Any]] | None = None,
+    outcome_of: OutcomeOf = read_outcome,
 ) -> Results:
     """Write `ablation.json` in the ablation's folder, and return its contents.
 
@@ -88,12 +122,12 @@ def summarise(
     is not compared. Raises RecipeError if the runs were not evaluated on the same prompts.
     """
     runs: dict[str, dict[int, Measured]] = {}
-    finished = [trial for trial in trials if trial not in failed]
-    budget = min((learned(trial) for trial in finished), default=0.0) if options.common == "tokens" else None
+    finished = {trial: outcome_of(trial) for trial in trials if trial not in failed}
+    budget = min((outcome.tokens for outcome in finished.values()), default=0.0) if options.common == "tokens" else None
     if budget == 0.0 and finished:
         raise RecipeError("--common is tokens, but a run has learned from none, or is of a version that did not count: use updates")
-    for trial in finished:
-        runs.setdefault(trial.name, {})[trial.seed] = measure(trial, budget)
+    for trial, outcome in finished.items():
+        runs.setdefault(trial.name, {})[trial.seed] = measure(trial, outcome, budget)
     _check_alike([one for of_recipe in runs.values() for one in of_recipe.values()])
     reference = Path(options.recipes[0]).stem
     compared = [name for name in runs if name != reference and runs[name].keys() & runs.get(reference, {}).keys()]
