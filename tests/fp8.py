@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import free_port, on_ranks
 
+from megafork.compat import vllm as vllm_fixes
+from megafork.compat import vllm_fp8
 from megafork.model.fp8 import BLOCK, dequantize, is_quantized, quantize
 from megafork.shape import read_shape
 
@@ -17,35 +18,34 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "num_atten
 """Sizes that blocks fit."""
 
 
-_SCORE = """
-import json, sys
-from megafork.compat import vllm as fixes, vllm_fp8
-fixes.prepare()
-import torch, vllm
-def engine():
-    small = {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20, "max_model_len": 64, "max_num_seqs": 8}
-    return vllm.LLM(sys.argv[1], skip_tokenizer_init=True, dtype="bfloat16", **small)
-if sys.argv[2] == "without":
-    try:
-        engine()
-    except Exception as error:
-        print(json.dumps(str(error)))
-        raise SystemExit
-vllm_fp8.install()
-prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[3])]
-done = engine().generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
-print(json.dumps([[list(place.values())[0].logprob for place in out.prompt_logprobs[1:]] for out in done]))
-"""
-
-
 PROMPTS = [[(7 * n + m) % 99 for m in range(40)] for n in range(6)]
 
 
 def score(folder: Path, kernel: str) -> Any:
-    command = [sys.executable, "-c", _SCORE, str(folder), kernel, json.dumps(PROMPTS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """Log-prob of each prompt token by vLLM, `with` megafork's kernel for FP8 blocks; or what vLLM says `without` it."""
+    [scored] = on_ranks(1, _score, folder, kernel, free_port(), engines=True)
+    return scored
+
+
+def _score(folder: Path, kernel: str, port: int) -> Any:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import vllm
+
+    if kernel == "with":
+        vllm_fp8.install()
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20, "max_model_len": 64, "max_num_seqs": 8}
+    here = {"distributed_executor_backend": "external_launcher", "skip_tokenizer_init": True}
+    vllm_fixes.keep_process_groups()
+    with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
+        try:
+            llm = vllm.LLM(str(folder), dtype="bfloat16", **small, **here)
+        except ValueError as error:
+            if kernel == "with":
+                raise
+            return str(error)
+    how = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    done = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], how, use_tqdm=False)
+    return [[next(iter(place.values())).logprob for place in out.prompt_logprobs[1:]] for out in done]
 
 
 def reference(folder: Path, *, fp8: bool) -> torch.Tensor:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fp8 import PROMPTS, WIDE, reference, score
+from ranks import on_ranks
 from tiny import save_model
 
-from megafork.convert.convert import megatron_to_hf
+from megafork.convert.convert import hf_to_megatron, megatron_to_hf
 from megafork.recipe import RecipeError
 
 HERE = importlib.util.find_spec("modelopt") is not None
 
-_CONVERT = """
-import sys
-from pathlib import Path
-from megafork.convert.convert import hf_to_megatron, megatron_to_hf
-hf_to_megatron(Path(sys.argv[1]) / "in", Path(sys.argv[1]) / "megatron")
-megatron_to_hf(Path(sys.argv[1]) / "megatron", Path(sys.argv[1]) / "out", quantize=sys.argv[2])
-"""
+
+def _convert(folder: Path) -> None:
+    hf_to_megatron(folder / "in", folder / "megatron")
+    megatron_to_hf(folder / "megatron", folder / "out", quantize="fp8_per_channel")
 
 
 @pytest.mark.parametrize(
@@ -50,10 +46,7 @@ def test_what_cannot_be_done_is_refused(options: dict[str, object], message: str
 def test_vllm_loads_what_modelopt_writes(tmp_path: Path) -> None:
     source = save_model(tmp_path / "in", dtype=torch.bfloat16, num_hidden_layers=1, **WIDE)
     (source / "tokenizer.json").write_text("{}")
-    done = subprocess.run(
-        [sys.executable, "-c", _CONVERT, str(tmp_path), "fp8_per_channel"], capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(1, _convert, tmp_path)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out" / "plain").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
