@@ -12,13 +12,19 @@ endef
 
 ABLATION := top_20 all bottom_80 random_20
 
-.PHONY: quickstart cuda ablation test test-fast bench gpu lint format clean
+.PHONY: quickstart quickstart-moe cuda ablation test test-fast bench gpu lint format clean
 
 quickstart: $(READY)  ## A tiny Qwen3, warm-started and then trained at its forking tokens: about five minutes on two cores.
 	rm -rf runs/quickstart runs/quickstart-sft
 	$(BIN)/python recipes/quickstart/countdown.py runs/quickstart-sft/task
 	$(BIN)/megafork sft recipes/quickstart/sft.yaml
 	$(BIN)/megafork train recipes/quickstart/train.yaml
+
+quickstart-moe: $(READY)  ## Its twin with a tiny Qwen3-MoE, EP 2.
+	rm -rf runs/quickstart-moe runs/quickstart-moe-sft
+	$(BIN)/python recipes/quickstart/countdown.py runs/quickstart-moe-sft/task --experts 8
+	$(BIN)/megafork sft recipes/quickstart_moe/sft.yaml
+	$(BIN)/megafork train recipes/quickstart_moe/train.yaml
 
 cuda: $(READY)  ## The stack for GPUs, then Transformer Engine and apex where they can be built: docs/install.md.
 	tools/cuda_kernels.sh .venv

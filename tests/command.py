@@ -22,7 +22,9 @@ from megafork import ranks as launcher
 from megafork.ablate import side_by_side
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
+from megafork.user_code import import_file
 
+FAULTS = Path(__file__).with_name("faults")
 WITH_ENGINES = ("train", "eval", "analyze", "ablate")
 
 
@@ -71,6 +73,8 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     logging.root.handlers.clear()  # pytest's
     # those that are replaced may be objects of an earlier fork, and would close what they stand for
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww"))
+    if "FAULT" in os.environ:  # this interpreter has started long ago
+        import_file(FAULTS / "sitecustomize.py", "faults")
     for starter in (launcher, side_by_side):
         setattr(starter, "Popen", forked_python)  # noqa: B010 - of that module
     assert args[1] == "-m", args

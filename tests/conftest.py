@@ -25,14 +25,17 @@ LONGEST = (
     "test_refit",
     "test_update",
     "test_rehearsal",
-    "test_vllm_server",
     "test_kills",
     "test_runs",
+    "test_code_recipe",
     "test_ablation",
+    "test_cli",
+    "test_vllm_server",
     "test_launch",
 )
-"""Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone. Those that start
-most processes, Slurm's and the servers', do not come side by side."""
+"""Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone. Slurm's jobs and
+the servers mostly wait, so there are three workers for the two processors of a small machine; as these two files start most processes,
+they come far apart."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

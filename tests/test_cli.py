@@ -258,6 +258,7 @@ def score(response, row):
 
 @pytest.mark.slow
 def test_a_whole_run_with_a_verifier_that_raises_and_hangs(task: Path) -> None:
+    """Nothing is forked here: the command, its ranks and their engines start as for a user."""
     (task / "mine.py").write_text(VERIFIER)
     rows = [{"prompt": f"max {n} {n} =", "answer": str(n)} for n in range(8)] + [{"prompt": "max 9 8 =", "answer": "9"}]
     (task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -290,5 +291,5 @@ def test_convert(tmp_path: Path) -> None:
     assert subprocess.run(back, cwd=tmp_path, timeout=240, check=False).returncode == 0
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    wrong = subprocess.run(back, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    wrong = megafork("convert", "megatron-to-hf", "megatron", "back", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr) == (2, "megafork: DST is 'back': it already exists; delete it, or choose another name\n")

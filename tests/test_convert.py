@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,8 @@ def test_dtype(come: str, go: Any, where: str, tmp_path: Path) -> None:
 # ---- megatron-core loads it, and a run's checkpoints come back
 
 
-def _load_and_compare(spec: Recipe, folder: Path) -> list[str]:
-    """Load the checkpoint as megatron-core does, strictly; which parameters are not those that the Hugging Face folder gives?"""
+def _load_and_compare(spec: Recipe, folders: list[Path]) -> list[str]:
+    """Load each checkpoint as megatron-core does, strictly; which parameters are not those that the Hugging Face folder gives?"""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
@@ -134,14 +134,17 @@ def _load_and_compare(spec: Recipe, folder: Path) -> list[str]:
     shape = read_shape(source.folder)
     loaded, wanted = build_policy(shape, PolicyConfig.of(spec), mesh), build_policy(shape, PolicyConfig.of(spec), mesh)
     load_policy(wanted, source, shape, mesh)
-    for parameter in local_parameters(loaded).values():
-        parameter.data.fill_(7.0)
-    content = {f"model{n}": chunk.sharded_state_dict(metadata={"dp_cp_group": mesh.token_group}) for n, chunk in enumerate(loaded)}
-    weights = dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_ALL)
-    for n, chunk in enumerate(loaded):
-        chunk.load_state_dict(weights[f"model{n}"])
-    found = local_parameters(loaded)
-    return [name for name, parameter in local_parameters(wanted).items() if not torch.equal(parameter, found[name])]
+    different = []
+    for folder in folders:
+        for parameter in local_parameters(loaded).values():
+            parameter.data.fill_(7.0)
+        content = {f"model{n}": chunk.sharded_state_dict(metadata={"dp_cp_group": mesh.token_group}) for n, chunk in enumerate(loaded)}
+        weights = dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_ALL)
+        for n, chunk in enumerate(loaded):
+            chunk.load_state_dict(weights[f"model{n}"])
+        found = local_parameters(loaded)
+        different += [name for name, parameter in local_parameters(wanted).items() if not torch.equal(parameter, found[name])]
+    return different
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -162,16 +165,28 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Path]]]:
+    """The folder of each of MODELS, and the checkpoints made of it for two layouts."""
+
+    @cache
+    def make(model: str) -> tuple[Path, list[Path]]:
+        architecture, changes = MODELS[model]
+        folder = tmp_path_factory.mktemp("converted")
+        source, made = save_model(folder / "in", architecture, **changes), [folder / "1", folder / "2"]
+        for size, target in enumerate(made, 1):
+            hf_to_megatron(source, target, tp=size, pp=size)
+        return source, made
+
+    return make
+
+
 @pytest.mark.parametrize(("model", "layout"), CASES)
-def test_megatron_loads_it_under_any_layout(model: str, layout: str, tmp_path: Path) -> None:
-    architecture, changes = MODELS[model]
-    source = save_model(tmp_path / "in", architecture, **changes)
+def test_megatron_loads_it_under_any_layout(model: str, layout: str, converted: Any) -> None:
+    source, folders = converted(model)
     spec = recipe(source, parallel=LAYOUTS[layout])
-    for tp, pp in ((1, 1), (2, 2)):
-        folder = tmp_path / f"megatron{tp}{pp}"
-        hf_to_megatron(source, folder, tp=tp, pp=pp)
-        world = spec.parallel.smallest_world
-        assert on_ranks(world, _load_and_compare, spec, folder) == [[]] * world
+    world = spec.parallel.smallest_world
+    assert on_ranks(world, _load_and_compare, spec, folders) == [[]] * world
 
 
 def _train_and_save(spec: Recipe, folder: Path) -> dict[str, Tensor]:

@@ -252,6 +252,7 @@ def test_a_folder_without_a_good_tokenizer_is_one_recipe_error(tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_local_folder_is_read_without_network(tmp_path: Path) -> None:
     """Python's own audit hook sees every socket that any library opens."""
     script = (

@@ -10,14 +10,12 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
+from speed import by_speed
 from tiny import MODELS, recipe, save_model
 from training import Results, Rig, compare, reference, specs, train_on_rank
 
 from megafork.convert.convert import megatron_to_hf
 from megafork.model import fp8, precision
-from megafork.plan.hardware import gpu_named
-from megafork.plan.planner import make_plan
-from megafork.plan.refit import count_refit
 from megafork.recipe import Parallel, Precision, Recipe, RecipeError
 from megafork.shape import check_layout, check_rollout_tp, check_world, read_shape
 from megafork.train.inputs import read_inputs
@@ -54,7 +52,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return folder, [reference(spec) for spec in specs_of(folder, {})], plain
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", by_speed(LAYOUTS, ("EP2 overlap", "EP2 TP2")))
 def test_three_steps_equal_the_float64_reference(layout: str, wanted: Case) -> None:
     folder, expected, plain = wanted
     world, sections = LAYOUTS[layout]
@@ -254,14 +252,11 @@ def test_etp_without_ep_is_refused(tmp_path: Path) -> None:
 
 def test_what_does_not_know_experts_says_so(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", "MoE")
-    shape, gpu = read_shape(folder), gpu_named("h100")
+    shape = read_shape(folder)
     fp8_rollouts = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
     calls: dict[str, Callable[[], Any]] = {
-        "megafork plan": lambda: make_plan(shape, recipe(folder), 1, gpu),
-        "megafork plan --refit": lambda: count_refit(shape, Parallel(ep=2), 2, 1),
         "precision.rollout_fp8 is true": lambda: fp8.check_rollouts(shape, fp8_rollouts),
         "precision.train_fp8 is true": lambda: precision.check_training(shape, Precision(train_fp8=True), 1),
-        "megafork train": lambda: read_inputs(recipe(folder), supervised=False),
         "--fp8": lambda: megatron_to_hf(folder, tmp_path / "out", fp8=True),
     }
     for what, call in calls.items():

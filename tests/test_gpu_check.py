@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
+from tiny import save_model
 from typer.testing import CliRunner
 
 from megafork.user_code import import_file
@@ -64,9 +69,39 @@ def test_without_a_gpu_only_a_dry_run_starts(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_names_what_is_there() -> None:
+def test_what_decides_most_comes_first() -> None:
     names = [part.name for part in gpu_check.parts("WORK", False)]
-    assert len(set(names)) == len(names) and names[:2] == ["doctor", "numerics"]
+    assert len(set(names)) == len(names) and names == [part.name for part in gpu_check.parts("WORK", True)]
+    assert names[:6] == [
+        "attention over 200 distinct lengths",
+        "sleep, refit and wake, twice, on Qwen3-0.6B",
+        "a layer of Qwen3-32B's width, plain and fused",
+        "a checkpoint with vLLM awake",
+        "doctor",
+        "numerics",
+    ]
+    attention = import_file(ROOT / "tools/gpu/attention.py", "gpu_attention")
+    batches = attention.micro_batches(200, 8000, 20480)
+    assert sorted(itertools.chain(*batches)) == list(range(40, 8001, 40)) and all(sum(lengths) <= 20480 for lengths in batches)
+
+
+def _main(name: str, *arguments: Any) -> Any:
+    """What a part's script prints, in a rank of its own."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert import_file(ROOT / f"tools/gpu/{name}.py", f"gpu_{name}").main(*arguments) == 0
+    return json.loads(said.getvalue())
+
+
+@pytest.mark.slow
+def test_attention_and_vllm_beside_the_trainer_run_at_a_small_scale(tmp_path: Path) -> None:
+    [found] = on_ranks(1, _main, "attention", True)
+    assert found["lengths"] == 4 and found["each length"]["difference"] == 0.0
+    for what in ("cycle", "checkpoint"):
+        [found] = on_ranks(1, _main, "colocated", what, save_model(tmp_path / what), True, engines=True, timeout_s=240)
+        assert all(found["held"].values()) and all(phase["s"] > 0 for phase in found["phases"].values())
+
+
+def test_every_command_names_what_is_there() -> None:
     for dry in (False, True):
         for part in gpu_check.parts("WORK", dry):
             for word in " ".join(part.commands).split():

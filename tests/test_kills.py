@@ -52,6 +52,7 @@ def kill_at_random(process: subprocess.Popen[str], chance: random.Random, after_
 
 
 def test_kills_under_random_layouts(tmp_path: Path) -> None:
+    """Whatever moment a kill meets, start, step, or the writing of a checkpoint, the next start finds a whole checkpoint and goes on."""
     make_task(tmp_path)
     write_recipe(
         tmp_path,

@@ -1,4 +1,8 @@
-"""Ranks started, joined and stopped: the first failure is reported first, and no run leaves a process behind, however it ends."""
+"""Ranks started, joined and stopped: the first failure is reported first, and no run leaves a process behind, however it ends.
+
+Launchers and ranks are forked, as what is tested begins after their imports; `test_cli` has a whole run of executed ones. Executed are
+torchrun's, and those that are stopped while they import.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +13,44 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from command import forked_python, megafork
 from silent import fail_behind_a_back
 from task import make_task, write_recipe
 
 from megafork import ranks
 from megafork.joined import first_host
 
+TESTS = Path(__file__).parent
 MEGAFORK = [sys.executable, "-m", "megafork.cli"]
-FAULTS = Path(__file__).with_name("faults")
 
 
 class Run:
-    """A command and all processes that it starts, told from others by a mark in their environment. NAME in it becomes the run's name."""
+    """A command and all processes that it starts, told from others by the folder that they work in. NAME in it becomes the run's name."""
 
-    def __init__(self, task: Path, *command: str, **environment: str) -> None:
-        self.mark = uuid.uuid4().hex
-        self.folder = task / "runs" / self.mark
-        self.output = task / f"{self.mark}.txt"
+    def __init__(self, task: Path, start: Callable[..., Any], *command: str, **environment: str) -> None:
+        self.name = uuid.uuid4().hex
+        self.place = task / self.name
+        self.place.mkdir()
+        self.folder = self.place / "runs" / self.name
+        self.output = self.place / "output.txt"
         with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                [argument.replace("NAME", self.mark) for argument in command],
-                cwd=task,
+            self.process = start(
+                [argument.replace("NAME", self.name) for argument in command],
+                cwd=self.place,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "MEGAFORK_TEST": self.mark, **environment},
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background commands ignore it
+                env={**os.environ, **environment},
             )
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not ready():
             assert time.monotonic() < deadline and self.process.poll() is None, self.output.read_text()
             time.sleep(0.02)
@@ -53,17 +60,7 @@ class Run:
         return file.exists() and '"step": 1,' in file.read_text()
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("MEGAFORK_TEST") == self.mark:
-                    found.append(process)
-            except psutil.Error:  # somebody else's, or gone
-                continue
-        return found
-
-    def rank(self, rank: int) -> psutil.Process:
-        return next(process for process in self.processes() if process.environ().get("RANK") == str(rank))
+        return working_in(self.place)
 
     def end(self) -> tuple[int, str]:
         """Exit code and output, once the command and all that it started have ended within seconds."""
@@ -73,23 +70,42 @@ class Run:
         return code, self.output.read_text()
 
 
-def long_run(task: Path, **environment: str) -> Run:
+def working_in(folder: Path) -> list[psutil.Process]:
+    """All processes that do, or in a folder within."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+        except psutil.Error:  # somebody else's, or gone
+            continue
+    return found
+
+
+def executed(arguments: list[str], **how: Any) -> subprocess.Popen[Any]:
+    """A shell's background commands ignore SIGINT."""
+    return subprocess.Popen(arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **how)
+
+
+def long_run(task: Path, start: Callable[..., Any] = forked_python, **environment: str) -> Run:
     """Two ranks that would meet for ever."""
-    path = os.pathsep.join(filter(None, [str(FAULTS.parent), environment.pop("PYTHONPATH", None), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", "import meeting; meeting.main()", "meet", "runs/NAME"]
-    return Run(task, *command, PYTHONPATH=path, **environment)
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return Run(task, start, sys.executable, "-m", "meeting", "meet", "runs/NAME", PYTHONPATH=path, **environment)
 
 
 def long_training(task: Path, **environment: str) -> Run:
     """A supervised run of two ranks that would take minutes."""
-    return Run(task, *MEGAFORK, "sft", "recipe.yaml", "run.name=NAME", "train.steps=20000", **environment)
+    words = ("sft", str(task / "recipe.yaml"), "run.name=NAME", "train.steps=20000")
+    return Run(task, forked_python, *MEGAFORK, *words, **environment)
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = make_task(tmp_path_factory.mktemp("task"))
     write_recipe(folder, run={"folder": "runs", "ranks": 2}, checkpoint={"export_hf": False})
-    return folder
+    yield folder
+    for process in working_in(folder):  # of a test that failed
+        process.kill()
 
 
 FAILURES = {
@@ -104,7 +120,7 @@ FAILURES = {
 @pytest.mark.parametrize("fault", FAILURES)
 def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path, tmp_path: Path) -> None:
     start = long_training if "training" in fault else long_run
-    run = start(task, FAULT=fault, FAULT_WHEN=str(tmp_path / "now"), PYTHONPATH=str(FAULTS))
+    run = start(task, FAULT=fault, FAULT_WHEN=str(tmp_path / "now"))
     run.wait_for(run.has_done_a_step)
     (tmp_path / "now").touch()
     code, output = run.end()
@@ -121,7 +137,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_told_first(fault: str, task: Path
 def test_a_rank_that_is_killed_ends_the_run(task: Path) -> None:
     run = long_run(task)
     run.wait_for(run.has_done_a_step)
-    run.rank(0).kill()
+    psutil.Process(run.process.pid).children()[0].kill()  # the oldest
     code, output = run.end()
     assert code == 1
     assert "rank 0 was killed by SIGKILL" in output and "Traceback" not in output
@@ -130,7 +146,7 @@ def test_a_rank_that_is_killed_ends_the_run(task: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "early"), [(signal.SIGKILL, False), (signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_launcher_that_is_stopped_leaves_nothing(number: signal.Signals, early: bool, task: Path) -> None:
-    run = long_run(task)
+    run = long_run(task, executed if early else forked_python)
     run.wait_for((lambda: len(run.processes()) == 3) if early else run.has_done_a_step)
     run.process.send_signal(number)
     code, output = run.end()
@@ -144,8 +160,10 @@ def test_a_launcher_that_is_stopped_leaves_nothing(number: signal.Signals, early
 
 @pytest.mark.slow
 def test_joins_the_ranks_of_torchrun_and_does_not_repeat_a_finished_run(task: Path) -> None:
+    """Of the real torchrun, whose agent keeps the store: ranks that are started by others start none, and rank 0 alone speaks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = Run(task, *torchrun, "-m", "megafork.cli", "sft", "recipe.yaml", "run.name=NAME", "run.ranks=1", "--json")
+    words = ("sft", str(task / "recipe.yaml"), "run.name=NAME", "run.ranks=1", "--json")
+    run = Run(task, subprocess.Popen, *torchrun, "-m", "megafork.cli", *words)
     run.process.wait(120)
     code, output = run.end()
     assert code == 0, output
@@ -153,29 +171,27 @@ def test_joins_the_ranks_of_torchrun_and_does_not_repeat_a_finished_run(task: Pa
     assert output.count("\n 3/3 ") == 1, "only rank 0 speaks"
     assert not (run.folder / "logs").exists(), "the ranks were not started a second time"
 
-    again = Run(task, *MEGAFORK, "sft", "recipe.yaml", f"run.name={run.mark}")
-    again.process.wait(60)
-    code, output = again.end()
-    assert code == 0
-    assert output.splitlines() == [
-        f"run {run.mark!r} has all its 3 steps: raise train.steps, or choose another run.name",
-        f"run: runs/{run.mark}",
+    again = megafork("sft", str(task / "recipe.yaml"), f"run.name={run.name}", cwd=run.place)
+    assert again.returncode == 0
+    assert (again.stderr + again.stdout).splitlines() == [
+        f"run {run.name!r} has all its 3 steps: raise train.steps, or choose another run.name",
+        f"run: runs/{run.name}",
     ]
 
 
 @pytest.mark.slow
 def test_joins_the_ranks_of_slurm(task: Path) -> None:
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
-    name = uuid.uuid4().hex
-    command = [*MEGAFORK, "sft", "recipe.yaml", f"run.name={name}", "run.ranks=1", "--json"]
-    runs = [Run(task, *command, **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    folder = task / "of Slurm"
+    command = [*MEGAFORK, "sft", str(task / "recipe.yaml"), f"run.folder={folder}", "run.ranks=1", "--json"]
+    runs = [Run(task, forked_python, *command, **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
     for run in runs:
         run.process.wait(120)
     (first, output), (second, silence) = (run.end() for run in runs)
     assert (first, second) == (0, 0), output + silence
-    assert json.loads(output.splitlines()[-1])["run"] == f"runs/{name}"
+    assert json.loads(output.splitlines()[-1])["run"] == f"{folder}/run"
     assert silence == ""
-    assert not (task / "runs" / name / "logs").exists(), "the ranks were not started a second time"
+    assert not (folder / "run/logs").exists(), "the ranks were not started a second time"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class Micro:
     owner: torch.Tensor
     order: torch.Tensor | None = None
     balance: float = 0.0
+    routing: torch.Tensor | None = None
     entropy_temperature: float = 0.7
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from speed import by_speed
 from tiny import MODELS, recipe, save_model
 from training import STEPS, Rig
 
@@ -71,7 +72,7 @@ def continued(spec: Recipe, folders: list[Path]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", by_speed(LAYOUTS, ("DP2 overlap, bf16",)))
 def test_a_run_that_is_parked_between_steps_is_the_same_run(layout: str, tmp_path: Path) -> None:
     base: dict[str, Any] = {"train": {"micro_batch_tokens": 64}, "optimizer": {"lr": 1e-2, "eps": 1e-2}}
     changes = LAYOUTS[layout]

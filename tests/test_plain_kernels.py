@@ -1,22 +1,30 @@
-"""Plain layers as a GPU computes them: one attention call for sequences of any lengths, and norms in one kernel.
+"""Plain layers as a GPU computes them: one attention call for sequences of any lengths, norms in one kernel, SwiGLU in one each way.
 
-`varlen` gives torch's attention call a CPU kernel; torch's own norm has one for the CPU, too.
+`varlen` gives torch's attention call a CPU kernel; torch's own norm has one for the CPU, too. Megatron's SwiGLU, which a GPU compiles, runs
+uncompiled.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import inductor
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import varlen
 from ranks import on_ranks
 
 from megafork.model import attention
 from megafork.model.attention import PackedCoreAttention, PackedSequences
+from megafork.model.build import PolicyConfig, transformer_config
 from megafork.model.policy import RMSNorm
 from megafork.parallel.context import places_of, unzigzag_index, zigzag_index
+from megafork.parallel.mesh import build_mesh
+from megafork.plan.models import KNOWN
+from megafork.recipe import Parallel, Precision
 
 LENGTHS = [8, 24, 8, 8, 4]
 HEADS, GROUPS, DIM = 4, 2, 16
@@ -109,3 +117,52 @@ def test_a_norm_in_one_kernel_is_the_norm(dtype: torch.dtype, allowed: float, mo
         torch.testing.assert_close(found.double(), wanted, atol=allowed, rtol=allowed)
         for got, full in zip(torch.autograd.grad((found * weight).sum(), (hidden, norm.weight)), gradients, strict=True):
             torch.testing.assert_close(got.double(), full, atol=8 * allowed, rtol=8 * allowed)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("weighted", [False, True], ids=["MLP", "expert"])
+def test_megatron_s_swiglu_and_its_own_gradient(weighted: bool, dtype: torch.dtype, allowed: float) -> None:
+    """An expert's output is also multiplied by its tokens' weights, in fp32."""
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
+
+    torch.manual_seed(0)
+    both, share = (3 * torch.randn(9, 32)).to(dtype).requires_grad_(), torch.rand(9, 1, requires_grad=True)
+    gradient = torch.randn(9, 16).to(dtype)
+    wide, part = both.detach().double().requires_grad_(), share.detach().double().requires_grad_()
+    wanted = F.silu(wide[..., :16]) * wide[..., 16:] * (part if weighted else 1.0)
+    found = weighted_bias_swiglu_impl(both, None, share) if weighted else bias_swiglu_impl(both, None)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, atol=allowed, rtol=allowed)
+    inputs, exact = ([both, share], [wide, part]) if weighted else ([both], [wide])
+    expected = torch.autograd.grad((wanted * gradient.double()).sum(), exact)
+    for got, full in zip(torch.autograd.grad(found, inputs, gradient), expected, strict=True):
+        torch.testing.assert_close(got.double(), full, atol=8 * allowed, rtol=8 * allowed)
+
+
+def _megatron_s_swiglu() -> list[bool]:
+    """Whether Megatron's own SwiGLU computes plain layers on the CPU and on a GPU."""
+    mesh = build_mesh(Parallel(), seed=1, device=torch.device("cpu"))
+    config = PolicyConfig(Precision(dtype="bf16"))
+    places = (mesh, replace(mesh, device=torch.device("cuda", 0)))
+    return [transformer_config(KNOWN["qwen3-8b"], config, place).bias_activation_fusion for place in places]
+
+
+def test_megatron_s_swiglu_is_taken_on_a_gpu() -> None:
+    assert on_ranks(1, _megatron_s_swiglu) == [[False, True]]
+
+
+def _code_for_swiglu() -> list[str]:
+    from megatron.core.fusions.fused_bias_swiglu import swiglu, swiglu_back
+
+    inductor.play_a_gpu()
+    tokens, ffn = 512, 3200
+    return [inductor.generated(swiglu, (tokens, 2 * ffn)), inductor.generated(swiglu_back, (tokens, ffn), (tokens, 2 * ffn))]
+
+
+@pytest.mark.slow
+def test_torch_compile_makes_a_kernel_of_swiglu_and_one_of_its_gradient() -> None:
+    """The passes that `plan/layers.py` counts: 3 and 7. The first kernel has a thread for each product, 2 loads and 1 store; the second has
+    one for each element of the gradient: 3 loads for a gate's, 2 for an up's, and 1 store."""
+    forward, backward = on_ranks(1, _code_for_swiglu)[0]
+    for code, loads in ((forward, 2), (backward, 3 + 2)):
+        assert [code.count(part) for part in ("@triton.jit", "tl.load(", "tl.store(", "extern_kernels.")] == [1, loads, 1, 0], code

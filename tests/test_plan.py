@@ -81,7 +81,7 @@ def really_held(spec: Recipe, shape: Shape) -> tuple[int, int, int, int]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     learner = Learner(chunks, spec, mesh, updates=1)
-    buffers = [buffer for chunk in learner.model for buffer in chunk.buffers]
+    buffers = [buffer for chunk in learner.model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for chunk in chunks for p in chunk.parameters()}
     inner = list(getattr(learner.optimizer, "chained_optimizers", [learner.optimizer]))
     moments = [state[name] for adam in inner for state in adam.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -94,16 +94,20 @@ def really_held(spec: Recipe, shape: Shape) -> tuple[int, int, int, int]:
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_gradients_and_optimizer_are_those_of_a_built_model(name: str, tiny: Path) -> None:
-    world, sections, changes = LAYOUTS[name]
-    shape, spec = replace(read_shape(tiny), **changes), recipe(tiny, **sections)
+def check_held(world: int, spec: Recipe, shape: Shape) -> None:
+    """The plan's weights, gradients and optimizer are those of the model that `world` ranks build."""
     layout = spec.parallel
     for rank, held in enumerate(on_ranks(world, really_held, spec, shape)):
         planned = stage_weights(shape, spec, rank * layout.pp // world, world)
-        shard = rank % (world // layout.pp) // layout.tp  # ranks go tp, cp, dp, pp
-        expected = (planned.parameters, planned.weight_bytes, planned.gradient_bytes, planned.optimizer_bytes[shard])
+        in_stage = rank % (world // layout.pp)  # ranks go tp, cp, dp, pp
+        expected = (planned.parameters, planned.weight_bytes, planned.gradient_bytes, planned.optimizer_bytes[in_stage])
         assert held == expected, f"rank {rank}"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_gradients_and_optimizer_are_those_of_a_built_model(name: str, tiny: Path) -> None:
+    world, sections, changes = LAYOUTS[name]
+    check_held(world, recipe(tiny, **sections), replace(read_shape(tiny), **changes))
 
 
 def test_overlap_cuts_the_first_stage_into_buckets_that_all_ranks_share_evenly() -> None:
@@ -180,9 +184,9 @@ def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
     return micro
 
 
-def learner_and_micros(spec: Recipe, count: int) -> tuple[Learner, list[MicroBatch]]:
+def learner_and_micros(spec: Recipe, count: int, shape: Shape) -> tuple[Learner, list[MicroBatch]]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    chunks = build_policy(SHAPE, PolicyConfig.of(spec), mesh)
+    chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.normal_(0.0, 0.02)
@@ -199,17 +203,17 @@ def forward_backward(learner: Learner, micros: list[MicroBatch], spec: Recipe) -
     learner._run(micros, loss, forward_only=False, everywhere=False)
 
 
-def really_allocated(spec: Recipe, count: int) -> int:
+def really_allocated(spec: Recipe, count: int, shape: Shape = SHAPE) -> int:
     """Peak of a forward and backward of this rank.
 
-    Its TP and CP neighbours are torch's fake process group, which moves nothing: gloo copies what it sends and frees it from threads of
-    its own, some time later.
+    Its TP, CP and EP neighbours are torch's fake process group, which moves nothing: gloo copies what it sends and frees it from threads
+    of its own, some time later.
     """
     layout = spec.parallel
-    if layout.tp * layout.cp > 1:
+    if (world := layout.smallest_world // layout.pp) > 1:
         dist.destroy_process_group()
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.tp * layout.cp)
-    learner, micros = learner_and_micros(spec, count)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    learner, micros = learner_and_micros(spec, count, shape)
     forward_backward(learner, micros, spec)  # what is allocated once is there
     return peak_bytes(lambda: forward_backward(learner, micros, spec))
 

@@ -19,7 +19,7 @@ from test_plan import H100, LONG, SHAPE, planned
 from tiny import recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megafork.model import attention
+from megafork.model import attention, build
 from megafork.model.attention import PackedSequences
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest
@@ -67,7 +67,7 @@ def moved(function: Any, *inputs: torch.Tensor) -> tuple[int, int]:
 
 
 def test_plain_layers_move_what_the_plan_counts() -> None:
-    """Megatron's own rotary positions and SwiGLU, against one pass over each input and output in fused layers."""
+    """Megatron's own rotary positions, against one pass over each input and output in fused layers. `test_plain_kernels` has SwiGLU's."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     tokens, heads, groups, d, ffn = 256, 16, 4, 32, 384
@@ -78,26 +78,18 @@ def test_plain_layers_move_what_the_plan_counts() -> None:
         x = torch.randn(tokens, count, d, dtype=half, requires_grad=True)
         parts = moved(lambda x: _apply_rotary_pos_emb_bshd(x, angles), x)
         total = [so_far + part - 2 * x.nbytes for so_far, part in zip(total, parts, strict=True)]
-    gate_and_up = torch.randn(tokens, 2 * ffn, dtype=half, requires_grad=True)
-    one = gate_and_up.nbytes / 2
-
-    def swiglu(x: torch.Tensor) -> torch.Tensor:  # as Megatron's MLP
-        gate, up = torch.chunk(x, 2, dim=-1)
-        return F.silu(gate) * (up + 0.0)
-
-    forward, backward = moved(swiglu, gate_and_up)
-    total = [total[0] + forward - 3 * one, total[1] + backward - 5 * one]
+    total[1] += 2 * tokens * ffn * 2
     shape = replace(SHAPE, heads=heads, kv_heads=groups, head_dim=d, ffn=ffn)
     found = more_than_fused(shape, recipe(Path("unused"), model={"kernels": "plain"}, precision={"dtype": "bf16"}))
     assert (found.forward * tokens, found.backward * tokens) == pytest.approx(total, rel=0.02)
 
 
 def test_what_fusing_saves_is_what_was_counted_by_hand() -> None:
-    """Qwen3-32B at TP 8, 20,480 tokens, 2.8 TB/s: SwiGLU 0.19 and 0.37 ms, rotary positions 0.20 and 0.25, gradients 0.15."""
+    """Qwen3-32B at TP 8, 20,480 tokens, 2.8 TB/s: SwiGLU 0 and 0.09 ms, rotary positions 0.20 and 0.25, gradients 0.15."""
     spec = spec_of(parallel__tp=8, parallel__pp=1, model__kernels="plain")
     found = more_than_fused(B32, spec)
     times = [found.forward * 20480 / 2.8e9, found.backward * 20480 / 2.8e9, found.weights / 2.8e9]
-    assert times == pytest.approx([0.39, 0.62, 0.15], rel=0.5) and sum(times) == pytest.approx(1.16, rel=0.2)
+    assert times == pytest.approx([0.20, 0.34, 0.15], rel=0.5) and sum(times) == pytest.approx(0.69, rel=0.2)
     assert found.seconds(H100, 20480, forwards=2, backwards=1) == pytest.approx((2 * times[0] + times[1] + times[2]) * 1e-3, rel=0.01)
     assert more_than_fused(B32, spec_of(model__kernels="auto")) == Traffic(0, 0, 0)
 
@@ -119,6 +111,7 @@ def _kept(shape: Shape, spec: Any, tokens: int) -> int:
     """Bytes that the graph of a forward keeps, as on a GPU, parameters not counted."""
     varlen.install()
     attention.in_one_call = lambda query: True
+    build.compiles = lambda device: True
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     [policy] = build_policy(shape, PolicyConfig.of(spec), mesh)
     for parameter in policy.parameters():
@@ -151,14 +144,15 @@ def _kept_by_a_layer(spec: Any) -> float:
 def test_plain_layers_keep_on_a_gpu_what_the_plan_counts() -> None:
     spec = recipe(Path("unused"), precision={"dtype": "bf16"}, model={"kernels": "plain"})
     [found] = on_ranks(1, _kept_by_a_layer, spec)
-    assert found == pytest.approx(layer(SHAPE, spec, "plain").total, rel=0.05)
+    assert found == pytest.approx(layer(SHAPE, spec, "plain").total, rel=1e-3)
 
 
-def test_fused_layers_keep_about_half_of_what_plain_ones_did_on_the_cpu() -> None:
+def test_both_kinds_keep_about_half_of_what_plain_ones_do_on_the_cpu() -> None:
     """Qwen3-32B at TP 8: about 30 kB per token and layer by hand, for 59 kB."""
     spec = spec_of(parallel__tp=8, parallel__pp=1)
     cpu, plain, fused = (layer(B32, spec, layers).total for layers in ("cpu", "plain", "fused"))
-    assert cpu == pytest.approx(59e3, rel=0.02) and fused == pytest.approx(30e3, rel=0.15) and fused < plain < cpu
+    assert cpu == pytest.approx(59e3, rel=0.02) and fused == pytest.approx(30e3, rel=0.15)
+    assert plain == pytest.approx(fused, rel=0.05)
     many_ranks = spec_of(parallel__tp=4, parallel__pp=1, parallel__cp=4)
     assert layer(B32, many_ranks, "plain").attention > layer(B32, many_ranks, "fused").attention, "plain layers gather keys and values"
 
@@ -169,8 +163,8 @@ def test_fused_layers_keep_about_half_of_what_plain_ones_did_on_the_cpu() -> Non
 def test_the_plan_says_what_fusing_is_worth() -> None:
     fused, plain = planned(gpus=64, **LONG), planned(gpus=64, model__kernels="plain", **LONG)
     assert (fused.layers, plain.layers) == ("fused", "plain") and planned(gpus=64, model__kernels="fused", **LONG).step == fused.step
-    assert 1.02 < plain.step.update / fused.step.update < 1.15 and plain.step.score > fused.step.score
-    assert plain.step.rollout == fused.step.rollout and plain.peaks["update"] > fused.peaks["update"]
+    assert 1.01 < plain.step.update / fused.step.update < 1.15 and plain.step.score > fused.step.score
+    assert plain.step.rollout == fused.step.rollout
     other = fused.with_other_layers
     assert other is not None and (other.step, other.peaks) == (plain.step, plain.peaks)
     numbers = json.loads(json.dumps(fused.to_dict()))
@@ -189,13 +183,15 @@ def test_layers_follow_the_recipe() -> None:
     assert in_fp32.layers == "plain" and in_fp32.with_other_layers is None
     ring = planned(parallel__cp=2, parallel__pp=2, parallel__cp_comm="p2p")
     assert ring.with_other_layers is not None and ring.with_other_layers.layers == "plain"
-    assert layers_of(spec_of(precision__train_fp8=True)) == "fused"
+    assert layers_of(B32, spec_of(precision__train_fp8=True)) == "fused"
 
 
 def test_fused_layers_are_offered_where_plain_ones_do_not_fit() -> None:
     plain = next(
         plan
         for tokens in range(4096, 65536, 1024)
-        if not (plan := planned(gpus=32, model__kernels="plain", model__recompute="none", train__micro_batch_tokens=tokens)).fits
+        if not (
+            plan := planned(gpus=64, parallel__cp=4, model__kernels="plain", model__recompute="none", train__micro_batch_tokens=tokens)
+        ).fits
     )
     assert math.isfinite(plain.step.seconds) and {"model.kernels": "fused"} in fixes(plain)

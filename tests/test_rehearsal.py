@@ -12,14 +12,18 @@ import torch
 import varlen
 from planted import FAULTS
 from ranks import on_ranks
-from rehearsal import DEVICE, Event, Refused, rehearse
+from rehearsal import DEVICE, Event, Ledger, Refused, rehearse
 from rehearsal.step import waits_of
 from tiny import recipe, save_model
 from training import Rig
 
-from megafork.model import attention, policy
+from megafork.model import attention, build, policy
+from megafork.model.attention import PackedSequences
+from megafork.model.rope import FusedRotary
 from megafork.parallel import vocab
+from megafork.parallel.context import places_of, zigzag_index
 from megafork.parallel.quantile import top_thresholds
+from megafork.parallel.to_device import to_device
 from megafork.recipe import Recipe
 from megafork.train.offload import Offload
 from megafork.train.sft import cross_entropy, place
@@ -110,6 +114,7 @@ def both(specs: list[Recipe], folder: Path | None = None) -> list[tuple[Any, Any
     # as on a GPU, also on the CPU
     vocab._factor_dtype = lambda weight: weight.dtype
     policy.in_one_kernel = lambda hidden: True
+    build.compiles = lambda device: True
     attention.in_one_call = lambda query: query.dtype is torch.bfloat16
     varlen.install()
 
@@ -154,7 +159,9 @@ def test_every_switch_on_one_rank(model: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout: str, model: Path, tmp_path: Path) -> None:
-    specs = [spec_of(model, LAYOUTS[layout], switches) for switches in SWITCHES]
+    """Every switch where responses or layers are split over ranks; half of them where whole ones are, and PP has both halves."""
+    halves = {"PP2": SWITCHES[1::2], "PP2 VPP2": SWITCHES[::2], "DP2": SWITCHES[1::2]}
+    specs = [spec_of(model, LAYOUTS[layout], switch) for switch in halves.get(layout, SWITCHES)]
     for pairs in on_ranks(2, both, specs, tmp_path):
         for plain, rehearsed in pairs:
             assert_same(plain, rehearsed)
@@ -204,6 +211,34 @@ def test_the_host_hardly_waits_for_a_micro_batch_and_never_in_a_layer(world: int
         assert found.each <= MOST_WAITS, found.ledger.table()
         assert not [event for event in found.ledger.events if event.in_layer], found.ledger.table()
         assert not found.ledger.of("pageable"), found.ledger.table()
+
+
+def _fused_layers_are_given() -> tuple[list[torch.Tensor], list[torch.Tensor], Ledger]:
+    """What a micro-batch's fused layers are given, on the CPU and in the rehearsal, for one rank and for each of two CP ranks."""
+    lengths, frequencies = [8, 24, 4, 8], torch.rand(16, generator=torch.Generator().manual_seed(1))
+
+    def given(device: torch.device, on_device: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for cp, rank in ((1, 0), (2, 0), (2, 1)):
+            places = to_device(places_of(lengths, zigzag_index(lengths, cp, rank)), device)
+            packing = PackedSequences.packed(lengths, places).for_fused_layers()
+            found += [packing.cu_seqlens_q, packing.cu_seqlens_kv_padded, FusedRotary(on_device)(packing)]
+        return found
+
+    plain = given(torch.device("cpu"), frequencies)
+    ledger = rehearse()
+    on_device = frequencies.to(DEVICE)
+    with ledger.during() as noted:
+        rehearsed = given(DEVICE, on_device)
+    assert {tensor.device for tensor in rehearsed} == {DEVICE}
+    return plain, [tensor.cpu() for tensor in rehearsed], noted
+
+
+def test_what_fused_layers_are_given_is_on_the_device_without_waiting() -> None:
+    """Lengths and angles. The layers themselves are Transformer Engine's kernels, which no CPU runs; the head is that of plain layers."""
+    [(plain, rehearsed, noted)] = on_ranks(1, _fused_layers_are_given)
+    assert_same(plain, rehearsed)
+    assert not noted.of("wait", "pageable", "refused"), noted.table()
 
 
 def _with_faults(spec: Recipe) -> dict[str, list[Event]]:

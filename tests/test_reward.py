@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -343,32 +344,38 @@ def test_reasoning_gym_scores_its_own_answers_fully_and_contained_answers_not_at
                 assert verifiers.reasoning_gym(garbage, row) in (0.0, float(garbage == entry["answer"])), (task, garbage)
 
 
-def test_reasoning_gym_takes_the_final_answer_only() -> None:
+@pytest.fixture(scope="module")
+def gym() -> Iterator[Verifiers]:
+    """Imports reasoning_gym, which takes seconds."""
+    with Verifiers(reward("reasoning_gym")) as scorer:
+        yield scorer
+
+
+def test_reasoning_gym_takes_the_final_answer_only(gym: Verifiers) -> None:
     rows = [row for _, row in read_rows("reasoning_gym:chain_sum:3:5", "data.train")]
     right = [str(row["answer"]) for row in rows]
     forms = ["{}", "<think>no</think>\n{} ", r"so \boxed{{{}}}", "<answer>1x</answer> <answer> {} </answer>"]
     wrong = ["the answer is {}", "{} or 5", "<think>{}</think>", "<answer>1x</answer>{}", r"<answer>1x</answer>\boxed{{{}}}"]
-    with Verifiers(reward("reasoning_gym")) as scorer:
-        for form in forms:
-            assert scorer.score([(form.format(a), r) for a, r in zip(right, rows, strict=True)]) == [Verdict(1.0)] * 3, form
-        for form in wrong:
-            assert scorer.score([(form.format(a), r) for a, r in zip(right, rows, strict=True)]) == [Verdict(0.0)] * 3, form
-        (foreign,) = scorer.score([("7", {"prompt": "?", "answer": "7"})])
+    for form in forms:
+        assert gym.score([(form.format(a), r) for a, r in zip(right, rows, strict=True)]) == [Verdict(1.0)] * 3, form
+    for form in wrong:
+        assert gym.score([(form.format(a), r) for a, r in zip(right, rows, strict=True)]) == [Verdict(0.0)] * 3, form
+    (foreign,) = gym.score([("7", {"prompt": "?", "answer": "7"})])
     assert foreign.accuracy == 0.0 and foreign.error is not None and "metadata.source_dataset" in foreign.error
 
 
-def test_reasoning_gym_scorers_that_raise_or_accept_anything_give_0() -> None:
+def test_reasoning_gym_scorers_that_raise_or_accept_anything_give_0(gym: Verifiers) -> None:
     """prime_factorization's raises on garbage; game_of_life_halting's takes every text for right."""
     sources = ["reasoning_gym:prime_factorization:1", "reasoning_gym:game_of_life_halting:1"]
     rows = [row for source in sources for _, row in read_rows(source, "data.train")]
-    with Verifiers(reward("reasoning_gym")) as scorer:
-        assert scorer.score([("garbage", row) for row in rows]) == [Verdict(0.0)] * 2
-        assert scorer.score([(row["answer"], row) for row in rows]) == [Verdict(1.0)] * 2
+    assert gym.score([("garbage", row) for row in rows]) == [Verdict(0.0)] * 2
+    assert gym.score([(row["answer"], row) for row in rows]) == [Verdict(1.0)] * 2
 
 
 EVALUATED = ["spiral_matrix", "binary_matrix", "n_queens", "string_insertion", "countdown", "puzzle24", "simple_integration"]
 
 
+@pytest.mark.slow
 def test_reasoning_gym_evaluates_no_answer(folder: Path) -> None:
     """Not even those whose scorers call `eval`, or sympy's parser: the answer is a literal or a formula, or it is wrong."""
     rows = {task: row for task in EVALUATED for _, row in read_rows(f"reasoning_gym:{task}:1:1", "data.train")}
@@ -382,7 +389,7 @@ def test_reasoning_gym_evaluates_no_answer(folder: Path) -> None:
     assert not (folder / "written").exists()
 
 
-def test_reasoning_gym_takes_literals_and_formulas() -> None:
+def test_reasoning_gym_takes_literals_and_formulas(gym: Verifiers) -> None:
     matrix = {"prompt": "?", "answer": "1 2 4 3", "metadata": {"source_dataset": "spiral_matrix"}}
     twenty_four = {"prompt": "?", "answer": None, "metadata": {"source_dataset": "puzzle24", "numbers": [2, 3, 4, 1]}}
     integral = {
@@ -390,10 +397,9 @@ def test_reasoning_gym_takes_literals_and_formulas() -> None:
         "answer": "",
         "metadata": {"source_dataset": "simple_integration", "variable": "x", "integrand": "2*x + cos(x)"},
     }
-    with Verifiers(reward("reasoning_gym")) as scorer:
-        verdicts = scorer.score(
-            [("[1, 2, 4, 3]", matrix), ("1 2 4 3", matrix), ("2*3*4*1", twenty_four), ("x**2 + sin(x) + C", integral), ("x**2", integral)]
-        )
+    verdicts = gym.score(
+        [("[1, 2, 4, 3]", matrix), ("1 2 4 3", matrix), ("2*3*4*1", twenty_four), ("x**2 + sin(x) + C", integral), ("x**2", integral)]
+    )
     assert [verdict.accuracy for verdict in verdicts] == [0, 1, 1, 1, 0]  # a list has a tenth of the marks
 
 

@@ -52,6 +52,7 @@ PARKED = {"unbroken": False, "killed": True}
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With engines and verdicts: a resumed run has the lines, roll-out files and weights of one that was never killed, to the last bit."""
     name = layout.replace(" ", "_").replace(",", "")
     changes = {k: dict(v) for k, v in LAYOUTS[layout].items()}
     model = {"path": str(task / "runs/sft/hf")}

@@ -177,6 +177,7 @@ def assert_ends_as(job: Job, unbroken: Path, *, restarts: int) -> None:
 
 
 def test_trains_on_two_nodes(unbroken: Job) -> None:
+    """Ranks of two machines meet by name through the script, and the job's log reads like a run's."""
     assert [row["step"] for row in metrics(unbroken.run_folder)] == list(range(1, STEPS + 1))
     assert f"{STEPS}/{STEPS}" in unbroken.output, "rank 0 speaks in the job's log"
     assert "with 2 ranks on 2 nodes" in unbroken.output
@@ -186,7 +187,6 @@ def test_trains_on_two_nodes(unbroken: Job) -> None:
 
 def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     """Order of the prompts and seeds of the roll-outs: the numbers are those of one machine that was not asked to stop."""
-    run_on_forks("train", task / "train.yaml", "run.name=whole")
     job = Job(cluster, task, command="train", PATH=f"{hung_up_on(task / 'bin', 'squeue', 'scontrol')}:{os.environ['PATH']}")
     job.wait_for_step(2)
     job.warn()
@@ -198,10 +198,12 @@ def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
     called = {file.name for file in (task / "bin").glob("*.called *")}
     assert f"scontrol.called requeue {job.id}" in called and sum(name.startswith("squeue.called") for name in called) == 2
     assert re.search(r"asked to stop, \d+ s before the job's time is over", job.output)
+    run_on_forks("train", task / "train.yaml", "run.name=whole")  # while the job starts again
     assert_ends_as(job, task / "runs/whole", restarts=1)
 
 
 def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, unbroken: Job) -> None:
+    """Each is told in the log and queued again; the run ends with the unbroken one's numbers."""
     now = task / "now"
     job = Job(cluster, task, "checkpoint.every=20", PYTHONPATH=str(FAULTS), FAULT="error", FAULT_WHEN=str(now))
     job.wait_for_step(21)

@@ -27,7 +27,7 @@ from megafork.plan.speed import Step
 from slurm import preflight
 
 ROOT = Path(__file__).parents[1]
-RUNS = ("qwen3_8b_fork.sh", "qwen3_14b_fork.sh", "qwen3_32b_fork.sh")
+RUNS = ("qwen3_8b_fork.sh", "qwen3_14b_fork.sh", "qwen3_32b_fork.sh", "qwen3_30b_a3b_fork.sh", "qwen3_235b_a22b_fork.sh")
 JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NUM_NODES": "2",

@@ -156,16 +156,18 @@ def assert_equal(got: list[Answers], want: list[Answers]) -> None:
 
 
 def test_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
-    """An untied model in an engine of TP 2; the tied one is at the servers below."""
-    folders = models(tmp_path, tie_word_embeddings=False)[:2]
+    """An untied mixture of experts in an engine of TP 2; the tied, dense model is at the servers below."""
+    folders = models(tmp_path, architecture="Qwen3Moe", tie_word_embeddings=False)[:2]
     want = on_ranks(1, fresh, folders, free_port(), engines=True)[0]
-    for rank in on_ranks(2, receive, folders, 2, free_port(), engines=True):
+    for rank, problems in on_ranks(2, receive, folders, 2, free_port(), engines=True):
         for answers, model in zip(rank, UPDATES, strict=True):
             assert_equal(answers, want[model % 2])
         assert rank[0] == rank[2]
+        assert problems == [None, "not all weights were sent of model.layers.1.mlp.experts.routed_experts"]
 
 
-def receive(folders: list[Path], tp: int, port: int) -> list[list[Answers]]:
+def receive(folders: list[Path], tp: int, port: int) -> tuple[list[list[Answers]], list[str | None]]:
+    """The answers after each update, and what is wrong with an update before its end: with a whole one, and one without an expert."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     llm = start_vllm(
         folders[0],
@@ -184,17 +186,24 @@ def receive(folders: list[Path], tp: int, port: int) -> list[list[Answers]]:
         llm.init_weight_transfer_engine({"init_info": info[0]})
         if joined:
             joined.result()
-        for version, model in enumerate(UPDATES):
+
+        def update(weights: list[tuple[str, Tensor]], version: int) -> str | None:
             llm.start_weight_update()
-            for bucket in buckets(tensors(folders[model % 2])):
+            for bucket in buckets(weights):
                 sent = trainer.submit(link.send, bucket) if link else None
                 llm.update_weights({"update_info": describe(bucket)})
                 if sent:
                     sent.result()
+            [state] = llm.collective_rpc("weight_update_state")
             llm.finish_weight_update(str(version))
             llm.reset_prefix_cache()
+            return state["problem"]
+
+        for version, model in enumerate(UPDATES):
+            problem = update(tensors(folders[model % 2]), version)
             answers.append(ask(llm))
-    return answers
+        without = [(name, tensor) for name, tensor in tensors(folders[0]) if "1.mlp.experts.3.up_proj" not in name]
+        return answers, [problem, update(without, len(UPDATES))]
 
 
 # ---- servers

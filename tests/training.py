@@ -1,14 +1,16 @@
-"""Three training steps on one fixed batch: on real ranks in any layout, and in float64 on transformers, one response at a time."""
+"""A few training steps on one fixed batch: on real ranks in any layout, and in float64 on transformers, one response at a time."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import routed
 import torch
 from tiny import published, recipe
 
@@ -57,7 +59,7 @@ class Rig:
         chunks = build_policy(self.shape, PolicyConfig.of(spec), self.mesh)
         policy_weights.load_policy(chunks, HuggingFaceWeights(folder), self.shape, self.mesh)
         self.learner = Learner(chunks, spec, self.mesh, updates=100)
-        self.every = responses()
+        self.every = routed.given(responses(), spec)
 
     def minibatches(self, step: int = 0) -> Iterator[list[MicroBatch]]:
         pack = packer(self.mesh, whole=self.spec.micro_batch_padding, temperature=self.spec.rollout.temperature)
@@ -85,16 +87,16 @@ class Rig:
         return dict(policy_weights.export_policy(self.learner.chunks, self.shape, self.mesh))
 
 
-def train_on_rank(specs: list[Recipe], plant: Callable[[], None] | None = None) -> list[dict[str, Any]]:
-    """Three steps by each recipe, one after the other; `plant` may break something first."""
+def train_on_rank(specs: list[Recipe], plant: Callable[[], None] | None = None, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Some steps by each recipe, one after the other; `plant` may break something first."""
     if plant is not None:
         plant()
     results = []
     for spec in specs:
         rig = Rig(spec)
-        steps = [rig.step(number) for number in range(STEPS)]
-        masks = dict(itertools.chain(*(mask.items() for _, mask in steps)))
-        results.append({"history": [metrics for metrics, _ in steps], "masks": masks, "weights": rig.weights()})
+        taken = [rig.step(number) for number in range(steps)]
+        masks = dict(itertools.chain(*(mask.items() for _, mask in taken)))
+        results.append({"history": [metrics for metrics, _ in taken], "masks": masks, "weights": rig.weights()})
     return results
 
 
@@ -103,7 +105,7 @@ def _by_token(micro: MicroBatch, step: int) -> dict[tuple[int, ...], bool]:
     return {(step, g, s, int(o)): bool(m) for (g, s, o), m in zip(names, micro.mask, strict=True)}
 
 
-def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
+def reference(spec: Recipe, dp: int = 1, steps: int = STEPS) -> dict[str, Any]:
     """The same steps in float64 on transformers with torch's AdamW. `dp` counts where micro-batches do: `scope: microbatch`,
     `reduction: official`."""
     import transformers
@@ -118,11 +120,15 @@ def reference(spec: Recipe, dp: int = 1) -> dict[str, Any]:
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    if spec.routing_from:
+        routed.let_routers_be_told(model)
     with torch.no_grad():
         start = {_name(r): _score(model, r, spec.rollout.temperature)[0] for r in responses()} if spec.loss.kl.coef else {}
     history, masks = [], {}
-    for step in range(STEPS):
-        every = [prefix.cut(r, spec, step=step) for r in responses()]
+    for step in range(steps):
+        every = [prefix.cut(r, spec, step=step) for r in routed.given(responses(), spec)]
+        if spec.routing_from == "score":
+            every = [replace(r, routing=routed.chosen(model, r)) for r in every]
         with torch.no_grad():
             old = {_name(r): _score_as_drawn(model, r, spec.rollout) for r in every}
         entropies = {name: entropy for name, (*_, entropy) in old.items()}
@@ -329,6 +335,7 @@ def _score_as_drawn(model: Any, r: Response, rollout: Rollout) -> tuple[float | 
 
 def _score(model: Any, r: Response, temperature: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.cat([r.prompt_tokens, r.tokens]).long()
+    model.routing = r.routing
     logits = model(ids[None]).logits[0, len(r.prompt_tokens) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
     return logp.gather(-1, r.tokens.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

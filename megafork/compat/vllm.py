@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import uuid
 from collections.abc import Iterator
@@ -120,6 +121,54 @@ def expand_temperatures() -> None:
         return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=count)
 
     rejection_sampler.expand_batch_to_tokens = expand
+
+
+def pack_reloaded_experts() -> None:
+    """Lay out experts for the CPU's kernel again after a reload. Call in every process with an engine, before it is made.
+
+    vLLM (0.32) pads and packs them only when it first loads them. Reloaded ones are copied over the packed ones as they are: the engine
+    fails if they were padded, and if not, its answers are silently wrong.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if torch.cuda.is_available() or getattr(original, "packs_again", False):
+        return
+
+    def setup_kernel(self: Any, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        reloaded = self.moe_kernel is not None
+        original(self, layer, *args, **kwargs)
+        if reloaded:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    setup_kernel.packs_again = True  # type: ignore[attr-defined]
+    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def share_experts() -> None:
+    """Let the ranks of an engine share its experts on the CPU. Call in every process with such an engine, before it is made.
+
+    The CPU's kernel (0.32) is given the numbers of experts in the whole model, and takes them for those in the rank, with silently wrong
+    answers. Here those of other ranks get the weight 0.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    original = CPUUnquantizedExperts.apply
+    if torch.cuda.is_available() or getattr(original, "shares_experts", False):
+        return
+    signature = inspect.signature(original)
+
+    def apply(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        values = given.arguments
+        if values["expert_map"] is not None:
+            here = values["expert_map"].long()[values["topk_ids"].long()]  # -1: on another rank
+            values["topk_weights"] = values["topk_weights"].masked_fill(here < 0, 0.0)
+            values["topk_ids"] = here.clamp(min=0).to(values["topk_ids"].dtype)
+        original(*given.args, **given.kwargs)
+
+    apply.shares_experts = True  # type: ignore[attr-defined]
+    CPUUnquantizedExperts.apply = apply
 
 
 def finish_tied_heads(model: torch.nn.Module) -> None:

@@ -50,6 +50,10 @@ class PackedSequences(PackedSeqParams):
     """int64 [T / cp], for routers: the number of the sequence that each token belongs to, -1 for padding."""
     balance: float = 0.0
     """Weight of each sequence's balancing loss, for routers."""
+    routing: Tensor | None = None
+    """int16 [T / cp, layers, k]: the experts that each token takes in each layer, -1 where the router chooses; None: everywhere."""
+    note_routing: bool = False
+    """Whether routers choose, and write their choice into `routing`."""
     edges: Tensor | None = None
     """int32 [sequences + 1]: where each sequence starts among all T tokens, and the end of the last."""
     pieces: Pieces | None = None
@@ -62,7 +66,7 @@ class PackedSequences(PackedSeqParams):
 
     @classmethod
     def packed(cls, lengths: Sequence[int], places: Tensor, order: Tensor | None = None, **routing: Any) -> PackedSequences:
-        """`routing`: `owner` and `balance`."""
+        """`routing`: `owner`, `balance`, `routing` and `note_routing`."""
         longest = max(lengths)
         edges = to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), places.device)
         found = cls(lengths=tuple(lengths), places=places, order=order, edges=edges, **routing)

@@ -21,7 +21,7 @@ from megafork.model.policy import Policy, RMSNorm
 from megafork.model.rope import FusedRotary, PackedRotary, inverse_frequencies, softmax_scale
 from megafork.parallel.mesh import Mesh
 from megafork.parallel.vocab import DEFAULT_MEMORY_MB, chunk_for
-from megafork.recipe import Parallel, Precision, Recipe
+from megafork.recipe import Precision, Recipe
 from megafork.recipe.model import Kernels
 from megafork.shape import Shape, check_layout
 
@@ -43,8 +43,14 @@ class PolicyConfig:
         return cls(recipe.precision, recipe.model.recompute, recipe.loss.head_memory_mb, recipe.model.kernels)
 
 
-def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel, *, fused: bool = False) -> TransformerConfig:
-    """Megatron's own config for this model under this layout, with fused or plain layers."""
+def compiles(device: torch.device) -> bool:
+    """Whether Megatron's SwiGLU and its gradient are a kernel each, by torch.compile. On the CPU `compat/cpu.py` leaves them uncompiled."""
+    return device.type == "cuda"
+
+
+def transformer_config(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused: bool = False) -> TransformerConfig:
+    """Megatron's own config for this model under the mesh's layout, with fused or plain layers."""
+    layout = mesh.layout
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
     return TransformerConfig(
         num_layers=shape.layers,
@@ -84,7 +90,7 @@ def transformer_config(shape: Shape, config: PolicyConfig, layout: Parallel, *, 
         embedding_init_method=_leave,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=compiles(mesh.device) and not fused,  # without biases: SwiGLU, or its product with an expert's weight
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         **experts.settings(shape, layout),
@@ -164,7 +170,7 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
 def build_chunks(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused: bool) -> list[Policy]:
     """As `build_policy`, without its checks, with fused or plain layers."""
     layout = mesh.layout
-    megatron = transformer_config(shape, config, layout, fused=fused)
+    megatron = transformer_config(shape, config, mesh, fused=fused)
     chunks = []
     for stage in range(layout.vpp):
         first = mesh.pp_rank == 0 and stage == 0

@@ -5,6 +5,7 @@ Experts run one after the other (`SequentialMLP`). The router computes in fp32; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,33 +48,66 @@ def _frequency(shape: Shape) -> int | list[int]:
     return sparse if 0 in sparse else 1
 
 
+class Replay:
+    """Takes the place of a router's choice of experts, or notes it. Scores, and with them weights and gradients, stay the router's own."""
+
+    def __init__(self, routing: Tensor, *, note: bool) -> None:
+        """routing: int16 [T, k], the experts of each token, -1 where the router chooses. `note`: write its choice there instead."""
+        self.routing = routing
+        self.note = note
+        self.changed = routing.new_zeros(routing.shape, dtype=torch.bool)
+        """bool [T, k]: experts that the router would not have chosen."""
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, choose: Callable[..., tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Megatron's router asks this in place of `choose`: (scores of the chosen experts, their numbers), both [T, k], best first."""
+        best, own = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.note:
+            self.routing.copy_(own)
+            return best, own
+        given = torch.where(self.routing >= 0, self.routing.long(), own)
+        self.changed = (given[:, :, None] != own[:, None, :]).all(-1)
+        best, order = scores.gather(1, given).sort(descending=True, stable=True)
+        return best, given.gather(1, order)
+
+
 class Router(TopKRouter):
-    """Megatron's router, which also counts tokens and can balance them. Padding is neither counted nor balanced."""
+    """Megatron's router, which also counts tokens, can balance them, and can be given its choice. Padding is neither counted nor
+    balanced."""
 
     packing: PackedSequences | None = None
     """The micro-batch whose tokens come next."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        zeros = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=torch.cuda.current_device())
+        zeros = torch.zeros(self.num_experts + 2, dtype=torch.float64, device=torch.cuda.current_device())
         self.register_buffer("seen", zeros, persistent=False)
-        """fp64 [experts + 1]: tokens of each expert since the buffer was last cleared, and the balancing loss. Only forwards with gradient
-        count, so each micro-batch does once, however its activations are recomputed."""
+        """fp64 [experts + 2]: tokens of each expert since the buffer was last cleared, choices that a replay changed, and the balancing
+        loss. Only forwards with gradient count, so each micro-batch does once, however its activations are recomputed."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits fp32 [T, 1, E] of this rank's tokens -> (weights of each token's experts, 0 elsewhere; chosen, bool), both [T, E]."""
-        weights, chosen = super().routing(logits, padding_mask)
         packing = self.packing
+        self.router_replay = None
+        if packing is not None and packing.routing is not None:
+            self.router_replay = Replay(self._mine(packing.routing[:, self.layer_number - 1]), note=packing.note_routing)
+        weights, chosen = super().routing(logits, padding_mask)
         if packing is None or packing.owner is None or not torch.is_grad_enabled():
             return weights, chosen
-        tokens = self.tp_group.size() if self.config.sequence_parallel else 1
-        owner = packing.owner.chunk(tokens)[self.tp_group.rank() if tokens > 1 else 0]
-        self.seen[:-1] += (chosen & (owner >= 0)[:, None]).sum(0)
+        owner = self._mine(packing.owner)
+        self.seen[:-2] += (chosen & (owner >= 0)[:, None]).sum(0)
+        if self.router_replay is not None:
+            self.seen[-2] += (self.router_replay.changed & (owner >= 0)[:, None]).sum()
         if packing.balance:
             loss = packing.balance * self._imbalance(logits.flatten(0, 1), chosen, owner, len(packing.lengths))
             self.seen[-1] += loss.detach()
             weights = MoEAuxLossAutoScaler.apply(weights, loss)
         return weights, chosen
+
+    def _mine(self, tokens: Tensor) -> Tensor:
+        """What this rank's router sees of the tokens of all TP ranks."""
+        return tokens.chunk(self.tp_group.size())[self.tp_group.rank()] if self.config.sequence_parallel else tokens
 
     def _imbalance(self, logits: Tensor, chosen: Tensor, owner: Tensor, sequences: int) -> Tensor:
         """This rank's part of the sum over sequences of E sum_e f_e P_e, where f_e is the share of the sequence's choices that fell on

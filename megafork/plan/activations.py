@@ -1,18 +1,20 @@
 """Activation memory of a rank: closed forms of the tensors that our model's autograd graph saves.
 
 Derived from the model in `model/build.py`. Those of plain layers on the CPU (norms in fp32, attention by PyTorch) are checked against the
-allocations of a run; on a GPU norms keep no fp32 copy and attention is one call, and fused layers also keep less of rotary positions and
-SwiGLU. With context parallelism they assume attention that keeps no score matrix, as on a GPU.
+allocations of a run; on a GPU norms keep no fp32 copy, SwiGLU keeps only its input and attention is one call, and fused layers also keep
+less of rotary positions. With context parallelism they assume attention that keeps no score matrix, as on a GPU. Layers with experts are
+plain everywhere (`experts.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megafork.plan import experts
 from megafork.plan.layers import Layers
-from megafork.plan.parameters import WIDTH
+from megafork.plan.parameters import WIDTH, chunk_layers
 from megafork.recipe import Recipe
-from megafork.shape import Shape, stage_layers
+from megafork.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Layer:
     attention: float
     """Fused QKV, the norms of q and k, RoPE, the core's inputs and output."""
     mlp: float
-    """Fused gate and up, silu, up again, their product."""
+    """Fused gate and up, and their product; on the CPU also silu, and up again. Or what the router, the dispatcher and the experts keep."""
     input: float
     """The residual stream alone: all that full recomputation keeps."""
 
@@ -33,9 +35,16 @@ class Layer:
         return self.norms + self.attention + self.mlp
 
 
-def layer(shape: Shape, recipe: Recipe, layers: Layers) -> Layer:
-    """Bytes per token for `model.recompute` none or selective; under full, layers keep only `input`, and one at a time needs `total`."""
-    return _layer_on_cpu(shape, recipe) if layers == "cpu" else _layer_on_gpu(shape, recipe, fused=layers == "fused")
+def layer(shape: Shape, recipe: Recipe, layers: Layers, *, sparse: bool = False, skew: float | None = None) -> Layer:
+    """Bytes per token for `model.recompute` none or selective; under full, layers keep only `input`, and one at a time needs `total`.
+
+    `sparse`: a layer with experts. `skew`: how many more copies of tokens than the mean the rank gets; None: as assumed."""
+    one = _layer_on_cpu(shape, recipe) if layers == "cpu" else _layer_on_gpu(shape, recipe, fused=layers == "fused")
+    if not sparse:
+        return one
+    layout = recipe.parallel
+    unequal = experts.skew(layout) if skew is None else skew
+    return replace(one, mlp=experts.kept(shape, layout, WIDTH[recipe.precision.dtype], unequal))
 
 
 def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
@@ -46,15 +55,14 @@ def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
     stream = width * shape.hidden / (layout.tp if layout.sp else 1)
     gathered = layout.cp > 1 and not fused  # fused layers exchange keys and values while they compute
     again = recipe.model.recompute == "selective"
-    qk_norms = (
-        (width * (q + kv) if fused else 0.0) + 4 * (q + kv) / d if shape.family.qk_norm else 0.0
-    )  # Transformer Engine copies its input
+    copied = q + kv if fused else q if shape.kv_heads > layout.tp else 0.0  # by Transformer Engine; by Megatron, to join groups' queries
+    qk_norms = width * copied + 4 * (q + kv) / d if shape.family.qk_norm else 0.0
     angles = 0.0 if fused else 4 * d * width
     core = width * (q + (2 * kv * (layout.cp + 0.5) if gathered else kv)) + (0.0 if again else 4 * q / d)
     return Layer(
         norms=2 * (2 * stream + 4),
         attention=width * mixed + qk_norms + angles + core + width * q,
-        mlp=(3 if fused else 5) * width * ffn,
+        mlp=3 * width * ffn,
         input=stream,
     )
 
@@ -97,10 +105,12 @@ class Activations:
     """On the last stage: the head's rows, their gradient and its chunk of logits; part of `working`, which is never smaller."""
     gather: float
     """Sequence parallelism's buffer for the whole sequence."""
+    routing: float
+    """What the dispatchers of layers with experts hold between forwards."""
 
     @property
     def total(self) -> float:
-        return self.kept + self.working + self.gather
+        return self.kept + self.working + self.gather + self.routing
 
 
 def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> int:
@@ -113,24 +123,39 @@ def micro_batches_in_flight(recipe: Recipe, stage: int, micro_batches: int) -> i
 
 
 def stage_activations(
-    shape: Shape, recipe: Recipe, stage: int, *, tokens: int, micro_batches: int, head_rows: int, layers: Layers
+    shape: Shape,
+    recipe: Recipe,
+    stage: int,
+    *,
+    tokens: int,
+    micro_batches: int,
+    head_rows: int,
+    layers: Layers,
+    skew: float | None = None,
 ) -> Activations:
-    """Activation memory for micro-batches of `tokens` (over all CP ranks) in which the head runs at `head_rows` positions."""
-    layout, one = recipe.parallel, layer(shape, recipe, layers)
+    """Activation memory for micro-batches of `tokens` (over all CP ranks) in which the head runs at `head_rows` positions. `skew`: as in
+    `layer`."""
+    layout = recipe.parallel
     local = tokens / layout.cp
-    a_layer = one.input if recipe.model.recompute == "full" else one.total
+    kinds = [shape.is_sparse(n) for chunk in range(layout.vpp) for n in chunk_layers(shape, layout, stage, chunk)]
+    layer_of = {sparse: layer(shape, recipe, layers, sparse=sparse, skew=skew) for sparse in set(kinds)}
+    one = layer_of[kinds[-1]]
+    of_layers = sum(layer_of[sparse].input if recipe.model.recompute == "full" else layer_of[sparse].total for sparse in kinds)
     ends = 0 if layout.pp == 1 else 1 if layout.vpp == 1 else 2  # the stage's input, and its output
     in_flight = micro_batches_in_flight(recipe, stage, micro_batches)
-    count = stage_layers(shape.layers, layout)[stage] / layout.vpp
     last = stage == layout.pp - 1
     head = _head_bytes(shape, recipe, head_rows / layout.cp) if last else 0.0
-    working = _in_layer(shape, recipe, one, local, on_cpu=layers == "cpu")
+    working = max(
+        _in_sparse_layer(shape, recipe, each, local, skew) if sparse else _in_layer(shape, recipe, each, local, on_cpu=layers == "cpu")
+        for sparse, each in layer_of.items()
+    )
     if last:
         wide = 4 * one.input / WIDTH[recipe.precision.dtype] * local  # the residual stream in fp32
         final_norm = (6 * wide if layers == "cpu" else 2 * one.input * local) + (one.input * local if layout.pp > 1 else 0.0)
         working = max(working, final_norm, head + wide + 2 * one.input * local)
     whole = _whole_sequence(shape, recipe, local)
-    return Activations(in_flight, in_flight * (count * a_layer + ends * one.input) * local, working, head, whole)
+    kept = in_flight * (of_layers / layout.vpp + ends * one.input) * local
+    return Activations(in_flight, kept, working, head, whole, sum(kinds) * experts.held(shape, layout) * local if any(kinds) else 0.0)
 
 
 def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, *, on_cpu: bool) -> float:
@@ -150,6 +175,15 @@ def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, *, on_cpu:
     }
     recomputed = one.total * local + stream if recipe.model.recompute == "full" else 0.0
     return recomputed + max(moments.values()) + stream
+
+
+def _in_sparse_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, skew: float | None) -> float:
+    """Bytes needed at the peak of a layer with experts, on top of what all layers keep."""
+    layout = recipe.parallel
+    unequal = experts.skew(layout) if skew is None else skew
+    stream = one.input * local
+    recomputed = one.total * local + stream if recipe.model.recompute == "full" else 0.0
+    return recomputed + experts.working(shape, layout, WIDTH[recipe.precision.dtype], unequal) * local + stream
 
 
 def _whole_sequence(shape: Shape, recipe: Recipe, local: float) -> float:

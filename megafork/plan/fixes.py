@@ -47,6 +47,7 @@ def _knobs(plan: Plan) -> dict[str, list[Any]]:
         "rollout.gpu_memory_fraction": [other for other in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2) if other != share],
         "model.recompute": recomputes[recomputes.index(recipe.model.recompute) + 1 :],
         "rollout.tp": [size for size in within if size > recipe.rollout.tp],
+        "parallel.ep": [size for size in (2, 4, 8, 16) if size > layout.ep] if plan.shape.moe is not None else [],
         "parallel.tp": [size for size in within if size > layout.tp],
         "parallel.cp": [2 * layout.cp, 4 * layout.cp],
         "parallel.pp": [2 * layout.pp, 4 * layout.pp],

@@ -54,6 +54,13 @@ STREAM_SHARE = 0.84
 """Of the memory's bandwidth, in operators that only read and write: 2.8 of an H100's 3.35 TB/s."""
 LINK_SHARE = 0.60
 
+EXPERT_SHARE = 0.5
+"""What experts reach of these shares in matmuls and in decoding, for theirs are many and small. Assumed, and set once so that NeMo-RL's
+published steps of Qwen3-30B-A3B and 235B-A22B come out about right (`docs/plan.md`)."""
+BUSIEST = 1.25
+"""Tokens that the rank with the most of them gets from the routers of a mixture, as a multiple of the mean over the ranks that share the
+experts. Assumed, for memory and for time."""
+
 # Memory outside our own tensors. Assumed.
 RESERVED = 3 * GIB
 """The driver, the CUDA context, NCCL's buffers, cuBLAS workspaces."""
@@ -75,6 +82,8 @@ DECODE_STEP = 4e-3
 """Seconds of a decoding step not accounted for by bandwidth or arithmetic: launches, sampling, scheduling."""
 ALL_REDUCE_LATENCY = 15e-6
 """Seconds of a small all-reduce between the GPUs of a node."""
+FAR_ALL_REDUCE_LATENCY = 40e-6
+"""The same between the GPUs of several nodes."""
 
 
 def gpu_named(name: str) -> Gpu:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megafork.model.fp8 import BLOCK
 from megafork.plan.activations import Activations, stage_activations
 from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
 from megafork.plan.layers import layers_of
-from megafork.plan.parameters import WIDTH, Weights, count_parameters, over_model, stage_weights
+from megafork.plan.parameters import WIDTH, Weights, layer_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
 from megafork.shape import Shape, Span, stage_layers
 from megafork.weights.mapping import Parameter, shard_shape
@@ -28,6 +28,8 @@ class Engine:
     """KV cache of one token."""
     longest: int
     """Tokens of the longest prompt and response."""
+    experts: int
+    """Of the weights, those of experts."""
     pool: int
     """Total that vLLM uses while it is awake."""
 
@@ -84,7 +86,7 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
         counts = {"tokens": tokens, "micro_batches": micro_batches, "head_rows": tokens}
-        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(recipe))
+        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(shape, recipe))
         weights = stage_weights(shape, recipe, stage, gpus)
         result.append(StageMemory(stage, layers, weights, activations, engine, layers * copies, buffer, colocated, parked))
     return result
@@ -99,7 +101,7 @@ def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
         size = math.prod(shard_shape(parameter, shape, recipe.parallel.tp))
         return 2 * (size + 4 * size // BLOCK**2) if parameter.rule.fp8 else 0
 
-    return over_model(replace(shape, layers=1), copies)
+    return sum(copies(Parameter(shape.family, rule, 0)) for rule in shape.family.layer)
 
 
 def engines(recipe: Recipe, gpus: int) -> int:
@@ -110,7 +112,9 @@ def engines(recipe: Recipe, gpus: int) -> int:
 def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
     """vLLM's weights (exact: the parts that it loads) and the memory left for its KV cache."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
-    weights = _engine_bytes(shape, tp, width, fp8=recipe.precision.rollout_fp8)
+    how = {"fp8": recipe.precision.rollout_fp8, "whole": recipe.rollout.whole_experts}
+    others, experts = (_engine_bytes(shape, tp, width, experts=which, **how) for which in (False, True))
+    weights = others + experts
     if recipe.rollout.kv_cache_mb is not None:
         cache = recipe.rollout.kv_cache_mb * 2**20
         pool = weights + cache + VLLM_OVERHEAD
@@ -118,7 +122,7 @@ def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
         pool = int(gpu.memory * recipe.rollout.gpu_memory_fraction)
         cache = pool - weights - VLLM_OVERHEAD
     token = 2 * shape.layers * max(shape.kv_heads // tp, 1) * shape.head_dim * width
-    return Engine(weights, cache, token, recipe.longest_sequence, pool)
+    return Engine(weights, cache, token, recipe.longest_sequence, experts, pool)
 
 
 def refit_buffer(shape: Shape, recipe: Recipe) -> int:
@@ -126,14 +130,18 @@ def refit_buffer(shape: Shape, recipe: Recipe) -> int:
     that the ranks of the one stage that holds it send to all the others. An estimate."""
     width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
     vocabulary = shape.vocab * shape.hidden
-    layer = (count_parameters(shape) - count_parameters(replace(shape, layers=1))) // max(shape.layers - 1, 1)
-    whole = max(vocabulary, layer)
+    layers = [sum(layer_parameters(shape, sparse=sparse)) for sparse in {shape.is_sparse(layer) for layer in range(shape.layers)}]
+    whole = max(vocabulary, *layers)
     return int(width * (whole + (1 + recipe.parallel.pp) * whole / tp))
 
 
-def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool) -> int:
+def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool, experts: bool, whole: bool) -> int:
+    """Bytes of the weights that an engine's rank loads: those of experts, or all others."""
+
     def size(parameter: Parameter) -> int:
-        parts = itertools.chain.from_iterable(needed(name, shape, tp, 0) for name in parameter.huggingface())
+        if (parameter.expert is not None) != experts:
+            return 0
+        parts = itertools.chain.from_iterable(needed(name, shape, tp, 0, whole_experts=whole) for name in parameter.huggingface())
         return sum(part(*each, fp8=fp8 and parameter.rule.fp8) for each in parts)
 
     def part(rows: Span, columns: Span | None, *, fp8: bool) -> int:

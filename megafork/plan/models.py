@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape, read_shape
+from megafork.shape import Mixture, Shape, read_shape
 
 
 def _qwen3(layers: int, hidden: int, ffn: int, heads: int, *, tied: bool = False, positions: int = 32768) -> Shape:
@@ -26,6 +27,13 @@ def _qwen3(layers: int, hidden: int, ffn: int, heads: int, *, tied: bool = False
     )
 
 
+def _qwen3_moe(layers: int, hidden: int, ffn: int, heads: int, expert: int) -> Shape:
+    """`expert`: the intermediate size of each of 128 experts, of which 8 compute a token."""
+    mixture = Mixture(experts=128, per_token=8, ffn=expert, normalized=True, layers=tuple(range(layers)))
+    dense = _qwen3(layers, hidden, ffn, heads, positions=40960)
+    return replace(dense, architecture="Qwen3MoeForCausalLM", kv_heads=4, moe=mixture)
+
+
 KNOWN = {
     "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
     "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
@@ -33,6 +41,8 @@ KNOWN = {
     "qwen3-8b": _qwen3(36, 4096, 12288, 32),
     "qwen3-14b": _qwen3(40, 5120, 17408, 40),
     "qwen3-32b": _qwen3(64, 5120, 25600, 64, positions=40960),
+    "qwen3-30b-a3b": _qwen3_moe(48, 2048, 6144, 32, 768),
+    "qwen3-235b-a22b": _qwen3_moe(94, 4096, 12288, 64, 1536),
 }
 
 

@@ -10,14 +10,14 @@ from typing import Any
 from megafork.model import fp8, precision
 from megafork.plan.deadlines import Deadlines
 from megafork.plan.hardware import Gpu
-from megafork.plan.layers import Layers, layers_of
+from megafork.plan.layers import Layers, check_layers, layers_of
 from megafork.plan.memory import StageMemory, engines, stages
-from megafork.plan.parameters import count_parameters
+from megafork.plan.parameters import count_active, count_parameters
 from megafork.plan.refit import planning_s
 from megafork.plan.saving import Saving, saving
 from megafork.plan.speed import Step, step_time
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world, refuse_experts
+from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Plan:
     gpu: Gpu
     parameters: int
     """Of the whole model, each counted once however it is sharded."""
+    active: int
+    """Of these, the parameters that a token meets."""
     stages: list[StageMemory]
     step: Step
     mean_response: int | None
@@ -67,7 +69,7 @@ class Plan:
     def refit_planning_s(self) -> float | None:
         """Seconds that a rank spends at the start of a run on planning its refits: measured now, on this machine. None with servers, to
         which whole tensors go. A refit plans nothing."""
-        return None if self.recipe.rollout.servers else planning_s(self.shape, self.recipe.parallel, self.gpus, self.recipe.rollout.tp)
+        return None if self.recipe.rollout.servers else planning_s(self.shape, self.recipe, self.gpus)
 
     @property
     def fits(self) -> bool:
@@ -79,12 +81,12 @@ class Plan:
 
     @property
     def layers(self) -> Layers:
-        return layers_of(self.recipe)
+        return layers_of(self.shape, self.recipe)
 
     @property
     def with_other_layers(self) -> Plan | None:
-        """The plan with plain layers instead of fused ones, or the reverse; None if there are no others, in fp32."""
-        if self.recipe.precision.dtype != "bf16":
+        """The plan with plain layers instead of fused ones, or the reverse; None if there are no others: in fp32, and with experts."""
+        if self.recipe.precision.dtype != "bf16" or self.shape.moe is not None:
             return None
         return self.with_changes({"model.kernels": "plain" if self.layers == "fused" else "fused", "parallel.cp_comm": None})
 
@@ -99,6 +101,7 @@ class Plan:
             "layers": self.layers,
             "other_layers": other and {"layers": other.layers, "seconds": other.step.seconds, "peaks": other.peaks},
             "parameters": self.parameters,
+            "active_parameters": self.active,
             "stages": [_stage_numbers(stage) for stage in self.stages],
             "engine": {**vars(engine), "concurrent": engine.concurrent, "engines": engines(self.recipe, self.gpus)},
             "peaks": self.peaks,
@@ -117,23 +120,23 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     longest = recipe.rollout.max_response_length
     if mean_response is not None and not 1 <= mean_response <= longest:
         raise RecipeError(f"--mean-response is {mean_response}: give a number of tokens from 1 to rollout.max_response_length={longest}")
-    refuse_experts(shape, "megafork plan", "plan a dense model")
     check_layout(shape, recipe.parallel)
+    check_layers(shape, recipe)
     check_world(recipe.parallel, gpus)
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
-    check_rollout_tp(shape, recipe.rollout.tp)
+    check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
     precision.check_training(shape, recipe.precision, recipe.parallel.tp)
     fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)
-    return Plan(recipe, shape, gpus, gpu, count_parameters(shape), memory, step, mean_response)
+    return Plan(recipe, shape, gpus, gpu, count_parameters(shape), count_active(shape), memory, step, mean_response)
 
 
 def gpus_for(recipe: Recipe, gpus: int | None) -> int:
     """Number of GPUs to plan for: as given, else the recipe's ranks, else the fewest that both layout and roll-out engines divide."""
     engine = 1 if recipe.rollout.servers else recipe.rollout.tp
-    return gpus if gpus is not None else recipe.run.ranks or math.lcm(recipe.parallel.model_size, engine)
+    return gpus if gpus is not None else recipe.run.ranks or math.lcm(recipe.parallel.smallest_world, engine)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -158,6 +161,7 @@ def _stage_numbers(stage: StageMemory) -> dict[str, Any]:
         "kept": stage.activations.kept,
         "working": stage.activations.working,
         "head": stage.activations.head,
+        "routing": stage.activations.routing,
         "fp8_copies": stage.fp8_copies,
         "refit_buffer": stage.refit_buffer,
         "phases": stage.phases,

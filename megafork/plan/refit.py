@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megafork.plan.hardware import GPUS_PER_NODE
-from megafork.plan.parameters import WIDTH
+from megafork.plan.parameters import WIDTH, count_of
 from megafork.recipe import Parallel, Recipe, RecipeError
-from megafork.shape import Shape, check_engines, check_layout, check_world, refuse_experts
-from megafork.weights.mapping import full_shape, parameters, pieces
-from megafork.weights.reshard import Reshard, area, meet, needed
+from megafork.shape import Shape, check_engines, check_layout, check_world
+from megafork.weights.mapping import Parameter, pieces, shards_of
+from megafork.weights.reshard import Reshard, area, meet
 
 COMPARED = (Parallel(tp=8, pp=4, sp=True), Parallel(tp=4, pp=4, sp=True), Parallel(tp=8, pp=2, cp=2, sp=True), Parallel(tp=8, sp=True))
 """Training layouts that `refits` compares with the recipe's own, each with engines of `ENGINES` ranks."""
+COMPARED_MIXTURES = (
+    Parallel(ep=8),
+    Parallel(tp=2, sp=True, ep=8),
+    Parallel(tp=4, pp=2, sp=True, ep=8),
+    Parallel(tp=2, cp=2, sp=True, ep=8),
+)
+"""Those for a mixture of experts."""
 ENGINES = (4, 8)
 
 
@@ -35,8 +43,8 @@ def cost(plan: Reshard) -> Cost:
     """Cost of the transfer plan."""
     received, sent = [0] * plan.world, [0] * plan.world
     between_nodes = 0
-    for bucket, times in plan.alike:
-        for transfer in plan.transfers(bucket):
+    for parameter, times in _alike(plan):
+        for transfer in plan.transfers([parameter]):
             if transfer.source != transfer.target:
                 count = transfer.numel * times
                 received[transfer.target] += count
@@ -47,22 +55,42 @@ def cost(plan: Reshard) -> Cost:
 
 def cost_of_full_gather(plan: Reshard) -> Cost:
     """Cost of the naive method: every rank gathers every whole tensor from the ranks of its model replica."""
-    shape, layout = plan.shape, plan.layout
-    split, replicated = [0] * layout.pp, [0] * layout.pp
-    for parameter in parameters(shape):
-        size = sum(math.prod(full_shape(name, shape)) for name in parameter.huggingface())
-        (replicated if parameter.rule.kind == "replicated" else split)[plan.stage(parameter)] += size
-    per_stage = plan.world // layout.pp
+    layout, per_stage = plan.layout, plan.world // plan.layout.pp
     received, sent = [0] * plan.world, [0] * plan.world
     between_nodes = 0
-    for rank, stage, tp_rank in itertools.product(range(plan.world), range(layout.pp), range(layout.tp)):
-        source = stage * per_stage + rank % per_stage // layout.tp * layout.tp + tp_rank
-        if source != rank:
-            count = split[stage] // layout.tp + (replicated[stage] if tp_rank == rank % layout.tp else 0)
-            received[rank] += count
-            sent[source] += count
-            between_nodes += count if source // plan.node != rank // plan.node else 0
+    for (stage, every, replicated), size in _sizes(plan).items():
+        for rank, part in itertools.product(range(plan.world), range(every)):
+            source = stage * per_stage + rank % per_stage // every * every + part
+            if source != rank and (not replicated or part == rank % layout.tp):
+                count = size if replicated else size // every
+                received[rank] += count
+                sent[source] += count
+                between_nodes += count if source // plan.node != rank // plan.node else 0
     return Cost(max(received), max(sent), sum(received), between_nodes)
+
+
+def _sizes(plan: Reshard) -> Counter[tuple[int, int, bool]]:
+    """Elements of the parameters of each (stage, number of consecutive ranks that hold them together, whether each of these holds all)."""
+    sizes: Counter[tuple[int, int, bool]] = Counter()
+    for parameter, times in _alike(plan):
+        every = shards_of(parameter, plan.shape, plan.layout).every
+        sizes[plan.stage(parameter), every, parameter.rule.kind == "replicated"] += times * count_of(parameter, plan.shape)
+    return sizes
+
+
+def _alike(plan: Reshard) -> Iterator[tuple[Parameter, int]]:
+    """One parameter for all that have the same transfers, and how many they are: those of like layers, and of the experts that the same
+    ranks hold."""
+    for bucket, times in plan.alike:
+
+        def kind(parameter: Parameter) -> tuple[Any, ...]:
+            return parameter.rule, shards_of(parameter, plan.shape, plan.layout), plan.owner(parameter)
+
+        groups = Counter(kind(parameter) for parameter in bucket)
+        for parameter in bucket:
+            count = groups.pop(kind(parameter), 0)
+            if count:
+                yield parameter, times * count
 
 
 class LowerBound(NamedTuple):
@@ -85,16 +113,16 @@ def lower_bound(plan: Reshard) -> LowerBound:
 
 def _lacking(plan: Reshard, ranks: range) -> int:
     """Elements that the engines on these ranks load and none of the ranks holds. Parts of two engine ranks are either equal or disjoint."""
-    shape, layout, per_stage = plan.shape, plan.layout, plan.world // plan.layout.pp
+    shape, per_stage = plan.shape, plan.world // plan.layout.pp
     lacking = 0
-    for bucket, times in plan.alike:
-        for parameter in bucket:
-            shards = {rank % layout.tp for rank in ranks if rank // per_stage == plan.stage(parameter)}
-            held = {piece for shard in shards for piece in pieces(parameter, shape, layout.tp, shard)}
-            for name in parameter.huggingface():
-                for part in {part for rank in ranks for part in needed(name, shape, plan.rollout_tp, rank % plan.rollout_tp)}:
-                    there = (meet(*part, piece) for piece in held if piece.name == name)
-                    lacking += times * (area(*part) - sum(area(*covered) for covered in there if covered))
+    for parameter, times in _alike(plan):
+        spread = shards_of(parameter, shape, plan.layout)
+        shards = {spread.of(rank % per_stage) for rank in ranks if rank // per_stage == plan.stage(parameter)}
+        held = {piece for shard in shards if shard is not None for piece in pieces(parameter, shape, spread.parts, shard)}
+        for name in parameter.huggingface():
+            for part in {part for rank in ranks for part in plan.needed(name, rank)}:
+                there = (meet(*part, piece) for piece in held if piece.name == name)
+                lacking += times * (area(*part) - sum(area(*covered) for covered in there if covered))
     return lacking
 
 
@@ -114,7 +142,8 @@ class Refit:
     @property
     def name(self) -> str:
         layout = self.layout
-        return f"TP{layout.tp} PP{layout.pp} CP{layout.cp} DP{self.gpus // layout.model_size} to TP{self.rollout_tp}"
+        experts = f" EP{layout.ep}" + (f" ETP{layout.etp}" if layout.expert_tp > 1 else "") if layout.ep > 1 else ""
+        return f"TP{layout.tp} PP{layout.pp} CP{layout.cp}{experts} DP{self.gpus // layout.model_size} to TP{self.rollout_tp}"
 
     def to_dict(self) -> dict[str, Any]:
         """All counts, in bytes."""
@@ -123,30 +152,29 @@ class Refit:
         return {"layout": self.layout.model_dump(), "gpus": self.gpus, "rollout_tp": self.rollout_tp, **counts}
 
 
-def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtype: str = "bf16") -> Refit:
+def count_refit(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int, dtype: str = "bf16", *, whole_experts: bool = False) -> Refit:
     """Count one refit. Raises RecipeError if model or GPUs do not allow the layout or the engine size."""
-    refuse_experts(shape, "megafork plan --refit", "plan a dense model")
     check_layout(shape, layout)
     check_world(layout, gpus)
     check_engines(rollout_tp, gpus)
-    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
+    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE, whole_experts)
     return Refit(layout, gpus, rollout_tp, WIDTH[dtype], cost(plan), cost_of_full_gather(plan), lower_bound(plan))
 
 
-def planning_s(shape: Shape, layout: Parallel, gpus: int, rollout_tp: int) -> float:
+def planning_s(shape: Shape, recipe: Recipe, gpus: int) -> float:
     """Seconds that a rank takes for its routes, measured here. Layout, GPUs and engines must fit."""
-    plan = Reshard(shape, layout, gpus, rollout_tp, GPUS_PER_NODE)
+    plan = Reshard(shape, recipe.parallel, gpus, recipe.rollout.tp, GPUS_PER_NODE, recipe.rollout.whole_experts)
     begin = time.perf_counter()
     plan.routes(gpus // 2)
     return time.perf_counter() - begin
 
 
 def refits(shape: Shape, recipe: Recipe, gpus: int) -> list[Refit]:
-    """The recipe's own refit, then those of `COMPARED` that model and GPUs allow."""
+    """The recipe's own refit, then those of `COMPARED`, or `COMPARED_MIXTURES`, that model and GPUs allow."""
     dtype = recipe.precision.dtype
-    own = count_refit(shape, recipe.parallel, gpus, recipe.rollout.tp, dtype)
+    own = count_refit(shape, recipe.parallel, gpus, recipe.rollout.tp, dtype, whole_experts=recipe.rollout.whole_experts)
     counted = {own.name: own}
-    for layout, engine in itertools.product(COMPARED, ENGINES):
+    for layout, engine in itertools.product(COMPARED_MIXTURES if shape.moe else COMPARED, ENGINES):
         with suppress(RecipeError):
             refit = count_refit(shape, layout, gpus, engine, dtype)
             counted.setdefault(refit.name, refit)

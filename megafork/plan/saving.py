@@ -32,8 +32,8 @@ def saving(shape: Shape, recipe: Recipe, gpus: int, weights: list[Weights]) -> S
     """`weights`: of each pipeline stage."""
     width = WIDTH[recipe.precision.dtype] + 4 * _KINDS
     total = count_parameters(shape) * width
-    largest = max(weights, key=lambda stage: stage.parameters)
-    share = largest.parameters / largest.shards
-    exchanged = 4 * _KINDS * share * (largest.shards - 1) / largest.shards
+    largest = max(weights, key=lambda stage: stage.state_written)
+    share = largest.state_written
+    exchanged = 4 * _KINDS * sum(kind.parameters / kind.shards * (kind.shards - 1) / kind.shards for kind in largest.kinds)
     seconds = total / (math.ceil(gpus / GPUS_PER_NODE) * STORAGE) + exchanged / GLOO
     return Saving(total, int(share * width), int(share * (width + 2 * 4)), seconds)

@@ -15,19 +15,23 @@ _SPARE = 0.05
 
 
 def proposals(plan: Plan, show: int = 10) -> list[Plan]:
-    """The `show` best plans over tp, pp, vpp, cp, sp and recompute, each with the least recomputation and most memory for vLLM that fit.
+    """The `show` best plans over tp, pp, vpp, cp, sp, ep and recompute, each with the least recomputation that fits, and then the most
+    memory for vLLM.
 
-    TP x CP stays within a node. Sequence parallelism is on whenever tp > 1: it only saves memory.
+    TP x CP stays within a node. Sequence parallelism is on whenever tp > 1: it only saves memory. With ep, experts are whole.
     """
     found = []
-    for tp, pp, cp, vpp in itertools.product(_SIZES, _SIZES, _SIZES, (1, 2)):
+    experts = _SIZES if plan.shape.moe is not None else (1,)
+    for tp, pp, cp, vpp, ep in itertools.product(_SIZES, _SIZES, _SIZES, (1, 2), experts):
         if tp * cp <= GPUS_PER_NODE and plan.gpus % (tp * pp * cp) == 0 and (pp > 1 or vpp == 1):
-            sizes = {"tp": tp, "pp": pp, "cp": cp, "vpp": vpp, "sp": tp > 1, "first_stage_layers": None, "last_stage_layers": None}
+            sizes = {"tp": tp, "pp": pp, "cp": cp, "vpp": vpp, "sp": tp > 1, "ep": ep, "etp": None}
+            sizes |= {"first_stage_layers": None, "last_stage_layers": None}
             found += _best(plan, {f"parallel.{name}": size for name, size in sizes.items()})
     return sorted(found, key=lambda one: one.step.seconds)[:show]
 
 
 def _best(plan: Plan, layout: dict[str, Any]) -> list[Plan]:
+    """The plan, in a list, if one fits."""
     for recompute, fraction in itertools.product(("none", "selective", "full"), _FRACTIONS):
         try:
             one = plan.with_changes({**layout, "model.recompute": recompute, "rollout.gpu_memory_fraction": fraction})

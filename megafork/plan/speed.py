@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megafork.plan import experts
 from megafork.plan.hardware import (
     ALL_REDUCE_LATENCY,
     ATTENTION_SHARE,
     DECODE_SHARE,
     DECODE_STEP,
+    EXPERT_SHARE,
+    FAR_ALL_REDUCE_LATENCY,
     FP8_GAIN,
     GPUS_PER_NODE,
     GROUPS_SAMPLED,
@@ -25,7 +28,7 @@ from megafork.plan.layers import more_than_fused
 from megafork.plan.memory import Engine, engines
 from megafork.plan.parameters import WIDTH, Weights
 from megafork.recipe import Recipe
-from megafork.shape import Shape, stage_layers
+from megafork.shape import Shape, stage_of_layer
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,21 @@ def _rollout(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, engine: Engine, 
     room = max(engine.cache, 0) / (engine.token * context)
     running = max(1, int(min(spec.max_running, room, sampled)))
 
+    active = float(engine.weights - engine.experts)
+    if shape.moe is not None:
+        active += engine.experts * shape.moe.per_token / shape.moe.experts / EXPERT_SHARE
+
     def decode(batch: float, context: float) -> float:
-        reading = (engine.weights + batch * context * engine.token) / (gpu.bandwidth * DECODE_SHARE)
-        counting = batch * engine.weights / (gpu.flops * MATMUL_SHARE)  # 2 FLOP per weight of 2 bytes
-        joining = 2 * shape.layers * ALL_REDUCE_LATENCY if spec.tp > 1 else 0.0
+        read = engine.weights - engine.experts + (engine.experts * experts.touched(shape, batch) / EXPERT_SHARE if engine.experts else 0)
+        reading = (read + batch * context * engine.token) / (gpu.bandwidth * DECODE_SHARE)
+        counting = batch * active / (gpu.flops * MATMUL_SHARE)  # 2 FLOP per weight of 2 bytes
+        latency = FAR_ALL_REDUCE_LATENCY if spec.tp > GPUS_PER_NODE else ALL_REDUCE_LATENCY
+        joining = 2 * shape.layers * latency if spec.tp > 1 else 0.0
         return max(reading, counting) + joining + DECODE_STEP
 
     bulk = sampled * load.response / running * decode(running, context)
     alone = max(spec.max_response_length - load.response, 0.0) * decode(1, spec.max_response_length)
-    prefill = sampled * load.prompt * engine.weights / (gpu.flops * MATMUL_SHARE)
+    prefill = sampled * load.prompt * active / (gpu.flops * MATMUL_SHARE)
     return bulk + rounds * alone + prefill, running
 
 
@@ -132,38 +141,63 @@ def _micro_batches(recipe: Recipe, load: Load, sequences: float) -> int:
     return max(1, math.ceil(sequences / fitting / multiple)) * multiple
 
 
+@dataclass(frozen=True)
+class Work:
+    """A pass over one micro-batch. `linear`: the layers' matmuls in units of one forward. `moves`: passes that communicate."""
+
+    local: float
+    """Tokens of a CP rank."""
+    length: float
+    """Of a sequence."""
+    linear: float
+    moves: float
+
+
 def _pass(shape: Shape, recipe: Recipe, gpu: Gpu, load: Load, micro_batches: int, *, linear: float, head: float, moves: float) -> float:
     """Seconds of one schedule over the micro-batches: the slowest stage, plus the time in which the pipeline fills and drains.
 
-    `linear`: the layers' matmuls in units of one forward. `head`: the same for the head at all response positions. `moves`: passes that
-    communicate over TP and CP.
+    `linear` and `moves`: as in `Work`. `head`: as `linear`, for the head at all response positions.
     """
-    layout, width = recipe.parallel, WIDTH[recipe.precision.dtype]
+    layout = recipe.parallel
     tokens = min(recipe.micro_batch_tokens // load.length, load.samples) * load.length
-    local = max(tokens, load.length) / layout.cp
-    matmul = 2 * (shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.hidden * shape.ffn)
-    again = linear > 1 and recipe.model.recompute == "selective"  # only the attention core
-    attention = 2 * load.length * shape.heads * shape.head_dim
+    work = Work(max(tokens, load.length) / layout.cp, load.length, linear, moves)
+    seconds = {kind: _layer(shape, recipe, gpu, work, sparse=kind) for kind in {shape.is_sparse(layer) for layer in range(shape.layers)}}
+    rows = work.local * load.response / load.length
+    stages = [0.0] * layout.pp
+    stages[-1] = head * rows * 2 * shape.hidden * shape.vocab / layout.tp / (gpu.flops * MATMUL_SHARE)
+    for number, stage in enumerate(stage_of_layer(shape.layers, layout)):
+        stages[stage] += seconds[shape.is_sparse(number)]
+    return (micro_batches + (layout.pp - 1) / layout.vpp) * max(stages)
+
+
+def _layer(shape: Shape, recipe: Recipe, gpu: Gpu, work: Work, *, sparse: bool) -> float:
+    """Seconds of one layer: its arithmetic, what plain layers move beyond fused ones, and what its ranks send each other."""
+    layout, width, local = recipe.parallel, WIDTH[recipe.precision.dtype], work.local
+    of_mlp = 2 * experts.weights_of_a_token(shape, layout) / EXPERT_SHARE if sparse else 2 * 3 * shape.hidden * shape.ffn
+    matmul = 2 * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + of_mlp
+    again = work.linear > 1 and recipe.model.recompute == "selective"  # only the attention core
+    attention = 2 * work.length * shape.heads * shape.head_dim
     share = MATMUL_SHARE * (FP8_GAIN if recipe.precision.train_fp8 else 1.0)
-    compute = local / layout.tp / gpu.flops * (linear * matmul / share + (linear + again) * attention / ATTENTION_SHARE)
-    backward = linear > 1  # twice a forward, beside one forward or, with recomputation, two
-    traffic = more_than_fused(shape, recipe).seconds(gpu, local, forwards=linear - 2 * backward, backwards=float(backward))
-    ring = 2 * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width  # two all-reduces per layer
+    compute = local / layout.tp / gpu.flops * (work.linear * matmul / share + (work.linear + again) * attention / ATTENTION_SHARE)
+    backward = work.linear > 1  # twice a forward, beside one forward or, with recomputation, two
+    more = more_than_fused(shape, recipe, sparse=sparse)
+    plain = more.seconds(gpu, local, forwards=work.linear - 2 * backward, backwards=float(backward))
+    reductions = 1 if sparse else 2  # over TP: attention's and the MLP's
+    ring = reductions * 2 * (layout.tp - 1) / layout.tp * shape.hidden * width
     gather = (layout.cp - 1) * 2 * max(shape.kv_heads / layout.tp, 1) * shape.head_dim * width
-    talk = moves * local * (ring / _link(layout.tp > GPUS_PER_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_PER_NODE, gpu))
-    rows = local * load.response / load.length
-    at_head = head * rows * 2 * shape.hidden * shape.vocab / layout.tp / (gpu.flops * MATMUL_SHARE)
-    counts = stage_layers(shape.layers, layout)
-    slowest = max(n * (compute + traffic + talk) + (at_head if stage == layout.pp - 1 else 0.0) for stage, n in enumerate(counts))
-    return (micro_batches + (layout.pp - 1) / layout.vpp) * slowest
+    talk = local * (ring / _link(layout.tp > GPUS_PER_NODE, gpu) + gather / _link(layout.tp * layout.cp > GPUS_PER_NODE, gpu))
+    if sparse:
+        talk += local * experts.traffic(shape, layout, width).seconds(gpu, LINK_SHARE)
+    return compute + plain + work.moves * talk
 
 
 def _synchronise(recipe: Recipe, gpus: int, gpu: Gpu, weights: Weights) -> float:
     """Seconds to reduce the gradients, step the optimizer and gather the weights; with `optimizer.overlap` only the step counts."""
     speed = _link(gpus // recipe.parallel.pp > GPUS_PER_NODE, gpu)
-    share = (weights.shards - 1) / weights.shards
-    moved = 0.0 if recipe.optimizer.overlap else share * (weights.gradient_bytes + weights.weight_bytes) / speed
-    return moved + 3 * max(weights.optimizer_bytes) / gpu.bandwidth  # read, write, and the gradients
+    width = 4 + WIDTH[recipe.precision.dtype]
+    moved = sum(kind.elements * width * (kind.shards - 1) / kind.shards for kind in weights.kinds) / speed
+    stepped = 3 * max(weights.optimizer_bytes) / gpu.bandwidth  # read, write, and the gradients
+    return stepped + (0.0 if recipe.optimizer.overlap else moved)
 
 
 def _link(leaves_the_node: bool, gpu: Gpu) -> float:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megafork.plan.deadlines import HANG_S
+from megafork.plan.experts import skew
 from megafork.plan.fixes import fixes
 from megafork.plan.hardware import (
     DECODE_SHARE,
@@ -68,10 +69,12 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -
 
 
 def _heading(plan: Plan, source: str) -> str:
-    layout = plan.recipe.parallel
+    layout, mixture = plan.recipe.parallel, plan.shape.moe is not None
+    active = f", {plan.active:,} active" if mixture else ""
+    experts = f", experts ep {layout.ep} x etp {layout.expert_tp}" if mixture else ""
     return (
-        f"{plan.parameters:,} parameters, shape from {escape(source)}\n"
-        f"{plan.gpus} x {plan.gpu.name}: tp {layout.tp} x pp {layout.pp} (vpp {layout.vpp}) x cp {layout.cp} x dp {plan.dp}, "
+        f"{plan.parameters:,} parameters{active}, shape from {escape(source)}\n"
+        f"{plan.gpus} x {plan.gpu.name}: tp {layout.tp} x pp {layout.pp} (vpp {layout.vpp}) x cp {layout.cp} x dp {plan.dp}{experts}, "
         f"sp {'on' if layout.sp else 'off'}, recompute {plan.recipe.model.recompute}, {plan.recipe.precision.dtype}"
         f"{', projections in FP8' if plan.recipe.precision.train_fp8 else ''}; "
         f"roll-out tp {plan.recipe.rollout.tp}"
@@ -84,7 +87,18 @@ def _what_is_counted(plan: Plan) -> str:
         "Weights, gradients and optimizer are exact, including padding. ~ marks estimates: activations are for a micro-batch of "
         f"{plan.recipe.micro_batch_tokens:,} tokens with the head run at every position; each phase includes {_gib(RESERVED)} GiB for CUDA "
         f"and NCCL, the update {FRAGMENTS:.0%} for fragmentation and {_gib(VLLM_ASLEEP)} GiB for sleeping vLLM."
+        + (f" {_what_is_routed(plan)}" if plan.shape.moe is not None else "")
         + (f" Projections in FP8 are kept twice, {_gib(copies)} GiB at most." if copies else "")
+    )
+
+
+def _what_is_routed(plan: Plan) -> str:
+    moe, layout, busiest = plan.shape.mixture, plan.recipe.parallel, skew(plan.recipe.parallel)
+    more = f", of which the busiest of {layout.ep} groups of ranks gets {busiest:g} times the mean" if layout.ep > 1 else ""
+    held = max(stage.activations.routing for stage in plan.stages)
+    return (
+        f"Each token is {moe.per_token} copies, one for each of its experts{more}, in time as in memory; dispatchers hold {_gib(held)} GiB "
+        "of the routers' choices."
     )
 
 
@@ -112,7 +126,7 @@ def _phases(plan: Plan) -> Table:
     rows = []
     for stage in plan.stages:
         activations = stage.activations
-        parts = (activations.kept, activations.working + activations.gather, activations.head)
+        parts = (activations.kept, activations.working + activations.gather + activations.routing, activations.head)
         totals = (_marked(total, plan.gpu.memory) for total in stage.phases.values())
         rows.append((str(stage.stage), f"{activations.in_flight:g}", *map(_gib, parts), *totals))
     headings = ("stage", "in flight", "kept ~", "working ~", "head ~", *(f"{phase} ~" for phase in plan.stages[0].phases))
@@ -144,7 +158,7 @@ def _layers(plan: Plan) -> str:
     """What the other layers would need."""
     other = plan.with_other_layers
     if other is None:
-        return "layers: plain, because precision.dtype is fp32"
+        return f"layers: plain, because {'precision.dtype is fp32' if plan.recipe.precision.dtype == 'fp32' else 'the model has experts'}"
     name = {"fused": "fused ones (Transformer Engine)", "plain": "plain ones (model.kernels=plain, or no Transformer Engine)"}[other.layers]
     step = other.step.seconds / plan.step.seconds - 1
     training = (other.step.score + other.step.update) / (plan.step.score + plan.step.update) - 1
@@ -194,13 +208,29 @@ def _refits(refits: Sequence[Refit]) -> RenderableType:
 def _proposals(plans: Sequence[Plan]) -> RenderableType:
     if not plans:
         return Text("no layout fits with room to spare: give more GPUs, or a shorter rollout.max_response_length")
-    headings = ("tp", "pp", "vpp", "cp", "sp", "dp", "recompute", "vLLM", "GiB ~", "step s ~", "tokens/s/GPU ~")
+    mixture = plans[0].shape.moe is not None
+    headings = (
+        "tp",
+        "pp",
+        "vpp",
+        "cp",
+        "sp",
+        *(["ep"] if mixture else []),
+        "dp",
+        "recompute",
+        "vLLM",
+        "GiB ~",
+        "step s ~",
+        "tokens/s/GPU ~",
+    )
     rows = []
     for plan in plans:
         layout, step = plan.recipe.parallel, plan.step
-        sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, "on" if layout.sp else "off", plan.dp, plan.recipe.model.recompute)
+        sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, "on" if layout.sp else "off", *([layout.ep] if mixture else []), plan.dp)
         share, fullest = f"{plan.recipe.rollout.gpu_memory_fraction:.0%}", _gib(max(plan.peaks.values()))
-        rows.append((*map(str, sizes), share, fullest, f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f}"))
+        rows.append(
+            (*map(str, sizes), plan.recipe.model.recompute, share, fullest, f"{step.seconds:,.0f}", f"{step.tokens_per_s_per_gpu:,.0f}")
+        )
     return _table("layouts that fit, fastest estimate first", headings, rows)
 
 

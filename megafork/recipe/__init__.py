@@ -9,6 +9,7 @@ This package imports neither torch nor megatron, so that a wrong recipe is rejec
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import model_validator
@@ -117,6 +118,11 @@ class Recipe(Section):
                 "forks.entropy_from is rollout with rollout.fork_temperature: the engine's entropies are at each token's own temperature, "
                 "those that select forks at 1; choose entropy_from=old"
             )
+        if self.routing_from == "score" and not self.scores_everything:
+            raise ValueError(
+                "rollout.routing is replay with rollout.servers and no scoring pass: servers do not tell which experts they chose, and "
+                "nothing else does; set loss.old_log_prob=score, or routing=none"
+            )
         if self.loss.old_log_prob == "current" and self.train.minibatches > 1:
             raise ValueError(
                 f"loss.old_log_prob is current with train.minibatches={self.train.minibatches}: after the first update the ratio would "
@@ -161,6 +167,13 @@ class Recipe(Section):
                 "leave one of them out"
             )
         return self
+
+    @property
+    def routing_from(self) -> Literal["rollout", "score"] | None:
+        """What chooses the experts of each token for the whole step; None: every forward anew."""
+        if self.rollout.routing == "none":
+            return None
+        return "score" if self.rollout.servers else "rollout"
 
     @property
     def scores_everything(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -40,6 +40,9 @@ class Rollout(Section):
     paper's 0.672), `low` elsewhere. Log-probs are then taken at each token's own temperature, entropies at 1."""
     tp: Ranks = 1
     """Tensor parallel size of a vLLM engine; world size / tp engines serve the roll-out."""
+    whole_experts: bool = False
+    """Of a mixture of experts: an engine's `tp` ranks share its experts, each whole (vLLM's expert parallelism), instead of splitting every
+    expert."""
     dynamic_sampling: bool = True
     """Drop groups whose responses are all right or all wrong, and sample others."""
     max_refills: CountOrZero = 10
@@ -59,6 +62,10 @@ class Rollout(Section):
     park_training: bool = False
     """Move gradients and optimizer state off the GPU while vLLM uses it: room for a larger `gpu_memory_fraction`, at the cost of a host
     round trip per step. Not with `servers`, which have their own GPUs."""
+    routing: Literal["none", "replay"] = "none"
+    """Of a mixture of experts. replay: scoring and updates send each token to the experts that vLLM chose for it, so that the two compute
+    the same function of nearly equal weights; the weights of the experts, and their gradients, are the trainer's. With `servers`, which
+    do not tell their choice, updates replay that of the scoring pass. none: routers choose anew."""
     max_running: Count = 256
     """Requests that an engine decodes at once."""
     engine: dict[str, JsonValue] = Field(default={})

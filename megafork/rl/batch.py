@@ -41,6 +41,9 @@ class Response:
     entropies: Tensor = field(default_factory=lambda: torch.empty(0))
     """fp32 [n], nats, the roll-out engine's at the temperature that drew the tokens; empty unless `forks.entropy_from` is `rollout`."""
 
+    routing: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int16))
+    """int16 [p + n - 1, layers, k], the experts that the roll-out engine chose for each token that it was fed, under `rollout.routing:
+    replay`; else empty."""
     cut: int = 0
     """Tokens removed from its end before training (`forks.select: prefix`)."""
 
@@ -127,6 +130,9 @@ class MicroBatch:
     """fp32 [P], weight of each position's loss; 0 outside the mask."""
     balance: float = 0.0
     """Weight of each response's part of the loss that balances experts."""
+    routing: Tensor | None = None
+    """int16 [T / cp, layers, k], the experts that each token takes, -1 for padding (`rollout.routing`). Those noted by the scoring pass are
+    only this rank's, and -1 elsewhere. None: routers choose."""
 
     _selected: tuple[Tensor, int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 

@@ -150,6 +150,11 @@ def pack(
     def moved(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         return to_device(_cat(parts, dtype)[mine], device)
 
+    routing = None
+    if responses and responses[0].routing.dim() == 3:
+        routing = torch.full((total, *responses[0].routing.shape[1:]), -1, dtype=torch.int16)
+        routing[owner >= 0] = torch.cat([response.routing for response in responses])
+        routing = to_device(routing[held], device)
     return MicroBatch(
         responses=responses,
         tokens=to_device(tokens[held].unsqueeze(0), device),
@@ -167,6 +172,7 @@ def pack(
         advantage=moved(advantage, torch.float32),
         temperature=torch.full((int(mine.sum()),), temperature, dtype=torch.float32, device=device),
         entropy_temperature=temperature,
+        routing=routing,
     )
 
 

@@ -43,6 +43,7 @@ def cut(response: Response, recipe: Recipe, *, step: int) -> Response:
         log_probs=response.log_probs[:end],
         versions=response.versions[:end],
         entropies=response.entropies[:end],
+        routing=response.routing[: len(response.prompt_tokens) + end - 1],
         cut=length - end,
     )
 

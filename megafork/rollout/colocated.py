@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megafork.compat import vllm as vllm_fixes
 from megafork.compat import vllm_entropy, vllm_fp8
+from megafork.compat.vllm_routing import RoutingKeeper
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import RecipeError
 from megafork.recipe.kinds import shown
@@ -44,6 +45,9 @@ class ColocatedEngine(Engine):
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
             vllm_fixes.put_generators_aside()  # its imports set variables as well
+            vllm_fixes.pack_reloaded_experts()
+            if config.whole_experts:
+                vllm_fixes.share_experts()
             if config.engine.get("speculative_config"):
                 vllm_fixes.expand_temperatures()
             try:
@@ -52,10 +56,12 @@ class ColocatedEngine(Engine):
                 if not config.engine:
                     raise
                 raise RecipeError(f"rollout.engine is {shown(dict(config.engine))}: vLLM refuses it: {_said(error)}") from error
+        self._routing = RoutingKeeper(self._llm) if config.routing and mesh.device.type != "cuda" else None
 
     def _arguments(self, config: EngineConfig, mesh: Mesh) -> dict[str, Any]:
         on_gpu = mesh.device.type == "cuda"
         own = {"distributed_executor_backend": "external_launcher", "enable_sleep_mode": on_gpu}
+        own["enable_return_routed_experts"] = config.routing and on_gpu
         return engine_arguments(config, on_gpu=on_gpu) | own
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, ended: Ended | None = None) -> list[Completion]:
@@ -84,17 +90,22 @@ class ColocatedEngine(Engine):
                 self.progress(state)
                 for output in engine.step():
                     if output.finished:
-                        yield places.pop(output.request_id), _completion(output.outputs[0], entropies=sampling.entropies)
+                        place = places.pop(output.request_id)
+                        routing = self._routing.take(names[place]) if self._routing else output.outputs[0].routed_experts
+                        yield place, _completion(output.outputs[0], routing, entropies=sampling.entropies)
         finally:
             if places:
                 engine.abort_request(list(places))
+            if self._routing:
+                self._routing.clear()
 
     def _parameters(self, request: Request, sampling: Sampling) -> Any:
         import vllm
 
         assert self._fork_decoding or not sampling.forks, "construct the engine with fork_decoding=True"
         assert self._entropies or not sampling.entropies, "construct the engine with entropies=True"
-        return vllm.SamplingParams(**sampling_arguments(request, sampling), flat_logprobs=True)
+        own = {"flat_logprobs": True, "skip_clone": True}  # made for this request alone, so vLLM need not copy it deeply
+        return vllm.SamplingParams(**sampling_arguments(request, sampling), **own)
 
     def refit(self, version: int) -> None:
         from vllm.config import set_current_vllm_config
@@ -133,7 +144,7 @@ def _said(error: Exception) -> str:
     return lines[1 if "validation error" in lines[0] and len(lines) > 1 else 0]
 
 
-def _completion(output: Any, *, entropies: bool) -> Completion:
+def _completion(output: Any, routing: Any, *, entropies: bool) -> Completion:
     said, starts = output.logprobs.logprobs, output.logprobs.start_indices
     assert not entropies or all(output.logprobs.token_ids[start + 1] == vllm_entropy.MARK for start in starts)
     return Completion(
@@ -142,4 +153,5 @@ def _completion(output: Any, *, entropies: bool) -> Completion:
         truncated=output.finish_reason == "length",
         versions=[int(span.version) for span in output.weight_versions for _ in range(span.start, span.end)],
         entropies=[said[start + 1] for start in starts] if entropies else [],
+        **({} if routing is None else {"routing": torch.as_tensor(routing).to(torch.int16)}),
     )

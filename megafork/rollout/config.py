@@ -27,6 +27,8 @@ class EngineConfig:
     """The run's seed. Each request carries its own seed, which alone determines what is drawn."""
     tp: int = 1
     """Ranks that share an engine."""
+    whole_experts: bool = False
+    """Whether these ranks share the experts instead of splitting each."""
     max_running: int = 256
     """Maximum requests decoded concurrently."""
     gpu_memory_fraction: float = 0.6
@@ -37,6 +39,8 @@ class EngineConfig:
     """Whether requests may use `Sampling.forks`; enabling it costs the engine some overlap even if no request does."""
     entropies: bool = False
     """Whether requests may ask for `Sampling.entropies`."""
+    routing: bool = False
+    """Whether completions carry the experts that each token took."""
     fp8: bool = False
     """Whether projections are in e4m3, quantised at every refit (`model.fp8`)."""
 
@@ -53,11 +57,13 @@ class EngineConfig:
             longest_sequence=recipe.longest_sequence,
             seed=recipe.run.seed,
             tp=spec.tp,
+            whole_experts=spec.whole_experts,
             max_running=spec.max_running,
             gpu_memory_fraction=spec.gpu_memory_fraction,
             kv_cache_mb=spec.kv_cache_mb,
             fork_decoding=spec.fork_temperature is not None,
             entropies=recipe.forks.entropy_from == "rollout",
+            routing=recipe.routing_from == "rollout",
             fp8=recipe.precision.rollout_fp8,
             engine=spec.engine,
         )

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from megafork.recipe import RecipeError
@@ -61,6 +62,9 @@ class Completion:
     truncated: bool
     versions: list[int]
     entropies: list[float] = field(default_factory=list)
+    routing: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int16))
+    """int16 [prompt + response - 1, layers, k], the experts chosen for each token that the model was fed, 0 in dense layers; empty, of one
+    dimension, if the engine was not asked."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(sum(self.log_probs) + sum(self.entropies)):

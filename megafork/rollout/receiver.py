@@ -102,15 +102,16 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._group = None
 
     def problem(self) -> str | None:
-        """The first problem since the update started, including, until it is finished, linear layers that lack weights.
+        """The first problem since the update started, including, until it is finished, linear layers and experts that lack weights.
 
         vLLM would leave a layer that received only some of its weights partly undefined. (Embedding and head always wait for more
         weights: the rows that pad the vocabulary.)
         """
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, LinearBase)]
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, LinearBase | RoutedExperts)]
         missing = [name for name, layer in layers if get_layerwise_info(layer).can_load()]
         return self._problem or (f"not all weights were sent of {', '.join(missing)}" if missing else None)
 
@@ -137,6 +138,8 @@ class Receiver:
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
 vllm_fixes.put_generators_aside()
+vllm_fixes.pack_reloaded_experts()
+vllm_fixes.share_experts()
 vllm_fixes.expand_temperatures()
 vllm_entropy.install()
 if not torch.cuda.is_available():

@@ -23,6 +23,7 @@ def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
         "tensor_parallel_size": config.tp,
+        "enable_expert_parallel": config.whole_experts,
         "max_model_len": config.longest_sequence,
         "max_num_seqs": config.max_running,
         "gpu_memory_utilization": config.gpu_memory_fraction,

@@ -173,6 +173,15 @@ class Family:
         has no such tensor."""
         return self._by_name.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
 
+    def expert_of(self, name: str) -> int:
+        """The number of the expert to which the files' tensor `name` belongs, one of `experts`."""
+        tensor = self.find(name)
+        assert tensor is not None, name
+        pattern = re.escape(f"{self.layers}.*.{tensor[1].name}").replace(r"\*", r"(\d+)")
+        found = re.fullmatch(pattern, name)
+        assert found is not None, name
+        return int(found[2])
+
     @cached_property
     def _by_name(self) -> dict[str, tuple[Rule, HFTensor]]:
         outside = {tensor.name: (rule, tensor) for rule in (self.embedding, self.final_norm, self.head) for tensor in rule.tensors}

@@ -27,11 +27,18 @@ def check_engines(rollout_tp: int, ranks: int) -> None:
         raise RecipeError(Key("rollout.tp"), f" is {rollout_tp}, which does not divide the {ranks} ranks: choose one that does")
 
 
-def check_rollout_tp(shape: Shape, tp: int) -> None:
-    """Refuse a number of ranks per engine that does not divide the attention heads, and a model whose head_dim vLLM would misread."""
+def check_rollout_tp(shape: Shape, tp: int, *, whole_experts: bool = False) -> None:
+    """Refuse a number of ranks per engine that does not divide the attention heads, nor what they split or share of the experts, and a
+    model whose head_dim vLLM would misread."""
     if shape.heads % tp:
         raise RecipeError(Key("rollout.tp"), f" is {tp} but the model has {shape.heads} attention heads: choose a tp that divides them")
-    if shape.moe is not None and shape.moe.ffn % tp:
+    if whole_experts and shape.moe is None:
+        raise RecipeError("rollout.whole_experts is true but the model is dense, it has no experts: leave it out")
+    if shape.moe is not None and whole_experts and shape.moe.experts % tp:
+        raise RecipeError(
+            Key("rollout.tp"), f" is {tp} but the model has {shape.moe.experts} experts to share: choose a tp that divides them"
+        )
+    if shape.moe is not None and not whole_experts and shape.moe.ffn % tp:
         raise RecipeError(
             Key("rollout.tp"), f" is {tp} but the model's moe_intermediate_size is {shape.moe.ffn}: choose a tp that divides it"
         )

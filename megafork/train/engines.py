@@ -25,5 +25,5 @@ def build_engine(recipe: Recipe, mesh: Mesh, chunks: list[Policy], shape: Shape)
     if spec.servers:
         limits = Limits(in_flight=spec.max_running, request_s=spec.request_limit_s, server_s=spec.server_limit_s)
         return ServerEngine(config, mesh, WholeWeights(chunks, shape, mesh), spec.servers, limits)
-    bridge = Bridge(chunks, shape, mesh, spec.tp)
+    bridge = Bridge(chunks, shape, mesh, spec.tp, whole_experts=spec.whole_experts)
     return ColocatedEngine(config, mesh, bridge, bridge.metrics)

@@ -17,19 +17,20 @@ def expert_metrics(chunks: list[Policy], mesh: Mesh) -> dict[str, float]:
 
     Every layer with experts counts alike: `share_max` and `share_min` are the largest and smallest share of a layer's choices that fell on
     one expert, `entropy` is that of the shares in nats, averaged over layers (log of the number of experts if all are used alike), `dead`
-    counts the experts of all layers that no token chose. `balance_loss` is the loss of `loss.expert_balance`.
+    counts the experts of all layers that no token chose. `replaced` is the share of choices that the routers would have made otherwise
+    (`rollout.routing`), `balance_loss` the loss of `loss.expert_balance`.
     """
     config: Any = chunks[0].config
     if config.num_moe_experts is None:
         return {}
-    seen = torch.zeros(config.num_layers, config.num_moe_experts + 1, dtype=torch.float64, device=mesh.device)
+    seen = torch.zeros(config.num_layers, config.num_moe_experts + 2, dtype=torch.float64, device=mesh.device)
     for chunk in chunks:
         for layer, router in routers(chunk).items():
             seen[layer] += router.seen
             router.seen.zero_()
     dist.all_reduce(seen)  # with experts, the TP ranks hold different tokens too
     seen = seen.cpu()
-    counts = seen[:, :-1]
+    counts = seen[:, :-2]
     counts = counts[counts.sum(1) > 0]
     if not len(counts):
         return {}
@@ -39,5 +40,6 @@ def expert_metrics(chunks: list[Policy], mesh: Mesh) -> dict[str, float]:
         "experts/share_min": float(shares.min()),
         "experts/entropy": float(torch.special.entr(shares).sum(1).mean()),
         "experts/dead": float((counts == 0).sum()),
+        "experts/replaced": float(seen[:, -2].sum() / counts.sum()),
         "experts/balance_loss": float(seen[:, -1].sum()),
     }

@@ -11,7 +11,7 @@ from megafork.data import reward
 from megafork.data.prompts import Prompt, fingerprint, load_prompts, without_training_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Key, Recipe, RecipeError
-from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape, refuse_experts
+from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape
 from megafork.weights import checkpoint
 from megafork.weights.huggingface import HuggingFaceWeights
 
@@ -42,6 +42,8 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
     check_layout(shape, recipe.parallel)
     if recipe.loss.expert_balance and shape.moe is None:
         raise RecipeError(f"loss.expert_balance is {recipe.loss.expert_balance:g} but the model is dense, it has no experts: leave it out")
+    if recipe.rollout.routing == "replay" and shape.moe is None:
+        raise RecipeError("rollout.routing is replay but the model is dense, it has no experts: leave it out")
     if not supervised:
         _check_rollout(shape, recipe)
         reward.check_verifier(recipe.reward)
@@ -62,8 +64,7 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
-    refuse_experts(shape, "megafork train", "vLLM does not take its new weights after an update; `megafork sft` trains it")
-    check_rollout_tp(shape, recipe.rollout.tp)
+    check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
     if recipe.longest_sequence > shape.max_positions:
         raise RecipeError(
             f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "

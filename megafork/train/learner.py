@@ -58,8 +58,13 @@ class Learner:
 
     def score(self, micros: list[MicroBatch], *, entropy_only: bool = False) -> None:
         """Set `entropy` and, unless `entropy_only`, `old_log_prob` at every response position, without gradient (last stage only). Under
-        fork-aware decoding also set the `temperature` at which each token was drawn."""
+        fork-aware decoding also set the `temperature` at which each token was drawn, and where the scoring pass is the source of
+        `rollout.routing`, the routing (every rank its own part)."""
         forks = None if entropy_only else fork_temperature(self.recipe.rollout)
+        note = self.recipe.routing_from == "score" and all(micro.routing is None for micro in micros)
+        if note:
+            for micro in micros:
+                micro.routing = self._unrouted(micro)
 
         def keep(micro: MicroBatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> None:
             log_prob, micro.entropy = output
@@ -69,7 +74,13 @@ class Learner:
                     micro.temperature = forks.of(micro.entropy)
 
         with torch.no_grad():
-            self._run(micros, keep, temperature_of=forks.of if forks else None, forward_only=True, everywhere=True)
+            routing = "note" if note else "replay"
+            self._run(micros, keep, temperature_of=forks.of if forks else None, forward_only=True, everywhere=True, routing=routing)
+
+    def _unrouted(self, micro: MicroBatch) -> Tensor:
+        config: Any = self.chunks[0].config
+        shape = (micro.tokens.size(1), config.num_layers, config.moe_router_topk)
+        return torch.full(shape, -1, dtype=torch.int16, device=self.mesh.device)
 
     def score_reference(self, micros: list[MicroBatch]) -> None:
         """Set `reference_log_prob` at every response position, without gradient (last stage only).
@@ -82,7 +93,7 @@ class Learner:
 
         self.settle()
         with self.reference.in_place(), torch.no_grad():
-            self._run(micros, keep, forward_only=True, everywhere=True)
+            self._run(micros, keep, forward_only=True, everywhere=True, routing="own")
 
     def train(self, micros: list[MicroBatch], token_loss: TokenLoss, *, entropy_bonus: float = 0.0) -> dict[str, float]:
         """One optimizer update from a mini-batch. `mask` and `weight` of every micro-batch must be set on the last stage.

@@ -23,7 +23,7 @@ from megafork.train.inputs import Inputs
 from megafork.train.learner import Learner
 from megafork.train.offload import Offload
 from megafork.train.prefetch import Prefetch
-from megafork.train.redistribute import redistribute
+from megafork.train.redistribute import Routing, redistribute
 from megafork.train.remarks import Remarks, all_failed, mismatch
 from megafork.train.rollout_files import RolloutFiles, write_evaluation
 from megafork.train.run import Metrics, Run, Save, build_learner, unsaved
@@ -56,6 +56,9 @@ class Trainer:
         self.rollout_files = RolloutFiles(recipe, inputs, mesh, writer or Writer())
         self.sampled = self.sampler.state()
         """The sampler's state after the last step's responses, for the checkpoint."""
+        moe = inputs.shape.moe if recipe.routing_from == "rollout" else None
+        self.routing = Routing(inputs.shape.layers, moe.per_token, moe.experts) if moe else None
+        """The routing that responses carry."""
         self.reward_error: str | None = None
         """The reason for the first response that could not be judged; the same on every rank."""
         self.example = ""
@@ -107,7 +110,7 @@ class Trainer:
                 dp_rank_of |= {(outcomes[n].group, outcomes[n].sample): rank for n in itertools.chain(*micros)}
             plans.append([[outcomes[n] for n in members] for members in placed[self.mesh.dp_rank]])
         entropies = self.recipe.forks.entropy_from == "rollout"
-        received = redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh, entropies=entropies)
+        received = redistribute(collected.responses, collected.outcomes, dp_rank_of, self.mesh, entropies=entropies, routing=self.routing)
         mine = {(r.group, r.sample): prefix.cut(r, self.recipe, step=step) for r in received}
         packed = packer(self.mesh, whole=self.recipe.micro_batch_padding, temperature=self.recipe.rollout.temperature)
         return [[packed([mine[o.group, o.sample] for o in members]) for members in micros] for micros in plans]

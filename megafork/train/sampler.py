@@ -154,6 +154,10 @@ class Sampler:
             raise RecipeError(
                 f"forks.entropy_from is rollout, but {type(engine).__name__} does not return each token's entropy: choose entropy_from=old"
             )
+        if self.recipe.routing_from == "rollout" and any(completion.routing.dim() != 3 for completion in completions):
+            raise RecipeError(
+                f"rollout.routing is replay, but {type(engine).__name__} does not tell which experts it chose: choose routing=none"
+            )
         failed = [verdict.error for verdict in verdicts if verdict.error]
         done.errors += len(failed)
         done.first_error = done.first_error or (failed[0] if failed else None)
@@ -169,6 +173,7 @@ class Sampler:
                 log_probs=torch.tensor(completion.log_probs, dtype=torch.float32),
                 versions=torch.tensor(completion.versions, dtype=torch.int32),
                 entropies=torch.tensor(completion.entropies, dtype=torch.float32),
+                routing=completion.routing,
                 truncated=completion.truncated,
                 accuracy=verdict.accuracy,
             )

@@ -23,10 +23,12 @@ class Bridge:
     """Iterable source of weights, one per rank. Routes are computed once, in the constructor. `received` and `buffer` describe the last
     pass: bytes received from other ranks, and the most bytes held for one layer."""
 
-    def __init__(self, chunks: list[Policy], shape: Shape, mesh: Mesh, rollout_tp: int, node: int | None = None) -> None:
-        """Every rank must call. `node`: ranks per node, for the plan; unset: as many as share a host."""
+    def __init__(
+        self, chunks: list[Policy], shape: Shape, mesh: Mesh, rollout_tp: int, node: int | None = None, *, whole_experts: bool = False
+    ) -> None:
+        """Every rank must call. `node`: ranks per node, for the plan; unset: as many as share a host. `whole_experts`: as in `Reshard`."""
         self.mesh = mesh
-        self.plan = Reshard(shape, mesh.layout, mesh.world, rollout_tp, node or _ranks_per_host(mesh))
+        self.plan = Reshard(shape, mesh.layout, mesh.world, rollout_tp, node or _ranks_per_host(mesh), whole_experts)
         self.local = local_parameters(chunks)
         self.routes = self.plan.routes(mesh.rank)
         self.received = self.buffer = 0

@@ -66,13 +66,25 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True)
 class Reshard:
-    """The plan for one model, training layout, number of ranks and engine size. `node`: ranks per node; links within a node are fast."""
+    """The plan for one model, training layout, number of ranks and engine size. `node`: ranks per node; links within a node are fast.
+    `whole_experts`: an engine's ranks share its experts instead of splitting each (`rollout.whole_experts`)."""
 
     shape: Shape
     layout: Parallel
     world: int
     rollout_tp: int
     node: int = 8
+    whole_experts: bool = False
+
+    def needed(self, name: str, rank: int) -> list[Part]:
+        """The parts of a Hugging Face tensor that the engine of a rank of the world loads there."""
+        return needed(name, self.shape, self.rollout_tp, rank % self.rollout_tp, whole_experts=self.whole_experts)
+
+    def owner(self, parameter: Parameter) -> int | None:
+        """The rank of every engine that alone loads a whole expert; None: all load the parameter, or a part of it."""
+        if parameter.expert is None or not self.whole_experts:
+            return None
+        return expert_owner(parameter.expert, self.shape, self.rollout_tp)
 
     @cached_property
     def buckets(self) -> list[list[Parameter]]:
@@ -203,19 +215,19 @@ class Reshard:
         return (parameter.layer or 0) % self.node
 
     def _overlaps(self, parameter: Parameter, shard: int, engine_rank: int) -> tuple[Overlap, ...]:
-        """What a shard has in common with what an engine's rank loads; the same in every layer and for every expert."""
-        key = (parameter.rule.megatron, shard, engine_rank)
+        """What a shard has in common with what an engine's rank loads; the same in every layer, and for every expert of an owner."""
+        key = (parameter.rule.megatron, shard, engine_rank, self.owner(parameter))
         if key not in self._known:
             self._known[key] = tuple(self._intersect(parameter, shard, engine_rank))
         return self._known[key]
 
     @cached_property
-    def _known(self) -> dict[tuple[str, int, int], tuple[Overlap, ...]]:
+    def _known(self) -> dict[tuple[str, int, int, int | None], tuple[Overlap, ...]]:
         return {}
 
     def _intersect(self, parameter: Parameter, shard: int, engine_rank: int) -> Iterator[Overlap]:
         names = parameter.huggingface()
-        wanted = {name: needed(name, self.shape, self.rollout_tp, engine_rank) for name in names}
+        wanted = {name: self.needed(name, engine_rank) for name in names}
         for piece in pieces(parameter, self.shape, self._spread(parameter).parts, shard):
             for part in wanted[piece.name]:
                 if common := meet(*part, piece):
@@ -224,11 +236,16 @@ class Reshard:
                     yield Overlap(names.index(piece.name), rows, columns, piece.at + rows[0] - piece.rows[0], left)
 
 
-def needed(name: str, shape: Shape, tp: int, rank: int) -> list[Part]:
-    """The parts of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads: one part per axis of its rows."""
+def needed(name: str, shape: Shape, tp: int, rank: int, *, whole_experts: bool = False) -> list[Part]:
+    """The parts of a Hugging Face tensor that rank `rank` of a vLLM engine of `tp` ranks loads: one part per axis of its rows; none of
+    another rank's expert, if `whole_experts`."""
     found = shape.family.find(name)
     assert found is not None, name
-    _, tensor = found
+    rule, tensor = found
+    if whole_experts and rule in shape.family.experts:
+        if expert_owner(shape.family.expert_of(name), shape, tp) != rank:
+            return []
+        tp, rank = 1, 0
     columns = tensor.columns.part(shape, tp, rank) if tensor.columns else None
     parts, top = [], 0
     for axis in tensor.rows:
@@ -236,6 +253,11 @@ def needed(name: str, shape: Shape, tp: int, rank: int) -> list[Part]:
         parts.append(((top + start, top + stop), columns))
         top += axis.size(shape)
     return parts
+
+
+def expert_owner(expert: int, shape: Shape, tp: int) -> int:
+    """The rank of a vLLM engine of `tp` ranks that holds an expert, if they share the experts: consecutive ones, equally many each."""
+    return expert // (shape.mixture.experts // tp)
 
 
 def meet(rows: Span, columns: Span | None, piece: Piece) -> Part | None:

@@ -166,14 +166,15 @@ def vocabulary() -> list[str]:
     return [*map(str, range(NUMBERS * HIGHEST + 1)), *OPERATIONS, "=", "left", ";", "make", ":"]
 
 
-def write_model(folder: Path, seed: int, words: Sequence[str] = (), width: int = WIDTH) -> None:
+def write_model(folder: Path, seed: int, words: Sequence[str] = (), width: int = WIDTH, experts: int = 0) -> None:
     """A Qwen3 with random parameters and a tokenizer of these words (by default this task's), as transformers and vLLM read them. 1.1
-    million parameters for a width of 192; 0.3 for 96, and 4.3 for 384."""
+    million parameters for a width of 192; 0.3 for 96, and 4.3 for 384. With experts it is a Qwen3-MoE, of which a token uses two experts
+    and as many parameters."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     ids = {word: number for number, word in enumerate([*SPECIAL, *(words or vocabulary())])}
     by_word = Tokenizer(WordLevel(ids, unk_token="<unk>"))
@@ -181,24 +182,27 @@ def write_model(folder: Path, seed: int, words: Sequence[str] = (), width: int =
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=by_word, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
     )
+    size: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": width // HEAD,
+        "num_key_value_heads": width // HEAD // 3,
+        "head_dim": HEAD,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.06,  # three times the usual: a model this small then learns its arithmetic in half the updates
+        "bos_token_id": None,
+        "eos_token_id": ids["<eos>"],
+        "pad_token_id": ids["<pad>"],
+    }
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=64,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=2,
-            num_attention_heads=width // HEAD,
-            num_key_value_heads=width // HEAD // 3,
-            head_dim=HEAD,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            initializer_range=0.06,  # three times the usual: a model this small then learns its arithmetic in half the updates
-            bos_token_id=None,
-            eos_token_id=ids["<eos>"],
-            pad_token_id=ids["<pad>"],
-        )
-    )
+    if experts:
+        of_experts = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * width, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **of_experts))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**size))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -208,11 +212,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--seed", type=int, default=1, help="seed of the problems, their split and the random weights")
     parser.add_argument("--width", type=int, default=WIDTH, choices=(96, 192, 384), help="of the model: 0.3, 1.1 or 4.3 million parameters")
+    parser.add_argument("--experts", type=int, default=0, help="experts of each layer; 0: a dense model")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in make_rows(arguments.seed).items():
         (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_model(arguments.out / "model", arguments.seed, width=arguments.width)
+    write_model(arguments.out / "model", arguments.seed, width=arguments.width, experts=arguments.experts)
 
 
 if __name__ == "__main__":

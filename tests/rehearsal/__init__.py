@@ -5,8 +5,9 @@ computed by CPU kernels, so that numbers equal the plain path's. Operations that
 device and each copy between them is recorded in a `Ledger` with file and line.
 
 Not simulated: the order of streams, and so a host that reads an asynchronous copy too early; memory (the allocator, sizes); anything that
-only NCCL, Triton's or cuDNN's kernels refuse or wait for, and the choice of attention kernel; the optimizer's multi-tensor kernels; the
-GPU's random states; a gradient on a different device from its tensor, where autograd itself would compare them; and vLLM.
+only NCCL, Triton's, cuDNN's or Transformer Engine's kernels refuse or wait for, and so fused layers themselves; the choice of attention
+kernel, and what torch.compile makes of SwiGLU; the optimizer's multi-tensor kernels; the GPU's random states; a gradient on a different
+device from its tensor, where autograd itself would compare them; and vLLM.
 """
 
 from rehearsal.ledger import Event, Ledger, Refused

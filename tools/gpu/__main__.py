@@ -47,6 +47,12 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
     few = f" train.steps={steps}" if dry else ""
     fp8 = f"precision.dtype=bf16 precision.train_fp8={'false' if dry else 'true'}"
 
+    large, size = f"{work}/qwen3-0.6b", "tiny" if dry else "qwen3-0.6b"
+    model = [f"{PYTHON} recipes/quickstart/countdown.py {task}", f"{here}/random_model.py {large} {size} {task}/model"]
+    yield Part("attention over 200 distinct lengths", 180, [f"{here}/attention.py{flag}"])
+    yield Part("sleep, refit and wake, twice, on Qwen3-0.6B", 300, [*model, f"{here}/colocated.py cycle {large}{flag}"])
+    yield Part("a layer of Qwen3-32B's width, plain and fused", 240, [f"{here}/width.py {work}/width{flag}"])
+    yield Part("a checkpoint with vLLM awake", 300, [*model, f"{here}/colocated.py checkpoint {large}{flag}"])
     yield Part("doctor", 60, [f"{megafork} doctor --json"])
     yield Part("numerics", 300, [f"{here}/numerics.py{flag}"])
     yield Part(
@@ -64,19 +70,17 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
     yield Part("tests", 300, [f"{PYTHON} -m pytest -o addopts= -q {tested}"])
     bf16 = f"{forks} run.name=bf16 model.path={work}/quickstart-sft/hf precision.dtype=bf16{few}"
     yield Part("quickstart in bf16", 240, [bf16, f"{here}/figures.py {work}/bf16"])
-    large = f"{work}/qwen3-0.6b"
     lengths = "rollout.max_response_length=32 rollout.prompts=4" if dry else "rollout.max_response_length=4096 rollout.prompts=8"
     yield Part(
         "Qwen3-0.6B, 4,096 tokens per response",
         420,
         [
-            f"{here}/random_model.py {large} {'tiny' if dry else 'qwen3-0.6b'} {task}/model",
+            *model,
             f"{forks} run.name=large model.path={large} precision.dtype=bf16 {lengths} rollout.dynamic_sampling=false eval.every=0 "
             f"data.eval=null train.micro_batch_tokens=null train.steps={steps or 4} model.recompute=selective",
             f"{here}/figures.py {work}/large",
         ],
     )
-    yield Part("a step at Qwen3-32B's width", 240, [f"{here}/width.py {work}/width{flag}"])
     curve = f"{warm_up} {rows} model.path={work}/blocks precision.dtype=bf16 train.steps={steps or 50}"
     yield Part(
         "FP8: the warm start's loss",

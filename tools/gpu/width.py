@@ -1,12 +1,14 @@
-"""A training step of a few layers at Qwen3-32B's width, in bf16 and in FP8: seconds, FLOP/s and peak memory as one line of JSON.
+"""A training step of one layer at Qwen3-32B's width, plain and fused, in bf16 and in FP8: seconds, FLOP/s and peak memory as one line of
+JSON.
 
     python tools/gpu/width.py FOLDER [--dry]
 
-FOLDER: where to write the random model. The vocabulary is small, so that the layers dominate the time.
+FOLDER: where to write the random model. The vocabulary is small, so that the layer dominates the time.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from megafork.gpus import fused_problem
 from megafork.model import precision
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.parallel.mesh import build_mesh, join_world
@@ -37,12 +40,12 @@ def negative_log_prob(log_prob: torch.Tensor, micro: MicroBatch) -> tuple[torch.
     return -log_prob, {}
 
 
-def measure(folder: Path, device: torch.device, *, fp8: bool, tokens: int, repeats: int) -> dict[str, Any]:
+def measure(folder: Path, device: torch.device, *, kernels: str, fp8: bool, tokens: int, repeats: int) -> dict[str, Any]:
     """Steps on one sequence of `tokens` tokens: their median time after two uncounted steps, and the loss of each."""
     wanted = {"dtype": "bf16", "train_fp8": fp8}
     spec = Recipe.model_validate(
         {
-            "model": {"path": str(folder), "recompute": "full"},
+            "model": {"path": str(folder), "recompute": "full", "kernels": kernels},
             "data": {"train": "none", "max_prompt_length": 1},
             "rollout": {"max_response_length": tokens},
             "precision": wanted,
@@ -79,12 +82,14 @@ def main(folder: Path, dry: bool) -> None:
     device = join_world()
     torch.manual_seed(1)
     sizes = SMALL if dry else WIDTH
-    config = transformers.Qwen3Config(**sizes, vocab_size=8192, num_hidden_layers=1 if dry else 4, tie_word_embeddings=True)
+    config = transformers.Qwen3Config(**sizes, vocab_size=8192, num_hidden_layers=1, tie_word_embeddings=True)
     transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokens, repeats = (128, 1) if dry else (8192, 8)
-    found: dict[str, Any] = {"bf16": measure(folder, device, fp8=False, tokens=tokens, repeats=repeats)}
-    lacking = precision.lacking()
-    found["fp8"] = {"not run": lacking} if lacking else measure(folder, device, fp8=True, tokens=tokens, repeats=repeats)
+    found: dict[str, Any] = {}
+    for kernels, fp8 in itertools.product(("plain", "fused"), (False, True)):
+        lacking = (fused_problem() if kernels == "fused" else None) or (precision.lacking() if fp8 else None)
+        measured = {"not run": lacking} if lacking else measure(folder, device, kernels=kernels, fp8=fp8, tokens=tokens, repeats=repeats)
+        found[f"{kernels} {'fp8' if fp8 else 'bf16'}"] = measured
     sys.stdout.write(json.dumps(found) + "\n")
 
 

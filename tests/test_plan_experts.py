@@ -1,0 +1,357 @@
+"""The planner of mixtures of experts against models that were built, and against what their forward and backward allocate."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from measure import Sent, peak_bytes
+from public_models import MODELS
+from ranks import on_ranks
+from rich.console import Console
+from test_plan import H100, TOKENS, activation_recipe, check_held, forward_backward, learner_and_micros
+from tiny import recipe
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+from megafork.model.experts import routers
+from megafork.plan import experts
+from megafork.plan.activations import stage_activations
+from megafork.plan.fixes import fixes
+from megafork.plan.hardware import BUSIEST
+from megafork.plan.memory import engine_memory, refit_buffer
+from megafork.plan.models import KNOWN
+from megafork.plan.parameters import count_active, count_parameters, layer_parameters
+from megafork.plan.planner import Plan, changed, make_plan
+from megafork.plan.refit import COMPARED_MIXTURES, count_refit, refits
+from megafork.plan.search import proposals
+from megafork.plan.table import render
+from megafork.recipe import Parallel, Recipe, RecipeError
+from megafork.shape import Mixture, Shape, read_shape
+from megafork.weights.mapping import huggingface_shapes, parameters, pieces
+from megafork.weights.reshard import Reshard, needed
+
+SHAPE = Shape("Qwen3MoeForCausalLM", 4, 64, 96, 4, 2, 32, 99, False, 1e-6, 1e4, None, 512, Mixture(4, 2, 48, True, (0, 1, 2, 3)))
+SOME_DENSE: dict[str, Any] = {"moe": Mixture(4, 2, 48, True, (1, 3))}
+
+# (ranks, recipe sections, changes of the model)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "ep1-tp2": (2, {"parallel": {"tp": 2, "sp": True}}, {}),
+    "ep2-overlap-bf16": (4, {"parallel": {"ep": 2}, "precision": {"dtype": "bf16"}, "optimizer": {"overlap": True}}, {}),
+    "ep2-tp2-sp": (2, {"parallel": {"ep": 2, "tp": 2, "sp": True}}, SOME_DENSE),
+    "ep2-etp2": (4, {"parallel": {"ep": 2, "etp": 2}, "precision": {"dtype": "bf16"}}, {}),
+    "ep2-pp2-tied": (4, {"parallel": {"ep": 2, "pp": 2}}, {"tied": True, "moe": Mixture(4, 2, 48, True, (2, 3))}),
+    "ep2-pp2-vpp2": (4, {"parallel": {"ep": 2, "pp": 2, "vpp": 2}}, SOME_DENSE),
+    "ep2-cp2-dp2": (4, {"parallel": {"ep": 2, "cp": 2}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_gradients_and_optimizer_are_those_of_a_built_model(name: str) -> None:
+    world, sections, changes = LAYOUTS[name]
+    check_held(world, recipe(Path("unused"), **sections), replace(SHAPE, **changes))
+
+
+# ---- activations, traffic, arithmetic
+
+WIDE = Shape("Qwen3MoeForCausalLM", 4, 256, 512, 8, 2, 32, 512, False, 1e-6, 1e4, None, 2048, Mixture(8, 4, 128, True, (0, 1, 2, 3)))
+MICROS = 3
+
+
+class Measured(NamedTuple):
+    """Of one rank: see `measure`."""
+
+    peak: int
+    held: int
+    skew: float
+    sent: int
+    """Bytes that all-to-alls deliver in a forward and backward."""
+    matmuls: int
+    """FLOP of matrix products of two matrices in a forward and backward."""
+
+
+def measure(spec: Recipe, shape: Shape) -> Measured:
+    """A forward and backward of rank 0. Its neighbours are torch's fake process group: whatever it gathers is its own, and so what it gets
+    is what its own router sends to its own experts, times the ranks. `skew`: that, as a multiple of the mean."""
+    layout = spec.parallel
+    if (world := layout.smallest_world // layout.pp) > 1:
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    learner, micros = learner_and_micros(spec, MICROS, shape)
+    with Sent() as sent, FlopCounterMode(display=False) as flops:
+        forward_backward(learner, micros, spec)  # what is allocated once is there afterwards
+    sparse = [layer.mlp for chunk in learner.chunks for layer in chunk.decoder.layers if hasattr(layer.mlp, "token_dispatcher")]
+    dispatchers = [mlp.token_dispatcher for mlp in sparse]
+    kept = ("probs", "routing_map", "reversed_local_input_permutation_mapping")
+    held = sum(getattr(dispatcher, name).nbytes for dispatcher in dispatchers for name in kept)
+    seen = sum(router.seen[:-1] for chunk in learner.chunks for router in routers(chunk).values())
+    own = float(seen[: shape.mixture.experts // layout.ep].sum() / seen.sum()) * layout.ep
+    exchanged = sum(size for name, size in sent.calls if name.startswith("alltoall"))
+    peak = peak_bytes(lambda: forward_backward(learner, micros, spec))
+    return Measured(peak, held, own, exchanged, flops.get_flop_counts()["Global"][torch.ops.aten.mm])
+
+
+SOME_LAYERS: dict[str, Any] = {"moe": replace(WIDE.mixture, layers=(1, 3))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recompute", "dtype", "parallel", "changes"),
+    [
+        ("none", "bf16", {"ep": 2}, {}),
+        ("full", "bf16", {"ep": 2, "tp": 2, "sp": True}, {}),
+        ("none", "fp32", {"ep": 2, "etp": 2}, SOME_LAYERS),
+        ("full", "bf16", {"tp": 2, "sp": True}, {}),
+        ("selective", "bf16", {"ep": 4}, {}),
+        ("none", "bf16", {"pp": 2}, SOME_LAYERS),
+    ],
+)
+def test_a_run_allocates_sends_and_multiplies_what_is_planned(
+    recompute: str, dtype: str, parallel: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    spec, shape = activation_recipe(recompute, dtype, parallel), replace(WIDE, **changes)
+    layout, width = spec.parallel, {"bf16": 2, "fp32": 4}[dtype]
+    local, moe = TOKENS / layout.cp, shape.mixture
+    for stage, real in enumerate(on_ranks(layout.pp, measure, spec, shape)):
+        planned = stage_activations(
+            shape, spec, stage, tokens=TOKENS, micro_batches=MICROS, head_rows=TOKENS // 5, layers="cpu", skew=real.skew
+        )
+        assert planned.kept + planned.working == pytest.approx(real.peak, rel=0.1), f"stage {stage}"
+        assert planned.routing == real.held  # is there already
+        sparse = len([layer for layer in moe.layers if layer * layout.pp // shape.layers == stage])
+        passes = 3 if recompute == "full" else 2
+        copies = local * moe.per_token / layout.tp
+        if layout.ep > 1 and layout.expert_tp == 1:  # with etp, gloo also gathers by all-to-alls
+            # there, with its weight in fp32, and back; in all passes but the recomputation the weights come back as a gradient
+            rows = (shape.hidden * width + 4) * copies * real.skew + shape.hidden * width * copies
+            backward = shape.hidden * width * copies * real.skew + (shape.hidden * width + 4) * copies
+            assert real.sent == pytest.approx(MICROS * sparse * ((passes - 1) * rows + backward), rel=0.01)
+            sent = experts.traffic(shape, layout, width)
+            mean = 2 * shape.hidden * width * copies / local * (1 - 1 / layout.ep)
+            assert (sent.in_node, sent.between_nodes) == (pytest.approx(mean), 0)
+        if layout.pp == 1 and not changes and recompute != "full":
+            shared = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads) / layout.tp
+            active = shape.hidden * (moe.experts + 3 * moe.per_token * moe.ffn * real.skew)
+            head = real.matmuls - MICROS * 3 * 2 * local * shape.layers * (shared + active)
+            assert 0 <= head < 8 * 2 * MICROS * TOKENS * shape.hidden * shape.vocab
+            assert experts.weights_of_a_token(shape, layout) == shape.hidden * (moe.experts + 3 * moe.per_token * moe.ffn * BUSIEST)
+
+
+def test_tokens_leave_the_node_where_experts_are_on_several() -> None:
+    def rows(**layout: Any) -> tuple[float, float]:
+        sent = experts.traffic(KNOWN["qwen3-30b-a3b"], Parallel(**layout), 2)
+        return sent.in_node / (2 * 2048), sent.between_nodes / (2 * 2048)
+
+    assert rows() == (0, 0)
+    assert rows(ep=8) == pytest.approx((2 * 8 * 7 / 8, 0))
+    assert rows(ep=16) == pytest.approx((2 * 8 * 7 / 16, 2 * 8 / 2))
+    assert rows(ep=8, tp=2, sp=True) == pytest.approx((8 * 7 / 8, 0))
+    # half of the tokens' copies come from the rank that shares the expert; they are added up in fp32
+    assert rows(ep=8, etp=2) == pytest.approx((2 * 8 * 3 / 8 + 8 + 16, 2 * 8 / 2))
+
+
+def test_a_large_batch_decodes_with_all_experts() -> None:
+    shape = KNOWN["qwen3-30b-a3b"]
+    assert experts.touched(shape, 1) == 8 / 128
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.rand(2000, 16, 128, generator=generator).topk(8).indices.flatten(1)
+    drawn = sum(len(row.unique()) for row in chosen) / len(chosen) / 128
+    assert experts.touched(shape, 16) == pytest.approx(drawn, rel=0.02)
+    assert experts.touched(shape, 256) == pytest.approx(1.0, abs=1e-6)
+
+
+# ---- published models, engines, refits
+
+
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "Qwen3-235B-A22B"])
+def test_known_shapes_are_those_of_the_published_configs(name: str, tmp_path: Path) -> None:
+    """Totals of the safetensors files on the hub; the active parameters are in the models' names."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[name]))
+    shape = KNOWN[name.lower()]
+    assert replace(shape, norm_eps=1e-6) == read_shape(tmp_path)
+    total, active = {"Qwen3-30B-A3B": (30_532_122_624, 3.3e9), "Qwen3-235B-A22B": (235_093_634_560, 22e9)}[name]
+    assert count_parameters(shape) == total == sum(math.prod(size) for size in huggingface_shapes(shape).values())
+    assert count_active(shape) == pytest.approx(active, rel=0.02)
+    shared, of_experts = layer_parameters(shape, sparse=True)
+    assert count_parameters(shape) - shape.layers * (shared + of_experts) == (2 * shape.vocab + 1) * shape.hidden
+
+
+@pytest.mark.parametrize("changes", [{}, SOME_DENSE], ids=["all", "some dense"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_engine_holds_the_parts_that_it_loads(tp: int, changes: dict[str, Any]) -> None:
+    shape = replace(SHAPE, **changes)
+    engine = engine_memory(shape, recipe(Path("unused"), rollout={"tp": tp, "kv_cache_mb": 8}), H100)
+
+    def size(names: list[str]) -> int:
+        parts = [part for name in names for part in needed(name, shape, tp, 0)]
+        return 4 * sum(math.prod(stop - start for start, stop in filter(None, part)) for part in parts)
+
+    names = list(huggingface_shapes(shape))
+    assert engine.weights == size(names) and engine.experts == size([name for name in names if ".experts." in name]) > 0
+
+
+REFITS = {
+    "ep2-pp2": (Parallel(ep=2, pp=2), 8, 2, {"moe": Mixture(4, 2, 48, True, (1, 2, 3))}),
+    "ep2-etp2-tp2": (Parallel(ep=2, etp=2, tp=2, sp=True), 8, 1, {}),
+    "ep4": (Parallel(ep=4), 4, 2, {}),
+    "tp2": (Parallel(tp=2, sp=True), 4, 4, {}),
+}
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_a_refit_moves_what_is_counted(name: str) -> None:
+    """Element by element: which a rank holds, which its engine loads, and which each transfer brings."""
+    layout, world, rollout_tp, changes = REFITS[name]
+    shape = replace(SHAPE, layers=4, vocab=128, **changes)
+    counted, per_stage = count_refit(shape, layout, world, rollout_tp), world // layout.pp
+    held, loaded = (
+        [{n: torch.zeros(s, dtype=torch.bool) for n, s in huggingface_shapes(shape).items()} for _ in range(world)] for _ in "12"
+    )
+    plan = Reshard(shape, layout, world, rollout_tp, 8)
+    for rank, parameter in itertools.product(range(world), list(parameters(shape))):
+        in_stage = rank % per_stage
+        tp, etp = layout.tp, layout.expert_tp
+        own = parameter.expert is None or parameter.expert * layout.ep // shape.mixture.experts == in_stage // etp % layout.ep
+        if own and rank // per_stage == plan.stage(parameter):
+            parts, part = (tp, in_stage % tp) if parameter.expert is None else (etp, in_stage % etp)
+            for piece in pieces(parameter, shape, parts, part):
+                held[rank][piece.name][slice(*piece.rows)][..., slice(*(piece.columns or (None, None)))] = True
+        for hf in parameter.huggingface():
+            for rows, columns in needed(hf, shape, rollout_tp, rank % rollout_tp):
+                loaded[rank][hf][slice(*rows)][..., slice(*(columns or (None, None)))] = True
+    missing = [{n: need & ~own[n] for n, need in loads.items()} for own, loads in zip(held, loaded, strict=True)]
+    least = [sum(int(mask.sum()) for mask in masks.values()) for masks in missing]
+    assert counted.plan.received == counted.least.received == max(least) and counted.plan.total == sum(least)
+    assert counted.plan.between_nodes == counted.least.between_nodes == 0
+    brought = [{n: torch.zeros_like(mask) for n, mask in masks.items()} for masks in missing]
+    for bucket in plan.buckets:
+        for move in plan.transfers(bucket):
+            if move.source != move.target:
+                brought[move.target][move.name][slice(*move.rows)][..., slice(*(move.columns or (None, None)))] = True
+    assert all(torch.equal(got[n], want[n]) for got, want in zip(brought, missing, strict=True) for n in want)
+    total = count_parameters(shape)
+    assert counted.gather.received == max(total - sum(int(mask.sum()) for mask in own.values()) for own in held)
+
+
+def test_the_refits_of_a_mixture_are_compared_and_their_bucket_has_room() -> None:
+    shape, spec = KNOWN["qwen3-30b-a3b"], published()
+    shape = replace(shape, layers=4, moe=replace(shape.mixture, experts=16, layers=(0, 1, 2, 3)))  # few, for each is a transfer
+    counted = refits(shape, spec, 16)
+    assert [refit.name for refit in counted[:3]] == [
+        "TP1 PP1 CP1 EP8 DP16 to TP2",
+        "TP1 PP1 CP1 EP8 DP16 to TP4",
+        "TP1 PP1 CP1 EP8 DP16 to TP8",
+    ]
+    assert len(counted) == 1 + 2 * len(COMPARED_MIXTURES)
+    for refit in counted:
+        assert refit.plan.received == refit.least.received < refit.gather.received
+        assert refit.least.between_nodes == refit.plan.between_nodes <= refit.gather.between_nodes
+        plan, largest = Reshard(shape, refit.layout, 16, refit.rollout_tp), 0
+        for bucket, _ in plan.alike:
+            moved = [0] * 16
+            for transfer in plan.transfers(bucket):
+                for rank in {transfer.source, transfer.target} if transfer.source != transfer.target else ():
+                    moved[rank] += transfer.numel
+            whole = sum(math.prod(plan.full_shape(name)) for parameter in bucket for name in parameter.huggingface())
+            largest = max(largest, whole + max(moved))
+        values = {f"parallel.{key}": value for key, value in refit.layout.model_dump().items()} | {"rollout.tp": refit.rollout_tp}
+        assert 2 * largest <= refit_buffer(shape, changed(spec, values)) <= 2 * 2 * largest
+
+
+# ---- the whole plan
+
+
+def published(**changes: Any) -> Recipe:
+    """NeMo-RL's Qwen3-30B-A3B in bf16 at 4k on 32 x H100, as its recipe says: train EP 8, roll-out TP 2; 64 prompts of 32 samples."""
+    spec = Recipe.model_validate(
+        {
+            "model": {"path": "Qwen/Qwen3-30B-A3B", "recompute": "full"},
+            "parallel": {"ep": 8},
+            "data": {"train": "unused.jsonl", "max_prompt_length": 512},
+            "rollout": {
+                "prompts": 64,
+                "samples": 32,
+                "max_response_length": 3584,
+                "tp": 2,
+                "dynamic_sampling": False,
+                "park_training": True,
+                "max_running": 512,
+            },
+            "reward": {"overlong": "none"},
+        }
+    )
+    return changed(spec, {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def planned(gpus: int = 32, mean_response: int | None = None, model: str = "qwen3-30b-a3b", **changes: Any) -> Plan:
+    return make_plan(KNOWN[model], published(**changes), gpus, H100, mean_response)
+
+
+def test_the_published_layouts_fit_and_their_step_times_are_of_the_right_size() -> None:
+    """1,102 tokens/s/GPU and 192 s are 3,306 tokens a response. Release 0.4: 506 s for 235B-A22B, with 5,671 tokens."""
+    small = planned(mean_response=3255)
+    assert small.fits and small.dp == 32
+    assert small.step.seconds == pytest.approx(192, rel=0.5) and small.step.tokens_per_s_per_gpu == pytest.approx(1102, rel=0.5)
+    layout = {"tp": 2, "cp": 2, "sp": True, "ep": 16, "pp": 8, "first_stage_layers": 11, "last_stage_layers": 11}
+    sizes = {"rollout__prompts": 16, "rollout__max_response_length": 7680, "rollout__tp": 16}
+    large = planned(128, 5620, "qwen3-235b-a22b", **{f"parallel__{key}": value for key, value in layout.items()}, **sizes)
+    assert large.fits and large.step.seconds == pytest.approx(506, rel=0.5)
+
+
+def test_a_step_pays_for_the_parameters_that_tokens_meet() -> None:
+    """Against the same model with all experts for every token."""
+    shape = KNOWN["qwen3-30b-a3b"]
+    everything = replace(shape, moe=replace(shape.mixture, per_token=128))
+    few, all_ = (make_plan(each, published(), 32, H100).step for each in (shape, everything))
+    assert all_.score > 8 * few.score and all_.update > 5 * few.update and all_.rollout > few.rollout
+    far = planned(parallel__ep=16).step
+    assert far.score > few.score, "half of the copies leave the node"
+
+
+@pytest.mark.slow
+def test_search_and_fixes_know_expert_parallelism() -> None:
+    plan = planned(16, parallel__ep=1)
+    assert "update" in plan.over and {"parallel.ep": 8} in fixes(plan)
+    found = proposals(planned(16), show=40)
+    assert [one.step.seconds for one in found] == sorted(one.step.seconds for one in found) and len(found) == 40
+    for one in found:
+        layout = one.recipe.parallel
+        assert one.fits and layout.etp is None and (layout.sp or layout.tp == 1)
+    assert {one.recipe.parallel.ep for one in found} >= {1, 8}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(found[0], "the planner's table", proposals=found))
+    text = console.export_text()
+    layout = found[0].recipe.parallel
+    for said in (
+        "30,532,122,624 parameters, 3,353,032,704 active",
+        f"experts ep {layout.ep} x etp 1",
+        "layers: plain, because the model has",
+    ):
+        assert said in text
+    numbers = json.loads(json.dumps(found[0].to_dict()))
+    assert numbers["active_parameters"] == 3_353_032_704 and numbers["other_layers"] is None and numbers["layout"]["ep"] == layout.ep
+    assert numbers["engine"]["experts"] < numbers["engine"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"parallel__ep": 3}, r"parallel.ep is 3 but the model has 128 experts"),
+        ({"parallel__ep": 64}, r"parallel.ep x etp is 64 x 1 = 64, which does not divide the 32 ranks"),
+        ({"parallel__tp": 2}, r"parallel.tp is 2 without parallel.sp"),
+        ({"model__kernels": "fused"}, r"model.kernels is fused but the model has experts: set kernels=auto"),
+        ({"parallel__cp": 2, "parallel__cp_comm": "p2p"}, r"parallel.cp_comm is p2p with plain layers"),
+        ({"precision__train_fp8": True}, r"precision.train_fp8 is true: not yet supported for a mixture of experts"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        planned(**changes)
