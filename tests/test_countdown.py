@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from task import countdown
 
 ROW = {"numbers": [4, 9, 2], "answer": "7"}
@@ -152,3 +154,11 @@ def test_the_model_fits_tp_2_and_its_tokenizer(model_folder: Path) -> None:
     assert config["num_attention_heads"] % 2 == config["num_key_value_heads"] % 2 == config["vocab_size"] % 2 == 0
     words = json.loads((model_folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert config["eos_token_id"] == words["<eos>"] and max(words.values()) < config["vocab_size"]
+
+
+def test_the_sizes_of_the_model(tmp_path: Path) -> None:
+    for width, millions in ((96, 0.3), (192, 1.1), (384, 4.4)):
+        countdown.write_model(tmp_path / str(width), seed=1, width=width)
+        with safe_open(tmp_path / str(width) / "model.safetensors", "pt") as weights:
+            count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 - it has no other
+        assert round(count / 1e6, 1) == millions

@@ -168,7 +168,7 @@ def vocabulary() -> list[str]:
 
 def write_model(folder: Path, seed: int, words: Sequence[str] = (), width: int = WIDTH, experts: int = 0) -> None:
     """A Qwen3 with random parameters and a tokenizer of these words (by default this task's), as transformers and vLLM read them. 1.1
-    million parameters for a width of 192; 0.3 for 96, and 4.3 for 384. With experts it is a Qwen3-MoE, of which a token uses two experts
+    million parameters for a width of 192; 0.3 for 96, and 4.4 for 384. With experts it is a Qwen3-MoE, of which a token uses two experts
     and as many parameters."""
     import torch
     from tokenizers import Tokenizer
@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the quickstart's model and data.")
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--seed", type=int, default=1, help="seed of the problems, their split and the random weights")
-    parser.add_argument("--width", type=int, default=WIDTH, choices=(96, 192, 384), help="of the model: 0.3, 1.1 or 4.3 million parameters")
+    parser.add_argument("--width", type=int, default=WIDTH, choices=(96, 192, 384), help="of the model: 0.3, 1.1 or 4.4 million parameters")
     parser.add_argument("--experts", type=int, default=0, help="experts of each layer; 0: a dense model")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
