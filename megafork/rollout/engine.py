@@ -62,7 +62,7 @@ class Completion:
     truncated: bool
     versions: list[int]
     entropies: list[float] = field(default_factory=list)
-    routing: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int16))
+    routing: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int16), compare=False)
     """int16 [prompt + response - 1, layers, k], the experts chosen for each token that the model was fed, 0 in dense layers; empty, of one
     dimension, if the engine was not asked."""
 
