@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,15 @@ class Sent(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Peak of what the CPU allocator handed out during `call()`, above what was held before it."""
+    """Peak of what the CPU allocator handed out during `call()`, above what was held before it.
+
+    Python collects cycles the more rarely the more objects there are; those of earlier tests are not counted.
+    """
+    gc.collect()
+    gc.freeze()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
+    gc.unfreeze()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held, peak = 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -187,6 +187,7 @@ def micro_batch(spec: Recipe, mesh: Any, seed: int) -> MicroBatch:
 def learner_and_micros(spec: Recipe, count: int, shape: Shape) -> tuple[Learner, list[MicroBatch]]:
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     chunks = build_policy(shape, PolicyConfig.of(spec), mesh)
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.normal_(0.0, 0.02)
