@@ -124,7 +124,7 @@ def test_a_run_allocates_sends_and_multiplies_what_is_planned(
         planned = stage_activations(
             shape, spec, stage, tokens=TOKENS, micro_batches=MICROS, head_rows=TOKENS // 5, layers="cpu", skew=real.skew
         )
-        assert planned.kept + planned.working == pytest.approx(real.peak, rel=0.1), f"stage {stage}"
+        assert planned.kept + planned.working == pytest.approx(real.peak, rel=0.15), f"stage {stage}"
         assert planned.routing == real.held  # is there already
         sparse = len([layer for layer in moe.layers if layer * layout.pp // shape.layers == stage])
         passes = 3 if recompute == "full" else 2
