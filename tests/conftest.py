@@ -34,8 +34,7 @@ LONGEST = (
     "test_launch",
 )
 """Files that take minutes, which a worker does as a whole: they come first, so that no worker ends on one of them alone. Slurm's jobs and
-the servers mostly wait, so there are three workers for the two processors of a small machine; as these two files start most processes,
-they come far apart."""
+the servers start most processes, so they come far apart."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
