@@ -475,7 +475,7 @@ def _together_and_alone(spec: Recipe, port: int, patched: bool) -> Any:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
     if not patched:
-        vllm_fixes.put_generators_aside = lambda: None
+        vllm_fixes._with_generators_aside = lambda original: original
     engine = ColocatedEngine(EngineConfig.of(spec), mesh, FolderWeights(Path(spec.model.path)))
     engine.refit(1)
     requests = [Request([(7 * n + place * (n + 1)) % 99 for place in range(400)], request_seed(1, n)) for n in range(24)]
@@ -493,7 +493,7 @@ def test_a_prompt_that_is_read_in_two_steps_changes_nothing(tmp_path: Path) -> N
     together, alone = on_ranks(1, _together_and_alone, spec, free_port(), True, engines=True)[0]
     assert [c.tokens for c in together] == [c.tokens for c in alone]
     unpatched = on_ranks(1, _together_and_alone, spec, free_port(), False, engines=True)[0]
-    assert unpatched == "CPU Generator does not use offset", "vLLM no longer needs compat.vllm.put_generators_aside"
+    assert unpatched == "CPU Generator does not use offset", "vLLM no longer needs compat.vllm._with_generators_aside"
 
 
 # ---- vLLM's samplers
@@ -567,7 +567,7 @@ def _temperatures() -> tuple[list[float], list[float]]:
 
     values, ends, written = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 3, 3], dtype=torch.int32), torch.full((3,), -1.0)
     cpu_triton_utils._expand_kernel_impl(written, values, ends, 0, 1)
-    vllm_fixes.expand_temperatures()
+    vllm_fixes.mend_engine()
     return written.tolist(), rejection_sampler.expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1).tolist()
 
 

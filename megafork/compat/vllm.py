@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +80,36 @@ def keep_process_groups() -> None:
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 
-def put_generators_aside() -> None:
-    """Withhold a request's generator while its prompt is still being read. Call in every process with an engine, before it is made.
+def mend_engine() -> None:
+    """Mend what is wrong with engines on the CPU. Call in every process with an engine, before it is made; further calls change nothing."""
+    if torch.cuda.is_available():
+        return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's runner is a subclass
+
+    _wrap(GPUModelRunner, "sample_tokens", _with_generators_aside)
+    _wrap(UnquantizedFusedMoEMethod, "_setup_kernel", _packing_again)
+    _wrap(CPUUnquantizedExperts, "apply", _with_own_experts)
+    rejection_sampler.expand_batch_to_tokens = _expand
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace a method by `wrapper(method)`, unless it has been."""
+    original = getattr(owner, name)
+    if not getattr(original, "mended", False):
+        mended = wrapper(original)
+        mended.mended = True
+        setattr(owner, name, mended)
+
+
+def _with_generators_aside(original: Any) -> Any:
+    """Withholds a request's generator while its prompt is still being read.
 
     On the CPU an engine crashes on a seeded request whose prompt takes two steps (0.32, "CPU Generator does not use offset"): vLLM also
     samples in the first step and then rewinds the generator, which only CUDA's supports.
     """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's runner is a subclass
-
-    original = GPUModelRunner.sample_tokens
-    if torch.cuda.is_available() or getattr(original, "puts_generators_aside", False):
-        return
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators
@@ -102,38 +121,15 @@ def put_generators_aside() -> None:
             finally:
                 generators.update(aside)
 
-    sample_tokens.puts_generators_aside = True  # type: ignore[attr-defined]
-    GPUModelRunner.sample_tokens = sample_tokens
+    return sample_tokens
 
 
-def expand_temperatures() -> None:
-    """Give drafts under speculative decoding the temperatures of their requests. Call in every process with an engine, before it is made.
-
-    On the CPU vLLM (0.32) writes them into a copy that it drops, and divides logits by uninitialised memory.
-    """
-    from vllm.v1.sample import rejection_sampler
-
-    if torch.cuda.is_available():
-        return
-
-    def expand(values: Any, ends: Any, count: int, replace_from: int = 0, replace_to: int = 0) -> torch.Tensor:
-        counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
-        return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=count)
-
-    rejection_sampler.expand_batch_to_tokens = expand
-
-
-def pack_reloaded_experts() -> None:
-    """Lay out experts for the CPU's kernel again after a reload. Call in every process with an engine, before it is made.
+def _packing_again(original: Any) -> Any:
+    """Lays out experts for the CPU's kernel again after a reload.
 
     vLLM (0.32) pads and packs them only when it first loads them. Reloaded ones are copied over the packed ones as they are: the engine
     fails if they were padded, and if not, its answers are silently wrong.
     """
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    original = UnquantizedFusedMoEMethod._setup_kernel
-    if torch.cuda.is_available() or getattr(original, "packs_again", False):
-        return
 
     def setup_kernel(self: Any, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         reloaded = self.moe_kernel is not None
@@ -141,21 +137,15 @@ def pack_reloaded_experts() -> None:
         if reloaded:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
-    setup_kernel.packs_again = True  # type: ignore[attr-defined]
-    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+    return setup_kernel
 
 
-def share_experts() -> None:
-    """Let the ranks of an engine share its experts on the CPU. Call in every process with such an engine, before it is made.
+def _with_own_experts(original: Any) -> Any:
+    """Gives the experts of other ranks the weight 0, where the ranks of an engine share them.
 
     The CPU's kernel (0.32) is given the numbers of experts in the whole model, and takes them for those in the rank, with silently wrong
-    answers. Here those of other ranks get the weight 0.
+    answers.
     """
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-
-    original = CPUUnquantizedExperts.apply
-    if torch.cuda.is_available() or getattr(original, "shares_experts", False):
-        return
     signature = inspect.signature(original)
 
     def apply(*args: Any, **kwargs: Any) -> None:
@@ -167,8 +157,14 @@ def share_experts() -> None:
             values["topk_ids"] = here.clamp(min=0).to(values["topk_ids"].dtype)
         original(*given.args, **given.kwargs)
 
-    apply.shares_experts = True  # type: ignore[attr-defined]
-    CPUUnquantizedExperts.apply = apply
+    return apply
+
+
+def _expand(values: Any, ends: Any, count: int, replace_from: int = 0, replace_to: int = 0) -> torch.Tensor:
+    """Gives drafts under speculative decoding the temperatures of their requests. On the CPU vLLM (0.32) writes them into a copy that it
+    drops, and divides logits by uninitialised memory."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+    return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=count)
 
 
 def finish_tied_heads(model: torch.nn.Module) -> None:

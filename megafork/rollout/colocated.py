@@ -44,12 +44,7 @@ class ColocatedEngine(Engine):
         self._weights = config.loaded(weights)
         self._cost = cost
         with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
-            vllm_fixes.put_generators_aside()  # its imports set variables as well
-            vllm_fixes.pack_reloaded_experts()
-            if config.whole_experts:
-                vllm_fixes.share_experts()
-            if config.engine.get("speculative_config"):
-                vllm_fixes.expand_temperatures()
+            vllm_fixes.mend_engine()  # its imports set variables as well
             try:
                 self._llm = vllm.LLM(**self._arguments(config, mesh))
             except (ValueError, TypeError) as error:  # pydantic's are ValueErrors

@@ -137,10 +137,7 @@ class Receiver:
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
-vllm_fixes.put_generators_aside()
-vllm_fixes.pack_reloaded_experts()
-vllm_fixes.share_experts()
-vllm_fixes.expand_temperatures()
+vllm_fixes.mend_engine()
 vllm_entropy.install()
 if not torch.cuda.is_available():
     vllm_fp8.install()  # before the model is loaded, which may be in FP8
