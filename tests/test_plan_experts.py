@@ -18,6 +18,7 @@ from public_models import MODELS
 from ranks import on_ranks
 from rich.console import Console
 from test_plan import H100, TOKENS, activation_recipe, check_held, forward_backward, learner_and_micros
+from test_reshard import pieces_at
 from tiny import recipe
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +37,7 @@ from megafork.plan.search import proposals
 from megafork.plan.table import render
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import Mixture, Shape, read_shape
-from megafork.weights.mapping import huggingface_shapes, parameters, pieces
+from megafork.weights.mapping import huggingface_shapes, parameters
 from megafork.weights.reshard import Reshard, needed
 
 SHAPE = Shape("Qwen3MoeForCausalLM", 4, 64, 96, 4, 2, 32, 99, False, 1e-6, 1e4, None, 512, Mixture(4, 2, 48, True, (0, 1, 2, 3)))
@@ -217,15 +218,11 @@ def test_a_refit_moves_what_is_counted(name: str) -> None:
     )
     plan = Reshard(shape, layout, world, rollout_tp, 8)
     for rank, parameter in itertools.product(range(world), list(parameters(shape))):
-        in_stage = rank % per_stage
-        tp, etp = layout.tp, layout.expert_tp
-        own = parameter.expert is None or parameter.expert * layout.ep // shape.mixture.experts == in_stage // etp % layout.ep
-        if own and rank // per_stage == plan.stage(parameter):
-            parts, part = (tp, in_stage % tp) if parameter.expert is None else (etp, in_stage % etp)
-            for piece in pieces(parameter, shape, parts, part):
+        if rank // per_stage == plan.stage(parameter):
+            for piece in pieces_at(parameter, shape, layout, rank % per_stage):
                 held[rank][piece.name][slice(*piece.rows)][..., slice(*(piece.columns or (None, None)))] = True
         for hf in parameter.huggingface():
-            for rows, columns in needed(hf, shape, rollout_tp, rank % rollout_tp):
+            for rows, columns in plan.needed(hf, rank):
                 loaded[rank][hf][slice(*rows)][..., slice(*(columns or (None, None)))] = True
     missing = [{n: need & ~own[n] for n, need in loads.items()} for own, loads in zip(held, loaded, strict=True)]
     least = [sum(int(mask.sum()) for mask in masks.values()) for masks in missing]

@@ -75,7 +75,7 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
     for parameter in parameters(shape):
         if plan.stage(parameter) != stage:
             continue
-        for piece in _pieces(parameter, shape, layout, rank % (world // layout.pp)):
+        for piece in pieces_at(parameter, shape, layout, rank % (world // layout.pp)):
             mine, wanted = (torch.zeros(full_shape(piece.name, shape), dtype=torch.bool) for _ in range(2))
             mine[slice(*piece.rows), *([slice(*piece.columns)] if piece.columns else [])] = True
             for rows, columns in needed(piece.name, shape, tp, rank % tp):
@@ -84,7 +84,7 @@ def _held(shape: Shape, layout: Parallel, tp: int, rank: int, world: int, whole:
     return held
 
 
-def _pieces(parameter: Parameter, shape: Shape, layout: Parallel, place: int) -> list[Piece]:
+def pieces_at(parameter: Parameter, shape: Shape, layout: Parallel, place: int) -> list[Piece]:
     """What the rank at this place of its stage holds. Of experts, by Megatron's order: etp fastest, then ep."""
     if parameter.expert is None:
         return pieces(parameter, shape, layout.tp, place % layout.tp)
@@ -164,7 +164,7 @@ def _lacked(plan: Reshard, ranks: range) -> int:
                 wanted[name][(slice(*rows), slice(*columns)) if columns else slice(*rows)] = True
         for parameter in parameters(shape):
             if plan.stage(parameter) == rank * layout.pp // plan.world:
-                for piece in _pieces(parameter, shape, layout, rank % (plan.world // layout.pp)):
+                for piece in pieces_at(parameter, shape, layout, rank % (plan.world // layout.pp)):
                     held[piece.name][(slice(*piece.rows), slice(*piece.columns)) if piece.columns else slice(*piece.rows)] = True
     return sum(int((wanted[name] & ~held[name]).sum()) for name in sizes)
 
@@ -251,7 +251,7 @@ def _shards(plan: Reshard, rank: int, whole: dict[str, torch.Tensor]) -> dict[st
         if plan.stage(parameter) == rank * plan.layout.pp // plan.world:
             tp = plan.layout.tp if parameter.expert is None else plan.layout.expert_tp
             held[parameter.name] = torch.full(shard_shape(parameter, plan.shape, tp), -2)
-            for piece in _pieces(parameter, plan.shape, plan.layout, rank % (plan.world // plan.layout.pp)):
+            for piece in pieces_at(parameter, plan.shape, plan.layout, rank % (plan.world // plan.layout.pp)):
                 part = _at(whole[piece.name], piece.rows, piece.columns)
                 held[parameter.name][piece.at : piece.at + len(part)] = part
     return held

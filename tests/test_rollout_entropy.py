@@ -94,7 +94,7 @@ def test_each_token_has_its_entropy_and_log_prob(tmp_path: Path) -> None:
             assert completion.truncated == (completion.tokens[-1] != 7) and 7 not in completion.tokens[:-1]
 
 
-def _train(specs: list[Recipe], port: int) -> list[tuple[list[dict[str, Any]], dict[str, torch.Tensor], list[dict[str, Any]]]]:
+def train(specs: list[Recipe], port: int) -> list[tuple[list[dict[str, Any]], dict[str, torch.Tensor], list[dict[str, Any]]]]:
     """By each recipe: every step's metrics, the weights after the last, and the rows of its last roll-out file."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from megafork.train.inputs import read_inputs
@@ -129,8 +129,8 @@ def test_whole_steps_without_a_scoring_pass(tmp_path: Path) -> None:
     file = write_recipe(task, **sections)
     pair = [load_recipe(file, scored), load_recipe(file, [*scored, *sources, "run.name=tp", "rollout.mismatch_responses=4"])]
     split = load_recipe(file, ["parallel.cp=2", *sources, "run.name=cp", "rollout.mismatch_responses=0"])
-    (with_pass, wanted, rows), tensor = on_ranks(2, _train, pair, free_port(), engines=True)[0]
-    [context] = on_ranks(2, _train, [split], free_port(), engines=True)[0]
+    (with_pass, wanted, rows), tensor = on_ranks(2, train, pair, free_port(), engines=True)[0]
+    [context] = on_ranks(2, train, [split], free_port(), engines=True)[0]
     numbers = ("loss/policy", "grad_norm", "forks/tau", "forks/fraction", "entropy/mean", "entropy/forks", "entropy/p80", "accuracy/mean")
     for history, weights, found in (tensor, context):
         for metrics, theirs in zip(history, with_pass, strict=True):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ranks import free_port, on_ranks
 from task import make_task, write_recipe
 from test_experts import save
+from test_rollout_entropy import NGRAM, PROMPTS, train
 from tiny import FolderWeights, recipe
 from training import Rig, compare, reference, responses, specs, train_on_rank
 
@@ -26,7 +27,7 @@ from megafork.recipe_file import load_recipe
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.train.inputs import read_inputs
-from megafork.train.redistribute import Routing
+from megafork.train.redistribute import RoutingSize
 
 pytestmark = pytest.mark.slow
 REPLAY = {"rollout": {"routing": "replay"}}
@@ -125,9 +126,7 @@ def test_replay_at_equal_weights_changes_nothing(folder: Path) -> None:
 
 # ---- what engines report
 
-PROMPTS = [[(7 * i + n * i * i) % 99 for i in range(length)] for n, length in enumerate((100, 126, 3, 150, 126))]
 REQUESTS = [Request(prompt, 10 * n + sample) for n, prompt in enumerate(PROMPTS) for sample in range(3)]
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 ENGINES: dict[str, dict[str, Any]] = {
     "prompts in chunks and from a cache": {"max_num_batched_tokens": 48, "enable_prefix_caching": True},
     "speculation": {"speculative_config": NGRAM},
@@ -174,7 +173,7 @@ def test_engines_report_the_experts_of_each_token(tmp_path: Path) -> None:
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 8), st.sampled_from([4, 128, 256, 257, 4096]), st.randoms())
 @settings(max_examples=50, deadline=None)
 def test_routing_survives_its_journey(tokens: int, layers: int, chosen: int, experts: int, random: Any) -> None:
-    size = Routing(layers, chosen, experts)
+    size = RoutingSize(layers, chosen, experts)
     routing = torch.tensor([random.randrange(experts) for _ in range(tokens * layers * chosen)], dtype=torch.int16).view(
         tokens, layers, chosen
     )
@@ -183,22 +182,6 @@ def test_routing_survives_its_journey(tokens: int, layers: int, chosen: int, exp
 
 
 # ---- whole steps
-
-
-def _train(specs: list[Recipe], port: int) -> list[list[dict[str, Any]]]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from megafork.train.loop import Trainer
-    from megafork.train.run import build_learner
-
-    mesh = build_mesh(specs[0].parallel, seed=7, device=torch.device("cpu"))
-    histories = []
-    for spec in specs:
-        inputs = read_inputs(spec, supervised=False)
-        trainer = Trainer(spec, mesh, inputs, build_learner(inputs, spec, mesh, updates=2))
-        trainer.refit(0)
-        histories.append([trainer.step(step) for step in (1, 2)])
-        trainer.close()
-    return histories
 
 
 def test_whole_steps_replay_the_engines_choice(tmp_path: Path) -> None:
@@ -210,16 +193,17 @@ def test_whole_steps_replay_the_engines_choice(tmp_path: Path) -> None:
         "rollout": {"prompts": 8, "samples": 8, "max_response_length": 24, "dynamic_sampling": False},
         "reward": {"verifier": f"{task}/verifier.py:score", "workers": 1},
         "train": {"minibatches": 1},
-        "log": {"tensorboard": False},
+        "log": {"tensorboard": False, "rollouts_every": 1},
     }
     file = write_recipe(task, **sections)
     named = [
         (f"{dtype}-{routing}", [f"precision.dtype={dtype}", f"rollout.routing={routing}"])
         for dtype, routing in itertools.product(("fp32", "bf16"), ("none", "replay"))
     ]
-    plain, replayed, rough, corrected = on_ranks(
-        2, _train, [load_recipe(file, [*changes, f"run.name={name}"]) for name, changes in named], free_port(), engines=True, timeout_s=400
+    trained = on_ranks(
+        2, train, [load_recipe(file, [*changes, f"run.name={name}"]) for name, changes in named], free_port(), engines=True, timeout_s=400
     )[0]
+    plain, replayed, rough, corrected = (history for history, *_ in trained)
     numbers = ("loss/policy", "grad_norm", "forks/tau", "entropy/mean", "accuracy/mean", "rollout_mismatch/kl")
     for one, other in zip(plain, replayed, strict=True):
         assert {name: other[name] for name in numbers} == pytest.approx({name: one[name] for name in numbers}, rel=1e-4, abs=1e-6)

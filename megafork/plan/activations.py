@@ -35,16 +35,14 @@ class Layer:
         return self.norms + self.attention + self.mlp
 
 
-def layer(shape: Shape, recipe: Recipe, layers: Layers, *, sparse: bool = False, skew: float | None = None) -> Layer:
+def layer(shape: Shape, recipe: Recipe, layers: Layers, *, sparse: bool = False, skew: float = 1.0) -> Layer:
     """Bytes per token for `model.recompute` none or selective; under full, layers keep only `input`, and one at a time needs `total`.
 
-    `sparse`: a layer with experts. `skew`: how many more copies of tokens than the mean the rank gets; None: as assumed."""
+    `sparse`: a layer with experts. `skew`: copies of tokens that the rank gets, as a multiple of the mean."""
     one = _layer_on_cpu(shape, recipe) if layers == "cpu" else _layer_on_gpu(shape, recipe, fused=layers == "fused")
     if not sparse:
         return one
-    layout = recipe.parallel
-    unequal = experts.skew(layout) if skew is None else skew
-    return replace(one, mlp=experts.kept(shape, layout, WIDTH[recipe.precision.dtype], unequal, on_cpu=layers == "cpu"))
+    return replace(one, mlp=experts.kept(shape, recipe.parallel, WIDTH[recipe.precision.dtype], skew, on_cpu=layers == "cpu"))
 
 
 def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
@@ -134,8 +132,9 @@ def stage_activations(
     skew: float | None = None,
 ) -> Activations:
     """Activation memory for micro-batches of `tokens` (over all CP ranks) in which the head runs at `head_rows` positions. `skew`: as in
-    `layer`."""
+    `layer`; None: as assumed."""
     layout = recipe.parallel
+    skew = experts.skew(layout) if skew is None else skew
     local = tokens / layout.cp
     kinds = [shape.is_sparse(n) for chunk in range(layout.vpp) for n in chunk_layers(shape, layout, stage, chunk)]
     layer_of = {sparse: layer(shape, recipe, layers, sparse=sparse, skew=skew) for sparse in set(kinds)}
@@ -177,13 +176,11 @@ def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, *, on_cpu:
     return recomputed + max(moments.values()) + stream
 
 
-def _in_sparse_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, skew: float | None) -> float:
+def _in_sparse_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, skew: float) -> float:
     """Bytes needed at the peak of a layer with experts, on top of what all layers keep."""
-    layout = recipe.parallel
-    unequal = experts.skew(layout) if skew is None else skew
     stream = one.input * local
     recomputed = one.total * local + stream if recipe.model.recompute == "full" else 0.0
-    return recomputed + experts.working(shape, layout, WIDTH[recipe.precision.dtype], unequal) * local + stream
+    return recomputed + experts.working(shape, recipe.parallel, WIDTH[recipe.precision.dtype], skew) * local + stream
 
 
 def _whole_sequence(shape: Shape, recipe: Recipe, local: float) -> float:

@@ -86,11 +86,10 @@ def _alike(plan: Reshard) -> Iterator[tuple[Parameter, int]]:
         def kind(parameter: Parameter) -> tuple[Any, ...]:
             return parameter.rule, shards_of(parameter, plan.shape, plan.layout), plan.owner(parameter)
 
-        groups = Counter(kind(parameter) for parameter in bucket)
+        groups: dict[tuple[Any, ...], list[Parameter]] = {}
         for parameter in bucket:
-            count = groups.pop(kind(parameter), 0)
-            if count:
-                yield parameter, times * count
+            groups.setdefault(kind(parameter), []).append(parameter)
+        yield from ((members[0], times * len(members)) for members in groups.values())
 
 
 class LowerBound(NamedTuple):

@@ -23,7 +23,7 @@ from megafork.train.inputs import Inputs
 from megafork.train.learner import Learner
 from megafork.train.offload import Offload
 from megafork.train.prefetch import Prefetch
-from megafork.train.redistribute import Routing, redistribute
+from megafork.train.redistribute import RoutingSize, redistribute
 from megafork.train.remarks import Remarks, all_failed, mismatch
 from megafork.train.rollout_files import RolloutFiles, write_evaluation
 from megafork.train.run import Metrics, Run, Save, build_learner, unsaved
@@ -57,7 +57,7 @@ class Trainer:
         self.sampled = self.sampler.state()
         """The sampler's state after the last step's responses, for the checkpoint."""
         moe = inputs.shape.moe if recipe.routing_from == "rollout" else None
-        self.routing = Routing(inputs.shape.layers, moe.per_token, moe.experts) if moe else None
+        self.routing = RoutingSize(inputs.shape.layers, moe.per_token, moe.experts) if moe else None
         """The routing that responses carry."""
         self.reward_error: str | None = None
         """The reason for the first response that could not be judged; the same on every rank."""

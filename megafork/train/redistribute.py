@@ -24,7 +24,7 @@ def redistribute(
     mesh: Mesh,
     *,
     entropies: bool = False,
-    routing: Routing | None = None,
+    routing: RoutingSize | None = None,
 ) -> list[Response]:
     """Send each response to every rank of the DP rank that trains on it; returns this rank's, in the order of `outcomes`.
 
@@ -60,7 +60,7 @@ def redistribute(
     return [got[o.group, o.sample] for o in outcomes if (o.group, o.sample) in got]
 
 
-class Routing(NamedTuple):
+class RoutingSize(NamedTuple):
     """The size of a token's routing."""
 
     layers: int
@@ -87,7 +87,7 @@ class Routing(NamedTuple):
         return data.view(self.dtype)[: math.prod(shape)].to(torch.int16).view(shape)
 
 
-def _encode(response: Response, routing: Routing | None) -> Tensor:
+def _encode(response: Response, routing: RoutingSize | None) -> Tensor:
     numbers = torch.tensor([response.advantage, response.reward, response.accuracy], dtype=torch.float32).view(torch.int32)
     prompt = torch.tensor([response.prompt], dtype=torch.int32)
     floats = [response.log_probs.view(torch.int32), response.entropies.view(torch.int32)]  # the latter may be empty
@@ -95,7 +95,7 @@ def _encode(response: Response, routing: Routing | None) -> Tensor:
     return torch.cat([prompt, numbers, response.prompt_tokens, response.tokens, response.versions, *floats, *experts])
 
 
-def _decode(data: Tensor, outcome: Outcome, routing: Routing | None) -> Response:
+def _decode(data: Tensor, outcome: Outcome, routing: RoutingSize | None) -> Response:
     experts = torch.empty(0, dtype=torch.int16)
     if routing:
         fed = outcome.prompt_tokens + outcome.tokens - 1
