@@ -155,6 +155,13 @@ def make_rows(seed: int) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def write_rows(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
+    """Each list of rows as `folder`/NAME.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 # --- the untrained model ---
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -214,9 +221,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=WIDTH, choices=(96, 192, 384), help="of the model: 0.3, 1.1 or 4.4 million parameters")
     parser.add_argument("--experts", type=int, default=0, help="experts of each layer; 0: a dense model")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_rows(arguments.seed).items():
-        (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(arguments.out, make_rows(arguments.seed))
     write_model(arguments.out / "model", arguments.seed, width=arguments.width, experts=arguments.experts)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
 import runpy
 from collections.abc import Sequence
@@ -162,10 +161,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--seed", type=int, default=1, help="seed of the problems, their split and the random weights")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_rows(arguments.seed).items():
-        (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     countdown = runpy.run_path(str(Path(__file__).parent.parent / "quickstart" / "countdown.py"))
+    countdown["write_rows"](arguments.out, make_rows(arguments.seed))
     countdown["write_model"](arguments.out / "model", arguments.seed, words=vocabulary())
 
 
