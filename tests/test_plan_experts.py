@@ -17,7 +17,8 @@ from measure import Sent, largest_bucket, peak_bytes
 from public_models import MODELS
 from ranks import on_ranks
 from rich.console import Console
-from test_plan import H100, TOKENS, activation_recipe, check_held, forward_backward, learner_and_micros
+from test_plan import H100
+from test_plan_memory import TOKENS, activation_recipe, check_held, forward_backward, learner_and_micros
 from test_reshard import pieces_at
 from tiny import recipe
 from torch.testing._internal.distributed.fake_pg import FakeStore

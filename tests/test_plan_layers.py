@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import varlen
 from ranks import on_ranks
 from rich.console import Console
-from test_plan import H100, LONG, SHAPE, planned
+from test_plan import H100, LONG, planned
+from test_plan_memory import SHAPE
 from tiny import recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
