@@ -183,7 +183,7 @@ def test_layers_follow_the_recipe() -> None:
     assert in_fp32.layers == "plain" and in_fp32.with_other_layers is None
     ring = planned(parallel__cp=2, parallel__pp=2, parallel__cp_comm="p2p")
     assert ring.with_other_layers is not None and ring.with_other_layers.layers == "plain"
-    assert layers_of(B32, spec_of(precision__train_fp8=True)) == "fused"
+    assert layers_of(spec_of(precision__train_fp8=True)) == "fused"
 
 
 def test_fused_layers_are_offered_where_plain_ones_do_not_fit() -> None:
