@@ -11,7 +11,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import te_kernels
 import torch
+import training
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from tiny import recipe
 
 from megafork.model.build import PolicyConfig, build_chunks
@@ -32,6 +35,12 @@ def build_fused(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]:
     """The fused model of `build_policy`, on the CPU."""
     with _without_gpu():
         return build_chunks(shape, config, mesh, fused=True)
+
+
+def train_fused() -> None:
+    """Make `training` train fused layers in place of plain ones, with their kernels played by torch."""
+    te_kernels.play()
+    training.build_policy = build_fused
 
 
 @contextmanager
@@ -141,6 +150,8 @@ def save(kind: str, model: Path, layout: dict[str, Any], folder: Path) -> None:
     learner, shape = learner_of(kind, model, layout)
     load_policy(learner.chunks, HuggingFaceWeights(model), shape, learner.mesh)
     learner.optimizer.reload_model_params()
+    parts = itertools.chain(*(_weights(chunk, learner.mesh).values() for chunk in learner.chunks))
+    assert not any(isinstance(part, ShardedObject) and part.data is not None for part in parts), "no pickled settings"
     for state in states(learner):
         state["exp_avg"].copy_(2 * state["param"])
         state["exp_avg_sq"].copy_(state["param"].square())

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fused import KINDS, check_same_model, layer_names, load, model_of, needs_te, save
+import training
+from fused import KINDS, check_same_model, layer_names, load, model_of, needs_te, save, train_fused
 from ranks import on_ranks
 from task import make_task, write_recipe
 from tiny import save_model
@@ -223,3 +224,17 @@ def test_a_checkpoint_of_one_kind_loads_in_every_other(tmp_path: Path) -> None:
     """Strictly, weights and optimizer, under another layout, in bf16 and FP8."""
     model = save_model(tmp_path / "m", dtype=torch.bfloat16, num_hidden_layers=2, tie_word_embeddings=False)
     on_ranks(2, _there_and_back, model, tmp_path)
+
+
+# ---- three steps
+
+
+@needs_te
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP1", "TP2 SP", "PP2"])
+def test_three_steps_equal_the_float64_reference(layout: str, tmp_path: Path) -> None:
+    """With kernels that torch plays."""
+    folder = save_model(tmp_path, num_hidden_layers=2)
+    spec = training.specs(folder, {"parallel": LAYOUTS[layout]})[:1]
+    results = on_ranks(2 if LAYOUTS[layout] else 1, training.train_on_rank, spec, train_fused)
+    training.compare(results, [training.reference(spec[0])])
