@@ -3,6 +3,7 @@ Transformer Engine and a GPU: `tools/gpu_check.py`."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from responses import make_responses
+from rich.console import Console
 from task import make_task, write_recipe
 from tiny import recipe
 
@@ -20,6 +22,7 @@ from megafork.parallel.context import zigzag_index
 from megafork.plan.hardware import gpu_named
 from megafork.plan.models import KNOWN
 from megafork.plan.planner import make_plan
+from megafork.plan.table import render
 from megafork.recipe import Parallel, Precision, Recipe, RecipeError
 from megafork.recipe.model import Kernels
 from megafork.recipe_file import load_recipe
@@ -135,6 +138,9 @@ def test_the_plan_counts_the_experts_of_a_rank() -> None:
     inside = attention // 2 + 128 // 8 * (2048 * 2 * 768 + 768 * 2048)
     assert (plan.recipe.parallel.tp, plan.recipe.parallel.pp) == (2, 1) and plan.with_other_layers is None
     assert [stage.fp8_copies for stage in plan.stages] == [pytest.approx(2 * 48 * inside, rel=1e-3)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(plan, "the planner's table"))
+    assert "layers: fused, which alone have experts in FP8" in console.export_text()
     bf16 = make_plan(shape, load_recipe(file, ["precision.train_fp8=false", "parallel.ep=8"]), 16, gpu_named("h100"))
     assert bf16.step.update / 1.4 < plan.step.update < bf16.step.update
 

@@ -1,8 +1,8 @@
 """A model's parameters in a distributed checkpoint: keys, sizes and chunks, as in megatron-core's sharded state dict.
 
 The layers' parameters are stacked, one tensor per kind with layers as the first dimension, and so are the experts' of a layer. If only
-some layers have experts, each layer has tensors of its own. Names are those of Transformer Engine's fused layers. The gated MLP is all of
-gate followed by all of up, so that only the vocabulary's padding depends on the layout, and any padding can be loaded.
+some layers have experts, each layer has tensors of its own. Norms have the names of Transformer Engine's fused layers. The gated MLP is all
+of gate followed by all of up, so that only the vocabulary's padding depends on the layout, and any padding can be loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def are_stacked(shape: Shape) -> bool:
 def stored_parameters(shape: Shape, tp: int = 1) -> Iterator[Stored]:
     """Every parameter in the order of `mapping.parameters`, with the vocabulary padded for `tp`."""
     for parameter in parameters(shape):
-        name = (parameter.rule.fused or parameter.rule.megatron).removesuffix("*")
+        rule = parameter.rule
+        name = rule.fused or rule.megatron if parameter.expert is None else rule.megatron.replace("local_experts.*", "experts")
         whole = shard_shape(parameter, shape, 1)
         if parameter.rule.kind == "vocab":
             whole = (shape.padded_vocab(tp), *whole[1:])
