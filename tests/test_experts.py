@@ -15,8 +15,8 @@ from tiny import MODELS, recipe, save_model
 from training import Results, Rig, compare, reference, specs, train_on_rank
 
 from megafork.convert.convert import megatron_to_hf
-from megafork.model import fp8, precision
-from megafork.recipe import Parallel, Precision, Recipe, RecipeError
+from megafork.model import fp8
+from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import check_layout, check_rollout_tp, check_world, read_shape
 from megafork.train.inputs import read_inputs
 from megafork.weights.checkpoint import Checkpoints
@@ -256,7 +256,6 @@ def test_what_does_not_know_experts_says_so(tmp_path: Path) -> None:
     fp8_rollouts = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
     calls: dict[str, Callable[[], Any]] = {
         "precision.rollout_fp8 is true": lambda: fp8.check_rollouts(shape, fp8_rollouts),
-        "precision.train_fp8 is true": lambda: precision.check_training(shape, Precision(train_fp8=True), 1),
         "--fp8": lambda: megatron_to_hf(folder, tmp_path / "out", fp8=True),
     }
     for what, call in calls.items():

@@ -324,11 +324,15 @@ def test_search_and_fixes_know_expert_parallelism() -> None:
     for said in (
         "30,532,122,624 parameters, 3,353,032,704 active",
         f"experts ep {layout.ep} x etp 1",
-        "layers: plain, because the model has",
+        "layers: fused. With plain ones",
     ):
         assert said in text
     numbers = json.loads(json.dumps(found[0].to_dict()))
-    assert numbers["active_parameters"] == 3_353_032_704 and numbers["other_layers"] is None and numbers["layout"]["ep"] == layout.ep
+    assert (
+        numbers["active_parameters"] == 3_353_032_704
+        and numbers["other_layers"]["layers"] == "plain"
+        and numbers["layout"]["ep"] == layout.ep
+    )
     assert numbers["engine"]["experts"] < numbers["engine"]["weights"]
 
 
@@ -338,9 +342,7 @@ def test_search_and_fixes_know_expert_parallelism() -> None:
         ({"parallel__ep": 3}, r"parallel.ep is 3 but the model has 128 experts"),
         ({"parallel__ep": 64}, r"parallel.ep x etp is 64 x 1 = 64, which does not divide the 32 ranks"),
         ({"parallel__tp": 2}, r"parallel.tp is 2 without parallel.sp"),
-        ({"model__kernels": "fused"}, r"model.kernels is fused but the model has experts: set kernels=auto"),
-        ({"parallel__cp": 2, "parallel__cp_comm": "p2p"}, r"parallel.cp_comm is p2p with plain layers"),
-        ({"precision__train_fp8": True}, r"precision.train_fp8 is true: not yet supported for a mixture of experts"),
+        ({"precision__train_fp8": True, "model__kernels": "plain"}, r"precision.train_fp8 is true with model.kernels=plain"),
     ],
 )
 def test_wrong_input_is_one_clear_line(changes: dict[str, Any], said: str) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megafork.model.fp8 import BLOCK
 from megafork.plan.activations import Activations, stage_activations
 from megafork.plan.hardware import FRAGMENTS, GPUS_PER_NODE, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
 from megafork.plan.layers import layers_of
-from megafork.plan.parameters import WIDTH, Weights, layer_parameters, over_model, stage_weights
+from megafork.plan.parameters import WIDTH, Weights, chunk_layers, layer_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
-from megafork.shape import Shape, Span, stage_layers
+from megafork.shape import Rule, Shape, Span, stage_layers
 from megafork.weights.mapping import Parameter, shard_shape
 from megafork.weights.reshard import needed
 
@@ -82,26 +83,34 @@ def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemor
     micro_batches = 10**9  # enough to fill the pipeline
     whole = recipe.micro_batch_padding
     tokens = -(-recipe.micro_batch_tokens // whole) * whole
-    copies, colocated, parked = _fp8_copies(shape, recipe), not recipe.rollout.servers, recipe.rollout.park_training
+    colocated, parked = not recipe.rollout.servers, recipe.rollout.park_training
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
         counts = {"tokens": tokens, "micro_batches": micro_batches, "head_rows": tokens}
-        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(shape, recipe))
+        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(recipe))
         weights = stage_weights(shape, recipe, stage, gpus)
-        result.append(StageMemory(stage, layers, weights, activations, engine, layers * copies, buffer, colocated, parked))
+        copies = _fp8_copies(shape, recipe, stage)
+        result.append(StageMemory(stage, layers, weights, activations, engine, copies, buffer, colocated, parked))
     return result
 
 
-def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
-    """Bytes of the two FP8 copies of a layer's projections, including an fp32 scale per block."""
+def _fp8_copies(shape: Shape, recipe: Recipe, stage: int) -> int:
+    """Bytes of the two FP8 copies of a rank's projections, including an fp32 scale per block."""
     if not recipe.precision.train_fp8:
         return 0
+    family, layout = shape.family, recipe.parallel
 
-    def copies(parameter: Parameter) -> int:
-        size = math.prod(shard_shape(parameter, shape, recipe.parallel.tp))
-        return 2 * (size + 4 * size // BLOCK**2) if parameter.rule.fp8 else 0
+    def copies(rules: Iterable[Rule], parts: int) -> int:
+        sizes = (math.prod(shard_shape(Parameter(family, rule), shape, parts)) for rule in rules if rule.fp8)
+        return sum(2 * (size + 4 * size // BLOCK**2) for size in sizes)
 
-    return sum(copies(Parameter(shape.family, rule, 0)) for rule in shape.family.layer)
+    own = shape.moe.experts // layout.ep if shape.moe is not None else 0
+    of_layer = {
+        False: copies(family.layer, layout.tp),
+        True: copies(family.sparse_layer, layout.tp) + own * copies(family.experts, layout.expert_tp),
+    }
+    chunks = (chunk_layers(shape, layout, stage, chunk) for chunk in range(layout.vpp))
+    return sum(of_layer[shape.is_sparse(layer)] for layer in itertools.chain.from_iterable(chunks))
 
 
 def engines(recipe: Recipe, gpus: int) -> int:

@@ -20,7 +20,7 @@ class Model(Section):
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
     kernels: Kernels = "auto"
     """What computes the layers. `fused`: Transformer Engine's layers, which need a GPU and `precision.dtype: bf16`. `plain`: Megatron's and
-    PyTorch's own. `auto`: fused where both are possible, else plain. Weights and checkpoints are the same for both."""
+    PyTorch's own. `auto`: fused where both are possible, else plain. Weights and checkpoints are the same for both, and so is routing."""
 
     @field_validator("path")
     @classmethod
@@ -121,7 +121,8 @@ class Precision(Section):
     train_fp8: bool = False
     """The trainer's projections multiply in e4m3, forward and backward: activations and gradients in blocks of 1 x 128, weights of
     128 x 128, quantised on the fly by Transformer Engine. Stored weights, gradients and optimizer state keep their precision, and so do
-    embedding, head, norms and attention. Needs `dtype: bf16`, Transformer Engine, and a GPU that supports such blocks (H100, H200)."""
+    embedding, head, norms, attention and routers. Needs `dtype: bf16`, Transformer Engine, and a GPU that supports such blocks (H100,
+    H200); a mixture of experts also needs fused layers (`model.kernels`)."""
 
     @model_validator(mode="after")
     def _fp8_beside_bf16(self) -> Precision:
