@@ -24,7 +24,7 @@ from megafork.convert import fp8_folder
 from megafork.convert.checkpoint_keys import Stored, chunks, extra_state, stored_parameters
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
-from megafork.model.fp8 import CONFIG, Quantized
+from megafork.model.fp8 import Quantized, config_entries
 from megafork.recipe import Key, Parallel, RecipeError, calling
 from megafork.shape import Shape, check_layout, refuse_experts
 from megafork.weights.checksums import write_sums
@@ -115,7 +115,7 @@ def megatron_to_hf(
         fp8_folder.check_folder(model.shape, specs)
         specs, tensors = fp8_folder.quantized_specs(model.shape, specs), iter(Quantized(tensors, model.shape))
     tick = _counter(progress, specs, passes=1 + verify)
-    changes = _dtype_change(specs, dtype) | (CONFIG if fp8 else {})
+    changes = _dtype_change(specs, dtype) | (config_entries(model.shape) if fp8 else {})
     difference = None
     with calling(_AS_ARGUMENTS), replaced(target) as folder:
         plain = folder if quantize is None else folder / "plain"
