@@ -100,16 +100,29 @@ def test_a_refitted_engine_is_one_that_loaded_the_fp8_folder(
 @pytest.mark.slow
 def test_a_run_with_fp8_roll_outs(tmp_path: Path) -> None:
     """vLLM's log-probs are off by what FP8 rounds away, and the loss makes up for it."""
-    task = make_task(tmp_path, **WIDE)
+    steps = trained(make_task(tmp_path, **WIDE), loss={"mismatch": {"token_mask": [0.98, 1.02], "veto": 1e-4}})
+    assert all(1e-3 < step["rollout_mismatch/max"] < 2 and step["loss/importance"] != 1 for step in steps)
+    assert all(0 < step["loss/masked_fraction"] < 1 and 0.5 < step["rollout_mismatch/ess"] < 1 for step in steps)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_mixture_with_fp8_roll_outs(tmp_path: Path) -> None:
+    """The routers' inputs are off too, so the engine chooses other experts, which the trainer replays."""
+    task = make_task(tmp_path, architecture="Qwen3Moe", **EXPERTS)
+    steps = trained(task, rollout={"routing": "replay"}, loss={})
+    assert all(1e-3 < step["rollout_mismatch/max"] < 2 and step["loss/importance"] != 1 for step in steps)
+    assert any(step["experts/replaced"] > 0 for step in steps)
+
+
+def trained(task: Path, *, loss: dict[str, Any], **sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps that updated the policy, of a run with FP8 roll-outs."""
     (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
-    fp8: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16", "rollout_fp8": True}, "loss": {"importance_cap": 2.0}}
-    fp8["loss"]["mismatch"] = {"token_mask": [0.98, 1.02], "veto": 1e-4}
-    file = write_recipe(task, reward={"verifier": f"{task}/verifier.py:score"}, **fp8)
-    run_on_forks("train", file)
+    fp8: dict[str, Any] = {"precision": {"dtype": "bf16", "rollout_fp8": True}, "loss": {"importance_cap": 2.0, **loss}}
+    run_on_forks("train", write_recipe(task, reward={"verifier": f"{task}/verifier.py:score"}, **fp8, **sections))
     steps = [json.loads(line) for line in (task / "runs/run/metrics.jsonl").read_text().splitlines()][1:]
-    assert all(1e-3 < step["rollout_mismatch/max"] < 2 and step["loss/importance"] != 1 for step in steps if "loss/policy" in step)
-    assert all(0 < step["loss/masked_fraction"] < 1 and 0.5 < step["rollout_mismatch/ess"] < 1 for step in steps if "loss/policy" in step)
-    assert any("loss/policy" in step for step in steps)
+    updates = [step for step in steps if "loss/policy" in step]
+    assert updates
+    return updates
 
 
 def test_what_fp8_needs(tmp_path: Path) -> None:
