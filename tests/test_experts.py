@@ -15,7 +15,6 @@ from tiny import MODELS, recipe, save_model
 from training import Results, Rig, compare, reference, specs, train_on_rank
 
 from megafork.convert.convert import megatron_to_hf
-from megafork.model import fp8
 from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import check_layout, check_rollout_tp, check_world, read_shape
 from megafork.train.inputs import read_inputs
@@ -248,21 +247,6 @@ def test_ranks_that_do_not_hold_all_experts(layout: Parallel, ranks: int, said: 
 def test_etp_without_ep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parallel\.etp is 2 but parallel\.ep is 1"):
         recipe(tmp_path, parallel={"etp": 2})
-
-
-def test_what_does_not_know_experts_says_so(tmp_path: Path) -> None:
-    folder = save(tmp_path / "m", "MoE")
-    shape = read_shape(folder)
-    fp8_rollouts = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
-    calls: dict[str, Callable[[], Any]] = {
-        "precision.rollout_fp8 is true": lambda: fp8.check_rollouts(shape, fp8_rollouts),
-        "--fp8": lambda: megatron_to_hf(folder, tmp_path / "out", fp8=True),
-    }
-    for what, call in calls.items():
-        with pytest.raises(RecipeError) as caught:
-            call()
-        assert str(caught.value).startswith(f"{what}: not yet supported for a mixture of experts; ")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_dense_model_has_no_experts_to_balance(tmp_path: Path) -> None:

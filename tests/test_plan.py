@@ -17,6 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from command import megafork
+from fp8 import EXPERTS, WIDE
 from measure import largest_bucket
 from public_models import MODELS
 from rich.console import Console
@@ -75,9 +76,10 @@ def test_an_engine_holds_the_parts_that_it_loads(tp: int, architecture: str, tin
     assert engine.concurrent == (8 << 20) // (engine.token * 64)
 
 
-def test_an_engine_in_fp8_holds_what_vllm_would(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "sizes"), [("Qwen3", WIDE), ("Qwen3Moe", EXPERTS)])
+def test_an_engine_in_fp8_holds_what_vllm_would(architecture: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     """The bytes of an FP8 folder, less the padding of its vocabulary."""
-    folder = save_model(tmp_path / "in", dtype=torch.bfloat16, hidden_size=256, intermediate_size=384, num_key_value_heads=1, head_dim=128)
+    folder = save_model(tmp_path / "in", architecture, dtype=torch.bfloat16, **sizes)
     megatron_to_hf(folder, tmp_path / "fp8", fp8=True)
     spec = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
     stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "fp8/model.safetensors").values())

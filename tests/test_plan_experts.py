@@ -343,6 +343,10 @@ def test_search_and_fixes_know_expert_parallelism() -> None:
         ({"parallel__ep": 64}, r"parallel.ep x etp is 64 x 1 = 64, which does not divide the 32 ranks"),
         ({"parallel__tp": 2}, r"parallel.tp is 2 without parallel.sp"),
         ({"precision__train_fp8": True, "model__kernels": "plain"}, r"precision.train_fp8 is true with model.kernels=plain"),
+        (
+            {"precision__rollout_fp8": True, "loss__importance_cap": 2.0, "rollout__tp": 4},
+            r"192 rows a rank, .*; set rollout.whole_experts",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_line(changes: dict[str, Any], said: str) -> None:

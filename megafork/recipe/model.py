@@ -116,8 +116,8 @@ class Precision(Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; with bf16 the optimizer keeps fp32 main weights."""
     rollout_fp8: bool = False
-    """vLLM's projections in e4m3, in blocks of 128 x 128 with one scale each, quantised at every refit; embedding, head and norms stay
-    bf16. Needs `dtype: bf16` and `loss.importance_cap`."""
+    """vLLM's projections, experts' too, in e4m3, in blocks of 128 x 128 with one scale each, quantised at every refit; embedding, head,
+    norms and routers stay bf16. Needs `dtype: bf16` and `loss.importance_cap`."""
     train_fp8: bool = False
     """The trainer's projections multiply in e4m3, forward and backward: activations and gradients in blocks of 1 x 128, weights of
     128 x 128, quantised on the fly by Transformer Engine. Stored weights, gradients and optimizer state keep their precision, and so do

@@ -4,7 +4,6 @@ Imports neither torch nor transformers, so a wrong model folder is rejected in a
 """
 
 from megafork.shape.config import read_config, refuse_adapter
-from megafork.shape.experts import refuse_experts
 from megafork.shape.families import FAMILIES, unfused
 from megafork.shape.family import Family, HFTensor, Rule, Span
 from megafork.shape.layout import check_engines, check_layout, check_rollout_tp, check_world, stage_layers, stage_of_layer
@@ -29,7 +28,6 @@ __all__ = [
     "read_dtype",
     "read_shape",
     "refuse_adapter",
-    "refuse_experts",
     "stage_layers",
     "stage_of_layer",
     "unfused",
