@@ -5,6 +5,9 @@ Their kernels need a GPU (`tools/gpu`). Transformer Engine's modules can be buil
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,17 @@ def test_an_expert_s_tokens_are_padded_to_what_fp8_needs(tmp_path: Path) -> None
     [(rows, padded, distances)] = on_ranks(1, _rows_of_products, saved_model(tmp_path, "MoE", num_hidden_layers=1))
     assert sum(rows) == 37 * 2 and padded == [-(-count // 16) * 16 for count in rows] != rows
     assert max(distances) < 0.02
+
+
+# ---- tokens by expert
+
+
+@needs_te
+@pytest.mark.slow
+def test_tokens_are_sorted_as_in_plain_layers_and_added_up_in_fp32() -> None:
+    script = Path(__file__).parent / "te_sorting.py"
+    done = subprocess.run([sys.executable, script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- three steps
