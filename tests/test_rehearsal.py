@@ -30,11 +30,13 @@ from megafork.train.sft import cross_entropy, place
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.refit import Bridge
 
+THREE = {"train": {"micro_batch_tokens": 96}}
+"""Micro-batches of the step instead of five; one mini-batch has two. Stages, and ranks that share the responses, need more."""
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 SP": {"parallel": {"tp": 2, "sp": True}},
+    "TP2 SP": {"parallel": {"tp": 2, "sp": True}, **THREE},
     "PP2": {"parallel": {"pp": 2}},
     "PP2 VPP2": {"parallel": {"pp": 2, "vpp": 2}},
-    "CP2": {"parallel": {"cp": 2}},
+    "CP2": {"parallel": {"cp": 2}, **THREE},
     "DP2": {"optimizer": {"overlap": True}},
 }
 SWITCHES: list[dict[str, dict[str, Any]]] = [
