@@ -1,4 +1,4 @@
-"""Mixtures of experts: three steps in every layout against float64 transformers, bugs that are planted, and layouts that are refused."""
+"""Mixtures of experts: whole steps in every layout against float64 transformers, bugs that are planted, and layouts that are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.mark.parametrize("layout", by_speed(LAYOUTS, ("EP2 overlap", "EP2 TP2")))
-def test_three_steps_equal_the_float64_reference(layout: str, wanted: Case) -> None:
+def test_whole_steps_equal_the_float64_reference(layout: str, wanted: Case) -> None:
     folder, expected, plain = wanted
     world, sections = LAYOUTS[layout]
     compare(on_ranks(world, train_on_rank, specs_of(folder, sections)), expected, plain)

@@ -23,6 +23,7 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes 12 s and gains nothing at this size
     "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",  # drafts from n-grams make OpenMP's threads as many in the whole process: ranks then wait for each other
 }
 
 
