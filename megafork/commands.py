@@ -66,7 +66,7 @@ def run(command: Command, recipe: Recipe) -> int:
                 ranks.say(lost)
             return DONE
         if ranks.is_main():
-            sys.stdout.write(f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel, inputs.shape)}\n")
+            sys.stdout.write(f"layers: {choose(recipe.model.kernels, recipe.precision, recipe.parallel)}\n")
             sys.stdout.flush()  # before the ranks write
         _say(inputs.remarks)
         job = partial(_train, command, recipe, inputs if joined else None)
@@ -214,9 +214,9 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
 
     if command == "train":
         fp8.check_rollouts(shape, recipe)
-    precision.check_training(shape, recipe.precision, recipe.parallel.tp)
+    precision.check_training(shape, recipe.precision, recipe.parallel, recipe.model.kernels)
     precision.check_machine(recipe.precision)
-    kernels.choose(recipe.model.kernels, recipe.precision, recipe.parallel, shape)
+    kernels.choose(recipe.model.kernels, recipe.precision, recipe.parallel)
     boards.check_boards(recipe.log)
     check_profile(recipe.log)
     if command == "train":

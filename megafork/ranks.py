@@ -186,14 +186,14 @@ def _explain(failures: list[_Started], logs: Path) -> int:
     if not failures:
         return DONE
     first = min(failures, key=when)
-    code, message = first.process.returncode, told[first.number]["message"] if first.number in told else None
-    if code == WRONG_INPUT and message:
-        raise RecipeError(message)
-    if code < 0:
-        say(f"rank {first.number} was killed by {signal.Signals(-code).name}")
-    elif message:
-        say(message)
+    code = first.process.returncode
+    if (said := told.get(first.number)) is not None:  # also if it was stopped between recording this and ending
+        if said["code"] == WRONG_INPUT:
+            raise RecipeError(said["message"])
+        say(said["message"])
         say(f"rank {first.number} failed")
+    elif code < 0:
+        say(f"rank {first.number} was killed by {signal.Signals(-code).name}")
     else:
         say(f"rank {first.number} ended with exit code {code} and recorded no reason")
     say(f"all ranks were stopped; their output is in {logs}")
@@ -209,18 +209,19 @@ def _rank(job: Job) -> int:
     try:
         return job()
     except RecipeError as error:
-        record(str(error))
+        record(str(error), WRONG_INPUT)
         return WRONG_INPUT
     except BaseException as error:  # noqa: BLE001 - every failure must be reported to the launcher
         record(full_disk(error) or traceback.format_exc())
         return FAILED
 
 
-def record(message: str) -> None:
-    """Report why this rank failed, in the file that the launcher or torchrun reads, or without a launcher on standard error."""
+def record(message: str, code: int = FAILED) -> None:
+    """Report why this rank fails and with which exit code, in the file that the launcher or torchrun reads, or without a launcher on
+    standard error."""
     file = os.environ.get(_ERROR_FILE)
     if file:
-        told = {"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns()}
+        told = {"message": message, "code": code, "timestamp": int(time.time()), "time_ns": time.time_ns()}
         Path(file).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
     if _LAUNCHER not in os.environ:
         say(f"rank {os.environ['RANK']}: {message}")

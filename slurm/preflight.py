@@ -26,8 +26,6 @@ from megafork.compat import noise
 from megafork.data.hub import local_model
 from megafork.doctor import examine
 from megafork.plan.hardware import Gpu, gpu_here
-from megafork.plan.planner import make_plan
-from megafork.plan.table import verdict
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.shape import read_shape
@@ -110,6 +108,9 @@ def planned(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[
     shape = read_shape(Path(recipe.model.path))
     if command == "sft" or shape.moe is not None:
         return
+    from megafork.plan.planner import make_plan  # imports Megatron, as `complete` below
+    from megafork.plan.table import verdict
+
     plan = make_plan(shape, recipe, ranks, gpu)
     if not plan.fits:
         lines = [Text.from_markup(line).plain for line in verdict(plan)]

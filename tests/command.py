@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import runpy
@@ -67,6 +68,7 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
+    gc.freeze()  # as `ranks` does
     own_thread_pool()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

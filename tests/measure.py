@@ -1,13 +1,18 @@
-"""Measures the actual cost of a call: the collectives that it sends, and its peak memory in bytes."""
+"""Measures the actual cost of a call: the collectives that it sends, and its peak memory; counts the buffer of a refit from its plan."""
 
 from __future__ import annotations
 
 import gc
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megafork.weights.mapping import shards_of
+from megafork.weights.reshard import Reshard
 
 
 class Sent(TorchDispatchMode):
@@ -40,3 +45,20 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def largest_bucket(plan: Reshard) -> int:
+    """Most bytes in bf16 that a rank holds for one bucket of a refit: its whole tensors, and what it sends and receives in one round.
+    Parameters of one rule that the same ranks hold are counted once: their transfers are alike."""
+    largest = 0
+    for bucket, _ in plan.alike:
+        moved = Counter[tuple[bool, int]]()
+        kinds = Counter((p.rule, shards_of(p, plan.shape, plan.layout), plan.owner(p)) for p in bucket)
+        for parameter in bucket:
+            times = kinds.pop((parameter.rule, shards_of(parameter, plan.shape, plan.layout), plan.owner(parameter)), 0)
+            for transfer in plan.transfers([parameter] if times else []):
+                for rank in {transfer.source, transfer.target} if transfer.source != transfer.target else ():
+                    moved[transfer.relayed, rank] += times * transfer.numel
+        whole = sum(math.prod(plan.full_shape(name)) for parameter in bucket for name in parameter.huggingface())
+        largest = max(largest, whole + max(moved.values(), default=0))
+    return 2 * largest

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -52,13 +54,23 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: fl
                     process.join()
 
 
+@functools.cache
 def import_vllm() -> None:
+    """What vLLM does once in each process with an engine, done here for all that are forked from this one."""
     from megafork.compat import vllm as vllm_fixes
 
     vllm_fixes.prepare()
     import vllm.entrypoints.llm
     import vllm.model_executor.models.qwen3
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure_logging_if_needed(LoggingConfig())
+    CpuPlatform.register_triton_kernel_overrides()
+    # each engine would look through all modules again
+    setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(lambda: None))  # noqa: B010
 
 
 def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
@@ -84,6 +96,7 @@ def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
 
 def _child(rank: int, world: int, store: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what is inherited never becomes garbage here, and takes long to look through
     own_thread_pool()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:

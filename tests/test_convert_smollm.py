@@ -5,15 +5,13 @@ Two ranks cannot share its nine heads, but the format is independent of the layo
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from smollm import save_smollm
 
 from megafork.convert.convert import hf_to_megatron, megatron_to_hf
@@ -21,29 +19,23 @@ from megafork.weights.huggingface import HuggingFaceWeights
 
 pytestmark = pytest.mark.slow
 
-_GENERATE = """
-import json, sys
-from megafork.compat import vllm as fixes
-fixes.prepare()
-import vllm
-asked = [[{"role": "user", "content": text}] for text in json.loads(sys.argv[1])]
-said, engines = [], []  # an engine that is dropped would take the process groups along
-for folder in sys.argv[2:]:
-    llm = vllm.LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=256, max_num_seqs=4)
-    done = llm.chat(asked, vllm.SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
-    engines.append(llm)
-    said.append([[out.outputs[0].text, list(out.outputs[0].token_ids)] for out in done])
-print(json.dumps(said))
-"""
 QUESTIONS = ["What is the capital of France?", "Write the first three even numbers.", "Say hello in German."]
 
 
-def _answers(*models: Path) -> list[Any]:
+def _answers(folders: list[Path], port: int) -> list[list[tuple[str, list[int]]]]:
     """What each model says to the questions."""
-    command = [sys.executable, "-c", _GENERATE, json.dumps(QUESTIONS), *map(str, models)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    import vllm
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    asked = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    said, engines = [], []  # an engine that is dropped would take the process groups along
+    for folder in folders:
+        how: dict[str, Any] = {"distributed_executor_backend": "external_launcher", "dtype": "float32", "enforce_eager": True}
+        llm = vllm.LLM(str(folder), kv_cache_memory_bytes=64 << 20, max_model_len=256, max_num_seqs=4, **how)
+        done = llm.chat(asked, vllm.SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+        engines.append(llm)
+        said.append([(out.outputs[0].text, list(out.outputs[0].token_ids)) for out in done])
+    return said
 
 
 def _there(source: Path, target: Path) -> float | None:
@@ -59,6 +51,6 @@ def test_there_and_back_and_the_same_text(tmp_path: Path) -> None:
     for name in before.names():
         rows = (0, before.shape(name)[0])
         assert torch.equal(before.read(name, rows), after.read(name, rows)) and before.dtype(name) == after.dtype(name), name
-    first, second = _answers(source, tmp_path / "back")
+    [(first, second)] = on_ranks(1, _answers, [source, tmp_path / "back"], free_port(), engines=True)
     assert "Paris" in first[0][0]
     assert second == first

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import import_vllm, on_ranks
 from task import make_task, write_recipe
+from tiny import save_model
 from torch import Tensor
 
 from megafork.model.attention import PackedSequences
@@ -185,7 +186,7 @@ def test_a_server_of_vllm_is_told_what_an_engine_in_the_ranks_is(config: EngineC
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    config = replace(config, model=str(tmp_path))
+    config = replace(config, model=str(save_model(tmp_path / "m", "Qwen3Moe")))
     _, _, _, *words = command(config, "127.0.0.1", 8000)
     read = AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(words))
     for name, value in engine_arguments(config, on_gpu=torch.cuda.is_available()).items():

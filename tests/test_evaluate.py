@@ -1,134 +1,31 @@
-"""`megafork eval`: its numbers against brute force and transformers, its files after a kill, and mistakes in its input."""
+"""What `megafork eval` reads and writes: benchmarks, options, its files after a kill, and mistakes in its input."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-import os
 import shutil
-import signal
-import subprocess
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from command import megafork, start_megafork
+from evaluation import options_for, own_verifier, write_rows
 from held import another
-from hypothesis import given
-from hypothesis import strategies as st
-from ranks import free_port, on_ranks
-from smollm import save_smollm
 from task import make_task
 from tiny import save_model
 
 from megafork import commands
 from megafork.convert.convert import hf_to_megatron
 from megafork.convert.named import NamedModel, find_model
-from megafork.data.prompts import Prompt
-from megafork.data.reward import Verifiers
 from megafork.data.templates import template_text
 from megafork.data.tokenizer import load_tokenizer
 from megafork.evaluate.benchmarks import KNOWN, load_benchmarks
 from megafork.evaluate.inputs import read_inputs
-from megafork.evaluate.judge import Answered, judge
-from megafork.evaluate.metrics import estimate, majority_at, pass_at
-from megafork.evaluate.options import Decoding, EvaluationOptions, decodings
-from megafork.evaluate.results import judge_responses
+from megafork.evaluate.options import Decoding, decodings
 from megafork.recipe import Data, RecipeError, Reward
 from megafork.rl.fork_temperature import ForkTemperature, sweep
 from megafork.rollout.engine import Completion
 from megafork.rollout.store import Store
-
-SAMPLES = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 3)), st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=7)
-
-
-def _subsets(samples: list[Any], k: int) -> list[tuple[Any, ...]]:
-    return list(itertools.combinations(samples, k))
-
-
-@given(SAMPLES, st.data())
-def test_pass_at_k_is_the_mean_best_of_all_subsets(samples: list[Any], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(samples)))
-    accuracies = [accuracy for _, accuracy in samples]
-    best = [max(subset) for subset in _subsets(accuracies, k)]
-    assert pass_at(accuracies, k) == pytest.approx(sum(best) / len(best))
-
-
-@pytest.mark.parametrize(("n", "right", "k"), [(16, 0, 8), (16, 3, 8), (16, 9, 8), (16, 16, 1), (200, 7, 100)])
-def test_pass_at_k_is_the_unbiased_estimator(n: int, right: int, k: int) -> None:
-    want = 1 - math.comb(n - right, k) / math.comb(n, k)
-    assert pass_at([1.0] * right + [0.0] * (n - right), k) == pytest.approx(want, abs=1e-12)
-
-
-def _majority(subset: tuple[tuple[int | None, float], ...], accuracy: dict[int, float]) -> float:
-    votes = [vote for vote, _ in subset if vote is not None]
-    if not votes:
-        return 0.0
-    most = max(votes.count(vote) for vote in votes)
-    winners = [vote for vote in set(votes) if votes.count(vote) == most]
-    return sum(accuracy[vote] for vote in winners) / len(winners)
-
-
-@given(SAMPLES, st.data())
-def test_maj_at_k_is_the_mean_over_all_subsets(samples: list[Any], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(samples)))
-    voters = {vote: [a for other, a in samples if other == vote] for vote, _ in samples if vote is not None}
-    accuracy = {vote: sum(each) / len(each) for vote, each in voters.items()}
-    want = [_majority(subset, accuracy) for subset in _subsets(samples, k)]
-    got = majority_at([a for _, a in samples], [vote for vote, _ in samples], k)
-    assert got == pytest.approx(sum(want) / len(want))
-
-
-def test_maj_at_k_of_many_samples_is_quick() -> None:
-    started = time.process_time()
-    value = majority_at([1.0] * 20 + [0.0] * 44, [0] * 20 + list(range(1, 45)), 32)
-    assert value > 0.99 and time.process_time() - started < 5
-
-
-def test_the_interval_is_that_of_resampled_problems() -> None:
-    """Of problems that are right or wrong, the resampled mean is binomial."""
-    n, right = 40, 10
-    values = [1.0] * right + [0.0] * (n - right)
-    result = estimate(values)
-    share = [math.comb(n, c) * (right / n) ** c * (1 - right / n) ** (n - c) for c in range(n + 1)]
-    low = next(c for c in range(n + 1) if sum(share[: c + 1]) >= 0.025)
-    high = next(c for c in range(n + 1) if sum(share[: c + 1]) >= 0.975)
-    assert result.mean == right / n
-    assert result.low == pytest.approx(low / n, abs=1e-12) and result.high == pytest.approx(high / n, abs=1e-12)
-    assert estimate(values) == result, "the same each time"
-    assert estimate([0.3]).low == estimate([0.3]).high == pytest.approx(0.3)
-
-
-def _problem(answer: str) -> Prompt:
-    return Prompt(0, "?", (1,), {"prompt": "?", "answer": answer})
-
-
-def _answered(*texts: str) -> list[Answered]:
-    return [Answered(text, len(text), False) for text in texts]
-
-
-def test_equal_answers_vote_together() -> None:
-    first = _answered(r"\boxed{0.5}", r"\boxed{3}", r"so \boxed{\frac{1}{2}}", r"\boxed{\frac{6}{2}}", "3", r"\boxed{ }", r"\boxed{1/2}")
-    second = _answered(r"\boxed{2}</think>\boxed{1}", r"\boxed{1.0}")
-    with Verifiers(Reward(verifier="math", overlong="none")) as verifiers:
-        one, other = judge([_problem("1/2"), _problem("7")], [first, second], verifiers, "math")
-    assert one.accuracies == [1, 0, 1, 0, 0, 0, 1]
-    assert one.votes[0] == one.votes[2] == one.votes[6] and one.votes[1] == one.votes[3] != one.votes[0]
-    assert one.votes[4:6] == [None, None], "without a box, or with an empty one, it does not vote"
-    assert other.accuracies == [0, 0] and other.votes[0] == other.votes[1]
-    assert (one.lengths[1], one.errors) == (len(first[1].text), [])
-
-
-def test_other_verifiers_compare_texts() -> None:
-    with Verifiers(Reward(verifier="exact", overlong="none")) as verifiers:
-        (judged,) = judge([_problem("5")], [_answered("5", "5.0", " 5 ", "")], verifiers, "exact")
-    assert judged.accuracies == [1, 0, 1, 0] and judged.votes == [0, 1, 0, None]
 
 
 def _written(folder: Path, *samples: int) -> Path:
@@ -162,7 +59,7 @@ def test_a_damaged_line_further_up_is_named(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_do_not_write_one_folder(task: Path, tmp_path: Path) -> None:
-    options = _options(task, out=str(tmp_path), verifier="exact")
+    options = options_for(task, out=str(tmp_path), verifier="exact")
     job = read_inputs(options).job()
     with another(job.store(job.samplings[0]).folder), pytest.raises(RecipeError, match=r"--out is .*: another process is writing there"):
         commands.evaluate(options)
@@ -197,14 +94,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task(tmp_path_factory.mktemp("task"))
 
 
-def _rows(file: Path, rows: list[dict[str, Any]]) -> str:
-    if file.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 SCHEMAS: dict[str, dict[str, Any]] = {
     "aime24": {"id": 60, "problem": "max 1 2 =", "solution": "...", "answer": "2", "url": "", "year": "2024"},
     "amc23": {"id": 0, "question": "max 1 2 =", "answer": 2.0, "url": ""},
@@ -215,7 +104,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_files_of_the_hubs_schemas(ending: str, task: Path, tmp_path: Path) -> None:
-    words = [f"{name}={_rows(tmp_path / f'{name}.{ending}', [row, row])}" for name, row in SCHEMAS.items()]
+    words = [f"{name}={write_rows(tmp_path / f'{name}.{ending}', [row, row])}" for name, row in SCHEMAS.items()]
     tokenizer = load_tokenizer(str(task / "model"))
     data = Data(train="unused", max_prompt_length=8)
     found = load_benchmarks((*words,), data, limit=None, reward=Reward(), tokenizer=tokenizer)
@@ -230,7 +119,7 @@ def test_a_problem_that_a_file_repeats_is_one_problem(task: Path, tmp_path: Path
     """verl's aime-2024.parquet has each of the 30 problems 32 times: they say no more about other problems than 30 rows do."""
     rows = [{"prompt": f"max {a} 4 =", "answer": str(max(a, 4))} for a in range(6)]
     other = {"prompt": "max 0 4 =", "answer": "0"}
-    words = ("once=" + _rows(tmp_path / "once.jsonl", rows), "x32=" + _rows(tmp_path / "x32.jsonl", [*rows * 32, other]))
+    words = ("once=" + write_rows(tmp_path / "once.jsonl", rows), "x32=" + write_rows(tmp_path / "x32.jsonl", [*rows * 32, other]))
     remarks: list[str] = []
     tokenizer = load_tokenizer(str(task / "model"))
     once, many = load_benchmarks(words, Data(train="unused"), limit=None, reward=Reward(), tokenizer=tokenizer, remark=remarks.append)
@@ -242,7 +131,7 @@ def test_a_problem_that_a_file_repeats_is_one_problem(task: Path, tmp_path: Path
 def test_a_benchmark_is_a_folder_or_a_glob_too(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     for n in range(2):
-        _rows(tmp_path / f"mine/test-{n}.parquet", [{"problem": f"max {n} 4 =", "gold": "4"}])
+        write_rows(tmp_path / f"mine/test-{n}.parquet", [{"problem": f"max {n} 4 =", "gold": "4"}])
     monkeypatch.chdir(tmp_path)
     tokenizer = load_tokenizer(str(task / "model"))
     for word, name in (("mine", "mine"), ("mine/", "mine"), ("m=mine/test-*.parquet", "m"), (str(tmp_path / "mine"), "mine")):
@@ -258,11 +147,11 @@ def test_prompts_are_encoded_as_the_options_say(task: Path, tmp_path: Path) -> N
     (model / "tokenizer_config.json").write_text(
         json.dumps(settings | {"bos_token": "max", "chat_template": "{{ messages[0].content }}{% if short %} 1{% endif %}"})
     )
-    odd = _rows(tmp_path / "odd.jsonl", [{"task": "1 2 =", "gold": 2}])
+    odd = write_rows(tmp_path / "odd.jsonl", [{"task": "1 2 =", "gold": 2}])
     asked = {"model": str(model), "benchmarks": (odd,), "columns": "{prompt: task, answer: gold}"}
 
     def prompt(**options: Any) -> tuple[str, int]:
-        problem = read_inputs(_options(task, **asked, **options)).benchmarks[0].problems[0]
+        problem = read_inputs(options_for(task, **asked, **options)).benchmarks[0].problems[0]
         return problem.text, problem.tokens.count(1)
 
     assert prompt() == ("1 2 =", 0) and prompt(add_bos="true") == ("1 2 =", 1)
@@ -288,21 +177,6 @@ def test_templates_are_the_papers_and_qwens(task: Path, tmp_path: Path) -> None:
     assert qwen == f"<|im_start|>user\nQ\n{ask}<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(RecipeError, match="--template is 'papr': must be one of paper, qwen, plain, chat, or a text"):
         template_text("papr", tokenizer)
-
-
-def _options(task: Path, **changes: Any) -> EvaluationOptions:
-    values: dict[str, Any] = {
-        "model": str(task / "model"),
-        "benchmarks": (str(task / "held_out.jsonl"),),
-        "samples": 4,
-        "template": "plain",
-        "verifier": "exact",
-        "workers": 1,
-        "ranks": 1,
-        "kv_cache_mb": 32,
-        "out": str(task / "evaluations"),
-    }
-    return EvaluationOptions(**{**values, **changes})
 
 
 def test_what_the_options_ask_for() -> None:
@@ -344,12 +218,12 @@ def test_wrong_settings(case: str, task: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(task)
     changes, message = WRONG[case]
     with pytest.raises(RecipeError) as caught:
-        read_inputs(_options(task, **changes))
+        read_inputs(options_for(task, **changes))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_wrong_files(task: Path, tmp_path: Path) -> None:
-    unanswered = _rows(tmp_path / "mine.jsonl", [{"prompt": "max 1 2 =", "answer": "2"}, {"question": "max 1 3 =", "level": 2}])
+    unanswered = write_rows(tmp_path / "mine.jsonl", [{"prompt": "max 1 2 =", "answer": "2"}, {"question": "max 1 3 =", "level": 2}])
     other = Path(shutil.copytree(task / "model", tmp_path / "other"))
     vocabulary = json.loads((other / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"] |= {"eleven": len(vocabulary["model"]["vocab"])}
@@ -365,162 +239,21 @@ def test_wrong_files(task: Path, tmp_path: Path) -> None:
         ({"model": str(tmp_path / "run")}, "it has neither a config.json nor checkpoints; give"),
     ):
         with pytest.raises(RecipeError, match=message):
-            read_inputs(_options(task, **changes))
-    assert read_inputs(_options(task, benchmarks=(unanswered,), verifier=_own(tmp_path))).benchmarks, (
+            read_inputs(options_for(task, **changes))
+    assert read_inputs(options_for(task, benchmarks=(unanswered,), verifier=own_verifier(tmp_path))).benchmarks, (
         "a verifier of one's own needs no answer"
     )
     shutil.copytree(task / "model", tmp_path / "run/hf")
-    assert read_inputs(_options(task, model=str(tmp_path / "run"))).model.folder == tmp_path / "run/hf"
-
-
-def _own(folder: Path) -> str:
-    """Right if the answer stands anywhere in the response: of a random model some are, and some are not."""
-    (folder / "own.py").write_text("def score(text, row):\n    return row['answer'] in text.split()\n")
-    return f"{folder / 'own.py'}:score"
+    assert read_inputs(options_for(task, model=str(tmp_path / "run"))).model.folder == tmp_path / "run/hf"
 
 
 def test_a_verifier_that_fails_on_everything_fails_the_evaluation(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.py").write_text("def score(text, row):\n    return {}[text]\n")
     for verifier, code in ((f"{tmp_path / 'own.py'}:score", commands.FAILED), ("exact", commands.DONE)):
-        options = _options(task, samples=1, limit=2, verifier=verifier, out=str(tmp_path))
+        options = options_for(task, samples=1, limit=2, verifier=verifier, out=str(tmp_path))
         job = read_inputs(options).job()
         with job.store(job.samplings[0]).append(0) as write:
             for prompt, sample in job.missing()[0]:
                 write((prompt, sample), Completion([3], [-1.0], False, [0]), "2")
         assert commands.evaluate(options)[0] == code
         assert ("the verifier failed on all 2 responses to" in "".join(capsys.readouterr())) == bool(code)
-
-
-def _evaluate(each: list[EvaluationOptions], port: int) -> list[Any]:
-    """On a rank: what `commands.evaluate` does, without starting ranks."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from megafork.rollout.sample import sample
-
-    results = []
-    for options in each:
-        inputs = read_inputs(options)
-        sample(inputs.job(), inputs.model.tensors(), torch.device("cpu"))
-        torch.distributed.barrier()
-        results.append(judge_responses(inputs) if torch.distributed.get_rank() == 0 else None)
-    return results
-
-
-def _lines(options: EvaluationOptions) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in sorted(Path(options.out).rglob("part-*.jsonl")) for line in file.read_text().splitlines()]
-
-
-def _key(line: dict[str, Any]) -> tuple[int, str]:
-    return line["sample"], line["prompt"]
-
-
-def _numbers(results: Any) -> Any:
-    return results["results"]
-
-
-def _check_greedy(options: EvaluationOptions) -> None:
-    """Each decoding of the options must be greedy; against transformers' own generation in fp32, one problem at a time."""
-    import transformers
-
-    inputs = read_inputs(options)
-    ((results,),) = on_ranks(1, _evaluate, [options], free_port(), engines=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    right, lengths, cut = [], [], []
-    for problem in inputs.benchmarks[0].problems:
-        prompt, eos = torch.tensor([problem.tokens]), list(inputs.tokenizer.eos_ids)
-        greedy = model.generate(prompt, do_sample=False, max_new_tokens=options.max_tokens, eos_token_id=eos, pad_token_id=0)
-        answer = greedy[0, prompt.shape[1] :].tolist()
-        right.append(float(problem.row["answer"] in inputs.tokenizer.decode(answer).split()))
-        lengths.append(len(answer))
-        cut.append(float(answer[-1] not in eos))
-    count = len(right)
-    assert 0 < sum(right) < count and sum(cut) > 0, "choose another seed: the test would show little"
-    for row in _numbers(results):
-        assert row["by_problem"] == right and row["avg@1"]["mean"] == row["pass@1"]["mean"] == row["maj@1"]["mean"] == sum(right) / count
-        assert row["length"]["mean"] == pytest.approx(sum(lengths) / count)
-        assert row["truncated"]["mean"] == pytest.approx(sum(cut) / count)
-    assert json.loads(Path(results["file"]).read_text()) == json.loads(json.dumps(results))
-
-
-GREEDY = (Decoding(temperature=0.0), Decoding(forks=ForkTemperature(0.0, 0.0)))
-"""A greedy decoding, and one whose forking temperatures are both 0."""
-
-
-@pytest.mark.slow
-def test_greedy_evaluation_is_that_of_transformers(task: Path, tmp_path: Path) -> None:
-    _check_greedy(_options(task, samples=1, max_tokens=9, decodings=GREEDY, verifier=_own(tmp_path), out=str(tmp_path)))
-
-
-@pytest.mark.slow
-def test_real_weights(task: Path, tmp_path: Path) -> None:
-    """SmolLM2-135M in its chat template."""
-    model = save_smollm(tmp_path / "smollm")
-    rows = [{"question": f"What is {a} + {b}? Answer with the number only.", "answer": str(a + b)} for a, b in ((1, 1), (2, 3), (48, 17))]
-    source, own = _rows(tmp_path / "sums.jsonl", rows), _own(tmp_path)
-    _check_greedy(
-        _options(
-            task,
-            model=str(model),
-            benchmarks=(source,),
-            template="chat",
-            samples=1,
-            max_tokens=12,
-            decodings=GREEDY,
-            dtype="fp32",
-            verifier=own,
-            kv_cache_mb=64,
-            out=str(tmp_path),
-        )
-    )
-
-
-def _arguments(options: EvaluationOptions, *more: str) -> list[str]:
-    """Of `megafork`, as a user gives them."""
-    values = {
-        "benchmarks": options.benchmarks[0],
-        "samples": options.samples,
-        "max-tokens": options.max_tokens,
-        "template": options.template,
-        "verifier": options.verifier,
-        "ranks": 1,
-        "kv-cache-mb": 32,
-        "out": options.out,
-    }
-    arguments = [f"--{name}={value}" for name, value in values.items()] + [f"--k={k}" for k in options.ks]
-    return ["eval", options.model, *arguments, *more]
-
-
-@pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_stood(task: Path, tmp_path: Path) -> None:
-    """Killed by SIGKILL, continued, asked again, and asked for more samples; against two ranks that were never disturbed."""
-    options = _options(task, samples=8, max_tokens=24, ks=(1, 2, 8), verifier=_own(tmp_path), out=str(tmp_path / "killed"))
-    victim = start_megafork(*_arguments(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (found := list(Path(options.out).rglob("part-0.jsonl"))) or found[0].stat().st_size < 1000:
-        assert victim.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.005)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    written = found[0].read_text()
-    kept = written[: written.rfind("\n") + 1]
-    assert 0 < kept.count("\n") < 160
-
-    again = megafork(*_arguments(options, "--json"), cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    results = json.loads(again.stdout.splitlines()[-1])
-    assert found[0].read_text().startswith(kept), "what was there is there, and was not written again"
-    assert len(_lines(options)) == len(set(map(_key, _lines(options)))) == 160
-
-    whole, (logs,) = found[0].read_bytes(), Path(options.out).rglob("logs")
-    shutil.rmtree(logs)
-    third = megafork(*_arguments(options, "--json"), cwd=tmp_path)
-    assert json.loads(third.stdout.splitlines()[-1]) == results
-    assert found[0].read_bytes() == whole and not logs.exists(), "the same call starts no rank"
-
-    more = read_inputs(replace(options, samples=9)).job().missing()
-    assert [sample for _, sample in more[0]] == [8] * 20, "one more sample each, and no other"
-
-    undisturbed = replace(options, ranks=2, out=str(tmp_path / "undisturbed"))
-    (at_once,), others = on_ranks(2, _evaluate, [undisturbed], free_port(), engines=True)
-    assert others == [None]
-    assert _numbers(results) == json.loads(json.dumps(_numbers(at_once))) == _numbers(json.loads(Path(results["file"]).read_text()))
-    assert {_key(line): line["tokens"] for line in _lines(undisturbed)} == {_key(line): line["tokens"] for line in _lines(options)}

@@ -1,4 +1,4 @@
-"""Mixtures of experts: three steps in every layout against float64 transformers, bugs that are planted, and layouts that are refused."""
+"""Mixtures of experts: whole steps in every layout against float64 transformers, bugs that are planted, and layouts that are refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tiny import MODELS, recipe, save_model
 from training import Results, Rig, compare, reference, specs, train_on_rank
 
 from megafork.convert.convert import megatron_to_hf
-from megafork.model import fp8, precision
-from megafork.recipe import Parallel, Precision, Recipe, RecipeError
+from megafork.recipe import Parallel, Recipe, RecipeError
 from megafork.shape import check_layout, check_rollout_tp, check_world, read_shape
 from megafork.train.inputs import read_inputs
 from megafork.weights.checkpoint import Checkpoints
@@ -53,7 +52,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.mark.parametrize("layout", by_speed(LAYOUTS, ("EP2 overlap", "EP2 TP2")))
-def test_three_steps_equal_the_float64_reference(layout: str, wanted: Case) -> None:
+def test_whole_steps_equal_the_float64_reference(layout: str, wanted: Case) -> None:
     folder, expected, plain = wanted
     world, sections = LAYOUTS[layout]
     compare(on_ranks(world, train_on_rank, specs_of(folder, sections)), expected, plain)
@@ -248,22 +247,6 @@ def test_ranks_that_do_not_hold_all_experts(layout: Parallel, ranks: int, said: 
 def test_etp_without_ep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parallel\.etp is 2 but parallel\.ep is 1"):
         recipe(tmp_path, parallel={"etp": 2})
-
-
-def test_what_does_not_know_experts_says_so(tmp_path: Path) -> None:
-    folder = save(tmp_path / "m", "MoE")
-    shape = read_shape(folder)
-    fp8_rollouts = recipe(folder, precision={"dtype": "bf16", "rollout_fp8": True}, loss={"importance_cap": 2.0})
-    calls: dict[str, Callable[[], Any]] = {
-        "precision.rollout_fp8 is true": lambda: fp8.check_rollouts(shape, fp8_rollouts),
-        "precision.train_fp8 is true": lambda: precision.check_training(shape, Precision(train_fp8=True), 1),
-        "--fp8": lambda: megatron_to_hf(folder, tmp_path / "out", fp8=True),
-    }
-    for what, call in calls.items():
-        with pytest.raises(RecipeError) as caught:
-            call()
-        assert str(caught.value).startswith(f"{what}: not yet supported for a mixture of experts; ")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_dense_model_has_no_experts_to_balance(tmp_path: Path) -> None:

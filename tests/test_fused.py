@@ -5,37 +5,31 @@ Their kernels need a GPU (`tools/gpu`). Transformer Engine's modules can be buil
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fused import build_fused, needs_te
+import training
+from fused import KINDS, check_same_model, layer_names, load, model_of, needs_te, save, train_fused
 from ranks import on_ranks
 from task import make_task, write_recipe
-from tiny import recipe, save_model
+from tiny import save_model
 
 from megafork import doctor
 from megafork.commands import preflight
 from megafork.gpus import fused_problem
 from megafork.model.attention import PackedSequences
-from megafork.model.build import PolicyConfig, build_chunks, build_policy
+from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.kernels import choose
-from megafork.model.policy import Policy
 from megafork.model.rope import FusedRotary, PackedRotary
 from megafork.parallel.context import places_of, unzigzag_index, zigzag_index
-from megafork.parallel.mesh import Mesh, build_mesh
+from megafork.parallel.mesh import build_mesh
 from megafork.plan.models import KNOWN
 from megafork.recipe import Parallel, Precision, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
-from megafork.shape import Shape, check_layout, read_shape
-from megafork.train.learner import Learner
-from megafork.weights.checkpoint import Checkpoints, _weights
-from megafork.weights.huggingface import HuggingFaceWeights
-from megafork.weights.policy_weights import export_policy, load_policy, local_parameters
-from megafork.weights.refit import Bridge
+from megafork.shape import check_layout, read_shape
 
 BF16 = Precision(dtype="bf16")
 
@@ -73,10 +67,6 @@ def test_where_they_can_run_auto_takes_them(tmp_path: Path, monkeypatch: pytest.
         assert choose(kernels, BF16, Parallel()).fused
     assert not choose("plain", BF16, Parallel()).fused
     assert str(choose("auto", Precision(dtype="fp32"), Parallel())) == "plain, because precision.dtype is fp32"
-    mixture = read_shape(save_model(tmp_path / "mixture", "Qwen3Moe"))
-    assert str(choose("auto", BF16, Parallel(), mixture)) == "plain, because the model has experts"
-    with pytest.raises(RecipeError, match=r"^model\.kernels is fused but the model has experts: set kernels=auto"):
-        choose("fused", BF16, Parallel(), mixture)
     with pytest.raises(RecipeError, match=r"^parallel\.cp_comm is all_gather with fused layers: .*set cp_comm=p2p or"):
         choose("auto", BF16, Parallel(cp=2, cp_comm="all_gather"))
 
@@ -187,60 +177,18 @@ OWN_NAMES = {
     "mlp.linear_fc2.weight",
 }
 """Of a layer of Qwen3, in Transformer Engine."""
-KINDS = {"plain": (False, False), "fused": (True, False), "fp8": (True, True)}
-"""Whether layers are fused, and whether they train in FP8."""
 
 
-def spec_of(folder: Path, layout: dict[str, Any], *, fp8: bool = False) -> Recipe:
-    return recipe(folder, parallel=layout, precision={"dtype": "bf16", "train_fp8": fp8})
-
-
-def model_of(kind: str, folder: Path, layout: dict[str, Any]) -> tuple[list[Policy], Shape, Mesh, Recipe]:
-    fused, fp8 = KINDS[kind]
-    spec, shape = spec_of(folder, layout, fp8=fp8), read_shape(folder)
-    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
-    config = PolicyConfig.of(spec)
-    return build_fused(shape, config, mesh) if fused else build_chunks(shape, config, mesh, fused=False), shape, mesh, spec
-
-
-def described(chunks: list[Policy]) -> dict[str, tuple[Any, ...]]:
-    """What the optimizer, DDP and gradient norm read of each parameter."""
-    marks = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "shared")
-    return {
-        name: (tuple(parameter.shape), parameter.dtype, *(getattr(parameter, mark, None) or None for mark in marks))
-        for name, parameter in local_parameters(chunks).items()
-    }
-
-
-def saved(chunks: list[Policy], mesh: Mesh) -> set[tuple[Any, ...]]:
-    """Key and place of each part of a checkpoint."""
-    parts = itertools.chain(*(_weights(chunk, mesh).values() for chunk in chunks))
-    return {(type(part).__name__, part.key, getattr(part, "global_shape", 0), getattr(part, "global_offset", 0)) for part in parts}
-
-
-def _same_model(folders: list[Path], layout: dict[str, Any]) -> None:
+def _same_models(folders: list[Path], layout: dict[str, Any]) -> None:
     for folder in folders:
-        plain, shape, mesh, _ = model_of("plain", folder, layout)
-        source = HuggingFaceWeights(folder)
-        wanted = {name: source.read(name, (0, source.shape(name)[0])) for name in source.names()}
-        for kind in ("fused", "fp8"):
-            chunks, shape, mesh, _ = model_of(kind, folder, layout)
-            assert described(chunks) == described(plain)
-            assert saved(chunks, mesh) == saved(plain, mesh)
-            for chunk in chunks:
-                names = {name for name, _ in chunk.decoder.layers[0].named_parameters()}
-                assert names == OWN_NAMES or shape.architecture != "Qwen3ForCausalLM"
-            load_policy(chunks, source, shape, mesh)
-            for found in (dict(export_policy(chunks, shape, mesh)), dict(Bridge(chunks, shape, mesh, 1))):
-                assert found.keys() == wanted.keys()
-                assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+        check_same_model(folder, layout)
 
 
 @needs_te
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_the_plain_model_in_names_shapes_marks_and_files(layout: str, tmp_path: Path) -> None:
     folders = [save_model(tmp_path / name, kind, dtype=torch.bfloat16, **changes) for name, (kind, changes) in MODELS.items()]
-    on_ranks(2 if LAYOUTS[layout] else 1, _same_model, folders, LAYOUTS[layout])
+    on_ranks(2 if LAYOUTS[layout] else 1, _same_models, folders, LAYOUTS[layout])
 
 
 def _attention(folder: Path) -> None:
@@ -251,6 +199,12 @@ def _attention(folder: Path) -> None:
 
 
 @needs_te
+def test_a_layer_s_parameters_have_transformer_engine_s_names(tmp_path: Path) -> None:
+    [names] = on_ranks(1, layer_names, save_model(tmp_path, num_hidden_layers=2))
+    assert names == [OWN_NAMES, OWN_NAMES]
+
+
+@needs_te
 def test_attention_communicates_as_the_recipe_says(tmp_path: Path) -> None:
     on_ranks(2, _attention, save_model(tmp_path / "m"))
 
@@ -258,56 +212,11 @@ def test_attention_communicates_as_the_recipe_says(tmp_path: Path) -> None:
 # ---- checkpoints
 
 
-def learner_of(kind: str, folder: Path, layout: dict[str, Any]) -> tuple[Learner, Shape]:
-    chunks, shape, mesh, spec = model_of(kind, folder, layout)
-    for module in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "fuse_wgrad_accumulation")):
-        assert not module.fuse_wgrad_accumulation, "before DDP there is nothing to add to"
-        if kind == "fp8":  # as after a forward in FP8: its settings are in its state
-            from transformer_engine.common.recipe import Float8BlockScaling
-
-            module.fp8_meta |= {"fp8_checkpoint": True, "recipe": Float8BlockScaling()}
-            assert module.get_extra_state().numel()
-    for parameter in local_parameters(chunks).values():
-        parameter.data.zero_()
-    learner = Learner(chunks, spec, mesh, updates=10)
-    assert all(getattr(module, "fuse_wgrad_accumulation", True) for chunk in chunks for module in chunk.modules())
-    return learner, shape
-
-
-def states(learner: Learner) -> list[dict[str, torch.Tensor]]:
-    inner = learner.optimizer.chained_optimizers[0]
-    return [inner._get_main_param_and_optimizer_states(parameter) for parameter in local_parameters(learner.chunks).values()]
-
-
-def _save(kind: str, model: Path, layout: dict[str, Any], folder: Path) -> None:
-    """A checkpoint whose moments are known multiples of its weights."""
-    learner, shape = learner_of(kind, model, layout)
-    load_policy(learner.chunks, HuggingFaceWeights(model), shape, learner.mesh)
-    learner.optimizer.reload_model_params()
-    for state in states(learner):
-        state["exp_avg"].copy_(2 * state["param"])
-        state["exp_avg_sq"].copy_(state["param"].square())
-    Checkpoints(folder, learner.mesh, keep_last=2).save(1, learner.chunks, learner.optimizer, {"kind": kind})
-
-
-def _load(kind: str, model: Path, layout: dict[str, Any], folder: Path) -> str:
-    learner, shape = learner_of(kind, model, layout)
-    state = Checkpoints(folder, learner.mesh, keep_last=2).load(1, learner.chunks, learner.optimizer)
-    source = HuggingFaceWeights(model)
-    for name, tensor in export_policy(learner.chunks, shape, learner.mesh):
-        assert torch.equal(tensor, source.read(name, (0, tensor.size(0)))), name
-    for moments in states(learner):
-        assert moments["param"].count_nonzero()
-        assert torch.equal(moments["exp_avg"], 2 * moments["param"])
-        assert torch.equal(moments["exp_avg_sq"], moments["param"].square())
-    return state["kind"]
-
-
 def _there_and_back(model: Path, folder: Path) -> None:
     for saved_by in KINDS:
-        _save(saved_by, model, {"tp": 2}, folder / saved_by)
+        save(saved_by, model, {"tp": 2}, folder / saved_by)
         for loaded_by in KINDS:
-            assert _load(loaded_by, model, {"pp": 2}, folder / saved_by) == saved_by
+            assert load(loaded_by, model, {"pp": 2}, folder / saved_by) == saved_by
 
 
 @needs_te
@@ -315,3 +224,17 @@ def test_a_checkpoint_of_one_kind_loads_in_every_other(tmp_path: Path) -> None:
     """Strictly, weights and optimizer, under another layout, in bf16 and FP8."""
     model = save_model(tmp_path / "m", dtype=torch.bfloat16, num_hidden_layers=2, tie_word_embeddings=False)
     on_ranks(2, _there_and_back, model, tmp_path)
+
+
+# ---- three steps
+
+
+@needs_te
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP1", "TP2 SP", "PP2"])
+def test_three_steps_equal_the_float64_reference(layout: str, tmp_path: Path) -> None:
+    """With kernels that torch plays."""
+    folder = save_model(tmp_path, num_hidden_layers=2)
+    spec = training.specs(folder, {"parallel": LAYOUTS[layout]})[:1]
+    results = on_ranks(2 if LAYOUTS[layout] else 1, training.train_on_rank, spec, train_fused)
+    training.compare(results, [training.reference(spec[0])])

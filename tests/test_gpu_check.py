@@ -72,10 +72,11 @@ def test_without_a_gpu_only_a_dry_run_starts(tmp_path: Path) -> None:
 def test_what_decides_most_comes_first() -> None:
     names = [part.name for part in gpu_check.parts("WORK", False)]
     assert len(set(names)) == len(names) and names == [part.name for part in gpu_check.parts("WORK", True)]
-    assert names[:6] == [
+    assert names[:7] == [
         "attention over 200 distinct lengths",
         "sleep, refit and wake, twice, on Qwen3-0.6B",
         "a layer of Qwen3-32B's width, plain and fused",
+        "a layer of Qwen3-30B-A3B's width, plain and fused",
         "a checkpoint with vLLM awake",
         "doctor",
         "numerics",

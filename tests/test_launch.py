@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from command import forked_python, megafork
-from silent import fail_behind_a_back
+from silent import fail_behind_a_back, stopped_after_recording
 from task import make_task, write_recipe
 
 from megafork import ranks
@@ -224,3 +224,14 @@ def test_a_failure_that_no_other_rank_notices(
     assert ranks.do(partial(fail_behind_a_back, tmp_path, rank), 3, tmp_path) == ranks.FAILED
     assert f"rank {rank} ended with exit code 3 and recorded no reason" in capfd.readouterr().err
     assert set(psutil.Process().children()) <= before
+
+
+@pytest.mark.slow
+def test_a_recorded_reason_is_told_even_if_the_rank_is_stopped_before_it_ends(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    assert ranks.do(partial(stopped_after_recording, ranks.FAILED), 2, tmp_path) == ranks.FAILED
+    assert capfd.readouterr().err.splitlines()[-3:-1] == ["deliberate", "rank 1 failed"]
+    with pytest.raises(ranks.RecipeError, match="deliberate"):
+        ranks.do(partial(stopped_after_recording, ranks.WRONG_INPUT), 2, tmp_path)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import varlen
 from ranks import on_ranks
 from rich.console import Console
-from test_plan import H100, LONG, SHAPE, planned
+from test_plan import H100, LONG, planned
+from test_plan_memory import SHAPE
 from tiny import recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ from megafork.model.attention import PackedSequences
 from megafork.model.build import PolicyConfig, build_policy
 from megafork.model.policy import HeadRequest
 from megafork.parallel.mesh import build_mesh
+from megafork.plan import experts
 from megafork.plan.activations import layer
 from megafork.plan.fixes import fixes
 from megafork.plan.layers import Traffic, layers_of, more_than_fused
@@ -157,6 +159,24 @@ def test_both_kinds_keep_about_half_of_what_plain_ones_do_on_the_cpu() -> None:
     assert layer(B32, many_ranks, "plain").attention > layer(B32, many_ranks, "fused").attention, "plain layers gather keys and values"
 
 
+def test_what_fused_layers_save_and_keep_with_experts_was_counted_by_hand() -> None:
+    """Qwen3-30B-A3B at TP 2, EP 8: 4 copies of a rank's tokens are sent, and 5 arrive on the busiest; a rank has 16 heads, 2 groups."""
+    shape, layout = KNOWN["qwen3-30b-a3b"], {"tp": 2, "sp": True, "ep": 8}
+    spec, other = (
+        recipe(Path("unused"), parallel=layout, precision={"dtype": "bf16"}, model={"kernels": kind}) for kind in ("plain", "fused")
+    )
+    added, joined, turned = 2 * 4 * 4096, 2 * 5 * 4096, 2 * (16 + 2) * 128
+    more = more_than_fused(shape, spec, sparse=True)
+    assert more.forward == added + joined + (12 - 2) * turned + 2 * 2 * (5 * 4 + 2) * 128
+    assert more.backward == added + joined + (14 - 2) * turned, "SwiGLU is torch.compile's in both"
+    assert more_than_fused(shape, other, sparse=True) == Traffic(0, 0, 0)
+    fused, plain = (layer(shape, spec, layers, sparse=True, skew=1.25).mlp for layers in ("fused", "plain"))
+    # int32 for every expert twice and for how many, two for each copy that arrives; weights and mask of every expert, int64 for each copy
+    assert fused - plain == (4 * (2 * 128 + 1) - 5 * 128 - 8 * 8) / 2 + 2 * 4 * 5
+    dispatchers = (experts.held(shape, spec.parallel, fused=kind) for kind in (True, False))
+    assert next(dispatchers) - next(dispatchers) == (4 * (2 * 128 + 1) - 8 * 8) / 2
+
+
 # ---- what it is worth
 
 
@@ -183,7 +203,7 @@ def test_layers_follow_the_recipe() -> None:
     assert in_fp32.layers == "plain" and in_fp32.with_other_layers is None
     ring = planned(parallel__cp=2, parallel__pp=2, parallel__cp_comm="p2p")
     assert ring.with_other_layers is not None and ring.with_other_layers.layers == "plain"
-    assert layers_of(B32, spec_of(precision__train_fp8=True)) == "fused"
+    assert layers_of(spec_of(precision__train_fp8=True)) == "fused"
 
 
 def test_fused_layers_are_offered_where_plain_ones_do_not_fit() -> None:

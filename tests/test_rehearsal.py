@@ -30,11 +30,13 @@ from megafork.train.sft import cross_entropy, place
 from megafork.weights.checkpoint import Checkpoints
 from megafork.weights.refit import Bridge
 
+THREE = {"train": {"micro_batch_tokens": 96}}
+"""Micro-batches of the step instead of five; one mini-batch has two. Stages, and ranks that share the responses, need more."""
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 SP": {"parallel": {"tp": 2, "sp": True}},
+    "TP2 SP": {"parallel": {"tp": 2, "sp": True}, **THREE},
     "PP2": {"parallel": {"pp": 2}},
     "PP2 VPP2": {"parallel": {"pp": 2, "vpp": 2}},
-    "CP2": {"parallel": {"cp": 2}},
+    "CP2": {"parallel": {"cp": 2}, **THREE},
     "DP2": {"optimizer": {"overlap": True}},
 }
 SWITCHES: list[dict[str, dict[str, Any]]] = [
@@ -72,9 +74,9 @@ def spec_of(folder: Path, *changes: dict[str, dict[str, Any]]) -> Recipe:
     return recipe(folder, **sections)
 
 
-def update(spec: Recipe, device: torch.device) -> dict[str, Any]:
+def update(spec: Recipe, device: torch.device, before: Rig | None) -> tuple[Rig, dict[str, Any]]:
     """One step: its numbers, and of each response what a roll-out file has."""
-    rig = Rig(spec, device)
+    rig = Rig(spec, device, before)
     assert {parameter.device for chunk in rig.learner.chunks for parameter in chunk.parameters()} == {device}
     minibatches, metrics = rig.update(0)
     found = {"metrics": metrics, "weights": on_host(rig.weights())}
@@ -82,7 +84,7 @@ def update(spec: Recipe, device: torch.device) -> dict[str, Any]:
         micros = list(itertools.chain(*minibatches))
         for name in ("entropy", "old_log_prob", "mask"):
             found[name] = [part for micro in micros for part in micro.by_response(getattr(micro, name), rig.mesh.cp_group)]
-    return found
+    return rig, found
 
 
 def life(spec: Recipe, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def life(spec: Recipe, device: torch.device, folder: Path) -> dict[str, Any]:
     refitted = on_host(dict(Bridge(learner.chunks, rig.shape, rig.mesh, 1)))
     checkpoints = Checkpoints(folder, rig.mesh, keep_last=1)
     checkpoints.save(1, learner.chunks, learner.optimizer, {"step": 1})
-    resumed = Rig(spec, device)
+    resumed = Rig(spec, device, rig)
     Checkpoints(folder, rig.mesh, keep_last=1).load(1, resumed.learner.chunks, resumed.learner.optimizer)
     after, _ = resumed.step(1)
     supervised = resumed.learner.train(place(resumed.every, spec, resumed.mesh), cross_entropy)
@@ -119,8 +121,11 @@ def both(specs: list[Recipe], folder: Path | None = None) -> list[tuple[Any, Any
     varlen.install()
 
     def all_of(device: torch.device, name: str) -> list[Any]:
-        lives = [life(specs[0], device, folder / name)] if folder is not None else []
-        return lives + [update(spec, device) for spec in specs]
+        found, rig = [life(specs[0], device, folder / name)] if folder is not None else [], None
+        for spec in specs:
+            rig, numbers = update(spec, device, rig)
+            found.append(numbers)
+        return found
 
     plain = all_of(torch.device("cpu"), "plain")
     ledger = rehearse()

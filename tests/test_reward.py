@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -378,7 +379,10 @@ EVALUATED = ["spiral_matrix", "binary_matrix", "n_queens", "string_insertion", "
 @pytest.mark.slow
 def test_reasoning_gym_evaluates_no_answer(folder: Path) -> None:
     """Not even those whose scorers call `eval`, or sympy's parser: the answer is a literal or a formula, or it is wrong."""
-    rows = {task: row for task in EVALUATED for _, row in read_rows(f"reasoning_gym:{task}:1:1", "data.train")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megafork.data import tasks  # here: a source has an interpreter of its own
+    rows = {task: row for task in EVALUATED for row in tasks.make(task, 1, 1)["rows"]}
     code = f"__import__('pathlib').Path({str(folder / 'written')!r}).write_text('x')"
     attacks = [code, f"[{code}]", f"exec({code!r})", "(lambda: 24)()", f"[[{code}]]", f"24 if {code} else 24", f"Integer({code})"]
     with Verifiers(reward("reasoning_gym", isolation="process")) as scorer:

@@ -85,7 +85,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 @pytest.mark.parametrize(
     ("rope", "layout"), [*(("YaRN", name) for name in LAYOUTS if name != "CP2"), ("llama3", "TP2 PP2 CP2"), ("YaRN, every key", "CP2")]
 )
-def test_three_steps_equal_the_float64_reference(rope: str, layout: str, wanted: Any) -> None:
+def test_whole_steps_equal_the_float64_reference(rope: str, layout: str, wanted: Any) -> None:
     folder, expected = wanted(rope)
     world, sections = LAYOUTS[layout]
     compare(on_ranks(world, train_on_rank, specs(folder, {**sections, **SLOWLY})), expected)

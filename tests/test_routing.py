@@ -54,7 +54,7 @@ def wanted(request: pytest.FixtureRequest, folder: Path) -> tuple[dict[str, Any]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_steps_with_given_experts_equal_the_float64_reference(layout: str, folder: Path, wanted: Any) -> None:
+def test_whole_steps_with_given_experts_equal_the_float64_reference(layout: str, folder: Path, wanted: Any) -> None:
     """Random experts, which no router would choose; or, from the scoring pass, those of the step's first weights in both mini-batches."""
     source, expected, plain = wanted
     world, sections = LAYOUTS[layout]

@@ -32,8 +32,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 class Engine(Rig):
     """A rig whose responses carry, before each step, the log-probs and entropies that an engine with the same weights would return."""
 
-    def __init__(self, spec: Recipe, off: float) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: Recipe, off: float, before: Rig | None) -> None:
+        super().__init__(spec, before=before)
         self.off = off
         self.calls: list[int] = []
         """Responses on this rank in each call of `Learner.score` that the step makes."""
@@ -76,7 +76,11 @@ class Engine(Rig):
 
 
 def _on_rank(specs: list[Recipe], off: float = 0.0) -> list[dict[str, Any]]:
-    return [Engine(spec, off).steps() for spec in specs]
+    results, engine = [], None
+    for spec in specs:
+        engine = Engine(spec, off, engine)
+        results.append(engine.steps())
+    return results
 
 
 def _changed(folder: Path, *changes: dict[str, Any], **layout: Any) -> list[Recipe]:

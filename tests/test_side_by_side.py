@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from command import megafork, start_megafork
 from task import make_task
-from test_ablation import recipes, write_run
 from test_runs import metrics as numbers
+from trials import recipes, write_run
 from typer.testing import CliRunner
 
 from megafork import commands, room

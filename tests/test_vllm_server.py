@@ -24,6 +24,7 @@ import pytest
 import torch
 from command import run_on_forks, start_megafork
 from entropies import check_entropies
+from fp8 import EXPERTS
 from ranks import free_port, on_ranks
 from stand_in_server import complete
 from task import make_task, write_recipe
@@ -31,7 +32,10 @@ from tiny import Chosen, recipe, save_model
 from torch import Tensor
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.compat import vllm_fp8
+from megafork.convert.convert import megatron_to_hf
 from megafork.model.build import PolicyConfig, build_policy
+from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.background import Background
@@ -105,13 +109,12 @@ def start_vllm(folder: Path, **arguments: Any) -> Any:
             str(folder),
             distributed_executor_backend="external_launcher",
             skip_tokenizer_init=True,
-            dtype="float32",
             max_model_len=512,
             enforce_eager=True,
             kv_cache_memory_bytes=32 << 20,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
-            **arguments,
+            **{"dtype": "float32", **arguments},
         )
 
 
@@ -139,10 +142,10 @@ def ask(llm: Any) -> list[Answers]:
     return answers
 
 
-def fresh(folders: list[Path], port: int) -> list[list[Answers]]:
+def fresh(folders: list[Path], port: int, **arguments: Any) -> list[list[Answers]]:
     """What engines answer that loaded each folder from the disk."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [ask(start_vllm(folder)) for folder in folders]
+    return [ask(start_vllm(folder, **arguments)) for folder in folders]
 
 
 def assert_equal(got: list[Answers], want: list[Answers]) -> None:
@@ -166,13 +169,39 @@ def test_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
         assert problems == [None, "not all weights were sent of model.layers.1.mlp.experts.routed_experts"]
 
 
-def receive(folders: list[Path], tp: int, port: int) -> tuple[list[list[Answers]], list[str | None]]:
+def test_fp8_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
+    """A mixture whose engine of two ranks shares the experts, bit for bit."""
+    sizes = {**EXPERTS, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    folders = models(tmp_path, architecture="Qwen3Moe", dtype=torch.bfloat16, **sizes)[:2]
+    for folder in folders:
+        megatron_to_hf(folder, folder / "fp8", fp8=True)
+    how: dict[str, Any] = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "bfloat16"}
+    want = on_ranks(2, partial(fresh_in_fp8, **how), [folder / "fp8" for folder in folders], free_port(), engines=True)[0]
+    received = on_ranks(2, partial(receive, fp8=True, **how), folders, 2, free_port(), engines=True)
+    for rank, _ in received:
+        assert rank == [want[model % 2] for model in UPDATES] and rank[0] != rank[1]
+    left_out = "not all weights were sent of model.layers.1.mlp.experts.routed_experts"
+    assert [problems for _, problems in received] == [[None, None], [None, left_out]], "the second rank holds that expert"
+
+
+def fresh_in_fp8(folders: list[Path], port: int, **arguments: Any) -> list[list[Answers]]:
+    vllm_fp8.install()
+    return fresh(folders, port, **arguments)
+
+
+def receive(
+    folders: list[Path], tp: int, port: int, *, fp8: bool = False, **arguments: Any
+) -> tuple[list[list[Answers]], list[str | None]]:
     """The answers after each update, and what is wrong with an update before its end: with a whole one, and one without an expert."""
+
+    def sent_of(folder: Path) -> list[tuple[str, Tensor]]:
+        return list(Quantized(tensors(folder), read_shape(folder))) if fp8 else tensors(folder)
+
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     llm = start_vllm(
-        folders[0],
+        folders[0] / "fp8" if fp8 else folders[0],
         load_format="dummy",
-        tensor_parallel_size=tp,
+        **{"tensor_parallel_size": tp, **arguments},
         weight_transfer_config={"backend": "gloo"},
         worker_extension_cls="megafork.rollout.receiver.Receiver",
     )
@@ -200,9 +229,9 @@ def receive(folders: list[Path], tp: int, port: int) -> tuple[list[list[Answers]
             return state["problem"]
 
         for version, model in enumerate(UPDATES):
-            problem = update(tensors(folders[model % 2]), version)
+            problem = update(sent_of(folders[model % 2]), version)
             answers.append(ask(llm))
-        without = [(name, tensor) for name, tensor in tensors(folders[0]) if "1.mlp.experts.3.up_proj" not in name]
+        without = [(name, tensor) for name, tensor in sent_of(folders[0]) if "1.mlp.experts.3.up_proj" not in name]
         return answers, [problem, update(without, len(UPDATES))]
 
 

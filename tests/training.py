@@ -29,7 +29,8 @@ from megafork.weights.huggingface import HuggingFaceWeights
 
 Masks = dict[tuple[int, int], torch.Tensor]
 """Of each response's tokens, by (group, sample)."""
-STEPS = 3
+STEPS = 2
+"""Of two updates each: all but the first have AdamW's moments, and weights that have moved."""
 GROUPS = ((0, 1), (2,))
 """Which prompts make each mini-batch."""
 
@@ -50,10 +51,12 @@ def responses(seed: int = 5, count: int = 12) -> list[Response]:
 class Rig:
     """A rank's learner with the weights of the recipe's model, and the steps that it takes."""
 
-    def __init__(self, spec: Recipe, device: torch.device | None = None) -> None:
-        """`device`: the CPU, or what `rehearsal` plays."""
+    def __init__(self, spec: Recipe, device: torch.device | None = None, before: Rig | None = None) -> None:
+        """`device`: the CPU, or what `rehearsal` plays. `before`: a rig of this device that is done, whose process groups are taken over if
+        they are those of this layout: dozens of groups take as long as an update."""
         self.spec = spec
-        self.mesh: Mesh = build_mesh(spec.parallel, seed=1, device=device or torch.device("cpu"))
+        alike = before is not None and before.spec.parallel == spec.parallel
+        self.mesh: Mesh = before.mesh if before and alike else build_mesh(spec.parallel, seed=1, device=device or torch.device("cpu"))
         folder = Path(spec.model.path)
         self.shape = read_shape(folder)
         chunks = build_policy(self.shape, PolicyConfig.of(spec), self.mesh)
@@ -91,9 +94,9 @@ def train_on_rank(specs: list[Recipe], plant: Callable[[], None] | None = None, 
     """Some steps by each recipe, one after the other; `plant` may break something first."""
     if plant is not None:
         plant()
-    results = []
+    results, rig = [], None
     for spec in specs:
-        rig = Rig(spec)
+        rig = Rig(spec, before=rig)
         taken = [rig.step(number) for number in range(steps)]
         masks = dict(itertools.chain(*(mask.items() for _, mask in taken)))
         results.append({"history": [metrics for metrics, _ in taken], "masks": masks, "weights": rig.weights()})

@@ -1,6 +1,6 @@
 """All patches of third-party code, each with its reason, the versions it is for, and when it can go.
 
-For each patch `tests/test_compat.py` checks that the unpatched library still fails; when such a test breaks, the patch can be deleted.
+For each patch a test in `tests/test_compat*.py` checks that the unpatched library still fails; when it breaks, the patch can be deleted.
 """
 
 import os

@@ -23,6 +23,7 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes 12 s and gains nothing at this size
     "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",  # drafts from n-grams make OpenMP's threads as many in the whole process: ranks then wait for each other
 }
 
 
@@ -89,14 +90,14 @@ def mend_engine() -> None:
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's runner is a subclass
 
-    _wrap(GPUModelRunner, "sample_tokens", _with_generators_aside)
-    _wrap(UnquantizedFusedMoEMethod, "_setup_kernel", _packing_again)
-    _wrap(CPUUnquantizedExperts, "apply", _with_own_experts)
+    wrap_once(GPUModelRunner, "sample_tokens", _with_generators_aside)
+    wrap_once(UnquantizedFusedMoEMethod, "_setup_kernel", _packing_again)
+    wrap_once(CPUUnquantizedExperts, "apply", _with_own_experts)
     rejection_sampler.expand_batch_to_tokens = _expand
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Replace a method by `wrapper(method)`, unless it has been."""
+def wrap_once(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace a method or function by `wrapper(method)`, unless it has been."""
     original = getattr(owner, name)
     if not getattr(original, "mended", False):
         mended = wrapper(original)

@@ -35,7 +35,8 @@ def are_stacked(shape: Shape) -> bool:
 def stored_parameters(shape: Shape, tp: int = 1) -> Iterator[Stored]:
     """Every parameter in the order of `mapping.parameters`, with the vocabulary padded for `tp`."""
     for parameter in parameters(shape):
-        name = (parameter.rule.fused or parameter.rule.megatron).replace("local_experts.*", "experts")
+        rule = parameter.rule
+        name = rule.fused or rule.megatron if parameter.expert is None else rule.megatron.replace("local_experts.*", "experts")
         whole = shard_shape(parameter, shape, 1)
         if parameter.rule.kind == "vocab":
             whole = (shape.padded_vocab(tp), *whole[1:])

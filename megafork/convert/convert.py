@@ -24,9 +24,9 @@ from megafork.convert import fp8_folder
 from megafork.convert.checkpoint_keys import Stored, chunks, extra_state, stored_parameters
 from megafork.convert.sources import HF, open_huggingface, open_source
 from megafork.convert.torch_dist import DistWriter
-from megafork.model.fp8 import CONFIG, Quantized
+from megafork.model.fp8 import Quantized, config_entries
 from megafork.recipe import Key, Parallel, RecipeError, calling
-from megafork.shape import Shape, check_layout, refuse_experts
+from megafork.shape import Shape, check_layout
 from megafork.weights.checksums import write_sums
 from megafork.weights.huggingface import HuggingFaceWeights, copy_companions, replaced
 from megafork.weights.mapping import pieces, shard_shape, stage_of
@@ -102,20 +102,20 @@ def megatron_to_hf(
     source, target = _at_home(source), _at_home(target)
     _check_target(target)
     if quantize is not None:
-        from megafork.convert.quantize import check_quantize, quantize_folder
+        from megafork.convert.quantize import check_model, check_quantize, quantize_folder
 
         check_quantize(quantize, fp8=fp8, verify=verify)
     with calling(_AS_ARGUMENTS):
         model = open_source(source, keep=dtype == "keep")
     if quantize is not None:
-        refuse_experts(model.shape, f"--quantize is {quantize!r}", "leave it out")
+        check_model(quantize, model.shape)
     specs = _converted(model.specs, dtype)
     tensors = model.read()
     if fp8:
         fp8_folder.check_folder(model.shape, specs)
         specs, tensors = fp8_folder.quantized_specs(model.shape, specs), iter(Quantized(tensors, model.shape))
     tick = _counter(progress, specs, passes=1 + verify)
-    changes = _dtype_change(specs, dtype) | (CONFIG if fp8 else {})
+    changes = _dtype_change(specs, dtype) | (config_entries(model.shape) if fp8 else {})
     difference = None
     with calling(_AS_ARGUMENTS), replaced(target) as folder:
         plain = folder if quantize is None else folder / "plain"

@@ -52,6 +52,7 @@ def transformer_config(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused:
     """Megatron's own config for this model under the mesh's layout, with fused or plain layers."""
     layout = mesh.layout
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
+    own_swiglu = fused and shape.moe is None  # it would round an expert's product before the product with its weight, and keep both
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -90,10 +91,11 @@ def transformer_config(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused:
         embedding_init_method=_leave,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=compiles(mesh.device) and not fused,  # without biases: SwiGLU, or its product with an expert's weight
+        bias_activation_fusion=compiles(mesh.device) and not own_swiglu,  # without biases: SwiGLU, or its product with an expert's weight
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        **experts.settings(shape, layout),
+        use_te_activation_func=own_swiglu,
+        **experts.settings(shape, layout, fused=fused),
         **(fused_layers.settings(layout) if fused else {}),
         **precision.settings(config.precision),
         **_recompute(config),
@@ -119,7 +121,7 @@ def layer_spec(shape: Shape, config: TransformerConfig, vp_stage: int | None = N
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     sparse = [shape.is_sparse(layer) for layer in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))]
     if fused:
-        specs, norm = {False: fused_layers.layer(shape.family)}, fused_layers.final_norm()
+        specs, norm = {kind: fused_layers.layer(shape, sparse=kind) for kind in set(sparse)}, fused_layers.final_norm()
     else:
         specs, norm = {kind: _plain_layer(shape, config, sparse=kind) for kind in set(sparse)}, RMSNorm
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in sparse], layer_norm=norm)
@@ -135,8 +137,7 @@ def _plain_layer(shape: Shape, config: TransformerConfig, *, sparse: bool) -> Mo
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = PackedCoreAttention
     if sparse:
-        spec.module = experts.SparseLayer
-        layer.mlp.submodules.router = experts.Router
+        experts.route(spec)
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # only a dense layer's norm is fused with what follows
     modules: dict[str, type] = {rule.module: RMSNorm for rule in family.layer if rule.norm}
     if config.fp8:
@@ -162,9 +163,9 @@ def build_policy(shape: Shape, config: PolicyConfig, mesh: Mesh) -> list[Policy]
     """
     layout = mesh.layout
     check_layout(shape, layout)
-    precision.check_training(shape, config.precision, layout.tp)
+    precision.check_training(shape, config.precision, layout, config.kernels)
     precision.check_machine(config.precision)
-    return build_chunks(shape, config, mesh, fused=choose(config.kernels, config.precision, layout, shape).fused)
+    return build_chunks(shape, config, mesh, fused=choose(config.kernels, config.precision, layout).fused)
 
 
 def build_chunks(shape: Shape, config: PolicyConfig, mesh: Mesh, *, fused: bool) -> list[Policy]:

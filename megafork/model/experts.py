@@ -1,6 +1,7 @@
 """Megatron's mixture-of-experts layers, for the models that have experts: every token goes to its experts, none is dropped.
 
-Experts run one after the other (`SequentialMLP`). The router computes in fp32; what balances it, if anything, is the loss below.
+In plain layers experts run one after the other (`SequentialMLP`), in fused ones together (`TEGroupedMLP`). The router is the same in both:
+it computes in fp32, and what balances it, if anything, is the loss below.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -21,8 +23,8 @@ from megafork.recipe import Parallel
 from megafork.shape import Shape
 
 
-def settings(shape: Shape, layout: Parallel) -> dict[str, Any]:
-    """The experts' settings of Megatron's TransformerConfig; none for a dense model."""
+def settings(shape: Shape, layout: Parallel, *, fused: bool) -> dict[str, Any]:
+    """The experts' settings of Megatron's TransformerConfig, for fused or plain layers; none for a dense model."""
     if shape.moe is None:
         return {}
     fixes.run_without_transformer_engine()
@@ -39,6 +41,8 @@ def settings(shape: Shape, layout: Parallel) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
     }
 
 
@@ -129,6 +133,12 @@ class SparseLayer(TransformerLayer):
     def forward(self, *args: Any, packed_seq_params: PackedSequences | None = None, **kwargs: Any) -> Any:
         self.mlp.router.packing = packed_seq_params
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+
+def route(spec: ModuleSpec) -> None:
+    """Give Megatron's spec of a layer with experts our layer and router."""
+    spec.module = SparseLayer
+    spec.submodules.mlp.submodules.router = Router
 
 
 def routers(chunk: Any) -> dict[int, Router]:

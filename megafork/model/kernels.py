@@ -10,7 +10,6 @@ from torch import nn
 from megafork.gpus import fused_problem, installed
 from megafork.recipe import Parallel, Precision, RecipeError
 from megafork.recipe.model import Kernels
-from megafork.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,13 @@ class Choice:
         return f"fused, by Transformer Engine {installed('transformer-engine')}" if self.fused else f"plain, because {self.reason}"
 
 
-def choose(kernels: Kernels, precision: Precision, layout: Parallel, shape: Shape | None = None) -> Choice:
-    """The layers for these keys on this machine, and for the model if it is known. Raises RecipeError if they cannot be had as asked."""
+def choose(kernels: Kernels, precision: Precision, layout: Parallel) -> Choice:
+    """The layers for these keys on this machine. Raises RecipeError if they cannot be had as asked."""
     if kernels == "plain":
         return _with_layout(Choice(False, "model.kernels is plain"), layout)
     problem = fused_problem()
     if precision.dtype == "fp32":
         problem = problem or "precision.dtype is fp32"
-    if shape is not None and shape.moe is not None:
-        problem = problem or "the model has experts"
     if kernels == "fused" and problem:
         raise RecipeError(f"model.kernels is fused but {problem}: set kernels=auto for the layers that can be had")
     return _with_layout(Choice(problem is None, problem or ""), layout)

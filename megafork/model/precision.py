@@ -9,8 +9,9 @@ from typing import Any
 
 from megafork.gpus import fused_problem
 from megafork.model.fp8 import BLOCK
-from megafork.recipe import Precision, RecipeError
-from megafork.shape import Family, Shape, refuse_experts
+from megafork.recipe import Parallel, Precision, RecipeError
+from megafork.recipe.model import Kernels
+from megafork.shape import Family, Shape
 
 
 def lacking() -> str | None:
@@ -23,18 +24,33 @@ def lacking() -> str | None:
     return None if able else reason
 
 
-def check_training(shape: Shape, precision: Precision, tp: int) -> None:
-    """Refuse `precision.train_fp8` if a rank's part of a projection does not consist of whole blocks. Raises RecipeError."""
+def check_training(shape: Shape, precision: Precision, layout: Parallel, kernels: Kernels) -> None:
+    """Refuse `precision.train_fp8` if a rank's part of a projection does not consist of whole blocks, and for experts in plain layers.
+
+    Raises RecipeError. The rows of an expert's tokens are no whole blocks; Megatron pads them to what the products need.
+    """
     if not precision.train_fp8:
         return
-    refuse_experts(shape, "precision.train_fp8 is true", "set train_fp8=false")
-    heads, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp, "mlp": shape.ffn // tp}
+    if shape.moe is not None and kernels == "plain":
+        raise RecipeError(
+            "precision.train_fp8 is true with model.kernels=plain: experts multiply in FP8 in fused layers only; set kernels=auto, or "
+            "train_fp8=false"
+        )
+    tp, heads, groups = layout.tp, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    _check_sizes("tp", tp, {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp})
+    if shape.has_mlp:
+        _check_sizes("tp", tp, {"mlp": shape.ffn // tp})
+    if shape.moe is not None:
+        _check_sizes("tp" if layout.ep == 1 else "etp", layout.expert_tp, {"expert": shape.moe.ffn // layout.expert_tp})
+
+
+def _check_sizes(key: str, ranks: int, sizes: dict[str, int]) -> None:
     for part, size in sizes.items():
         if size % BLOCK:
+            fix = f"choose a smaller {key}, or train_fp8=false" if ranks > 1 else "set train_fp8=false"
             raise RecipeError(
-                f"precision.train_fp8 is true: at parallel.tp={tp} a rank's {part} size is {size}, no multiple of the {BLOCK} of a block: "
-                "choose a smaller tp, or train_fp8=false"
+                f"precision.train_fp8 is true: at parallel.{key}={ranks} a rank's {part} size is {size}, no multiple of the {BLOCK} of a "
+                f"block: {fix}"
             )
 
 

@@ -2,8 +2,8 @@
 
 Derived from the model in `model/build.py`. Those of plain layers on the CPU (norms in fp32, attention by PyTorch) are checked against the
 allocations of a run; on a GPU norms keep no fp32 copy, SwiGLU keeps only its input and attention is one call, and fused layers also keep
-less of rotary positions. With context parallelism they assume attention that keeps no score matrix, as on a GPU. Layers with experts are
-plain everywhere (`experts.py`).
+less of rotary positions. With context parallelism they assume attention that keeps no score matrix, as on a GPU. `experts.py` has what
+differs in layers with experts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def layer(shape: Shape, recipe: Recipe, layers: Layers, *, sparse: bool = False,
     one = _layer_on_cpu(shape, recipe) if layers == "cpu" else _layer_on_gpu(shape, recipe, fused=layers == "fused")
     if not sparse:
         return one
-    return replace(one, mlp=experts.kept(shape, recipe.parallel, WIDTH[recipe.precision.dtype], skew, on_cpu=layers == "cpu"))
+    how = {"fused": layers == "fused", "on_cpu": layers == "cpu"}
+    return replace(one, mlp=experts.kept(shape, recipe.parallel, WIDTH[recipe.precision.dtype], skew, **how))
 
 
 def _layer_on_gpu(shape: Shape, recipe: Recipe, *, fused: bool) -> Layer:
@@ -154,7 +155,8 @@ def stage_activations(
         working = max(working, final_norm, head + wide + 2 * one.input * local)
     whole = _whole_sequence(shape, recipe, local)
     kept = in_flight * (of_layers / layout.vpp + ends * one.input) * local
-    return Activations(in_flight, kept, working, head, whole, sum(kinds) * experts.held(shape, layout) * local if any(kinds) else 0.0)
+    routing = sum(kinds) * experts.held(shape, layout, fused=layers == "fused") * local if any(kinds) else 0.0
+    return Activations(in_flight, kept, working, head, whole, routing)
 
 
 def _in_layer(shape: Shape, recipe: Recipe, one: Layer, local: float, *, on_cpu: bool) -> float:

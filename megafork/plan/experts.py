@@ -1,7 +1,8 @@
 """What a layer with experts keeps, computes and sends, per token, where it differs from a dense one.
 
-Each token goes as `per_token` copies to the ranks that hold its experts (Megatron's all-to-all dispatcher, nothing dropped), is sorted by
-expert, computed by one expert after the other, and comes back. Derived from `model/experts.py` and megatron-core 0.16.1.
+Each token goes as `per_token` copies to the ranks that hold its experts (Megatron's all-to-all dispatcher, nothing dropped). There they are
+sorted by expert and computed, in plain layers by one expert after the other, in fused ones by all together, and come back. Derived from
+`model/experts.py`, megatron-core 0.16.1 and Transformer Engine 2.11.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ class Copies:
         return cls(sent, sent * layout.expert_tp * skew)
 
 
-def kept(shape: Shape, layout: Parallel, width: int, skew: float, *, on_cpu: bool) -> float:
+def kept(shape: Shape, layout: Parallel, width: int, skew: float, *, fused: bool, on_cpu: bool) -> float:
     """Bytes that a layer's router, dispatcher and experts keep for the backward."""
     moe, copies = shape.mixture, Copies.of(shape, layout, skew)
-    routing = 5 * moe.experts + 20 * moe.per_token  # fp32 weights and a mask, of every expert; choices, their weights, the sorting
+    masked = 0 if fused else 5 * moe.experts  # fp32 weights and a mask, of every expert, from which plain layers take the chosen ones
+    routing = masked + 12 * moe.per_token + _sorting(shape, fused=fused)  # choices, their weights
     inner = width * moe.ffn / layout.expert_tp
+    places = 8 if fused and moe.experts > layout.ep else 0  # there and back, where a rank has several experts
     # sorted tokens and their weights; gate and up, their weighted product, and on the CPU also silu, up again, and the product itself
-    return routing / layout.tp + copies.received * (width * shape.hidden + 4 + (6 if on_cpu else 3) * inner)
+    return routing / layout.tp + copies.received * (width * shape.hidden + 4 + places + (6 if on_cpu else 3) * inner)
 
 
-def inner(shape: Shape, layout: Parallel) -> float:
-    """Elements of the experts' inner activations per token of a CP rank."""
-    return Copies.of(shape, layout, skew(layout)).received * shape.mixture.ffn / layout.expert_tp
+def _sorting(shape: Shape, *, fused: bool) -> int:
+    """Bytes that say where a token's copies are: two numbers for every expert, and how many, or one for each copy."""
+    return 4 * (2 * shape.mixture.experts + 1) if fused else 8 * shape.mixture.per_token
 
 
 def weights_of_a_token(shape: Shape, layout: Parallel) -> float:
@@ -53,9 +56,16 @@ def weights_of_a_token(shape: Shape, layout: Parallel) -> float:
     return shape.hidden * (moe.experts + 3 * moe.per_token * moe.ffn * skew(layout))
 
 
-def held(shape: Shape, layout: Parallel) -> float:
+def held(shape: Shape, layout: Parallel, *, fused: bool) -> float:
     """Bytes that a layer's dispatcher holds until its next forward: weights, choices, and the sorting."""
-    return (5 * shape.mixture.experts + 8 * shape.mixture.per_token) / layout.tp
+    return (5 * shape.mixture.experts + _sorting(shape, fused=fused)) / layout.tp
+
+
+def moved_by_plain(shape: Shape, layout: Parallel, width: int) -> float:
+    """Bytes that plain layers move and fused ones do not, in a forward or a backward: a token's copies, or their gradients, are added one
+    by one to a sum in memory, and what each expert made is joined (in the backward, the gradients of what each was given)."""
+    copies = Copies.of(shape, layout, skew(layout))
+    return 2 * width * shape.hidden * (copies.sent + copies.received)
 
 
 def working(shape: Shape, layout: Parallel, width: int, skew: float) -> float:

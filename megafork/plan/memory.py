@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megafork.model.fp8 import BLOCK
 from megafork.plan.activations import Activations, stage_activations
-from megafork.plan.hardware import FRAGMENTS, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
+from megafork.plan.hardware import FRAGMENTS, GPUS_PER_NODE, RESERVED, VLLM_ASLEEP, VLLM_OVERHEAD, Gpu
 from megafork.plan.layers import layers_of
-from megafork.plan.parameters import WIDTH, Weights, layer_parameters, over_model, stage_weights
+from megafork.plan.parameters import WIDTH, Weights, chunk_layers, layer_parameters, over_model, stage_weights
 from megafork.recipe import Recipe
-from megafork.shape import Shape, Span, stage_layers
+from megafork.shape import Rule, Shape, Span, stage_layers
 from megafork.weights.mapping import Parameter, shard_shape
 from megafork.weights.reshard import needed
 
@@ -78,30 +79,38 @@ class StageMemory:
 def stages(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu) -> list[StageMemory]:
     """Memory of each pipeline stage at the longest micro-batch, with the head run at every position."""
     engine = engine_memory(shape, recipe, gpu)
-    buffer = refit_buffer(shape, recipe)
+    buffer = refit_buffer(shape, recipe, gpus)
     micro_batches = 10**9  # enough to fill the pipeline
     whole = recipe.micro_batch_padding
     tokens = -(-recipe.micro_batch_tokens // whole) * whole
-    copies, colocated, parked = _fp8_copies(shape, recipe), not recipe.rollout.servers, recipe.rollout.park_training
+    colocated, parked = not recipe.rollout.servers, recipe.rollout.park_training
     result = []
     for stage, layers in enumerate(stage_layers(shape.layers, recipe.parallel)):
         counts = {"tokens": tokens, "micro_batches": micro_batches, "head_rows": tokens}
-        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(shape, recipe))
+        activations = stage_activations(shape, recipe, stage, **counts, layers=layers_of(recipe))
         weights = stage_weights(shape, recipe, stage, gpus)
-        result.append(StageMemory(stage, layers, weights, activations, engine, layers * copies, buffer, colocated, parked))
+        copies = _fp8_copies(shape, recipe, stage)
+        result.append(StageMemory(stage, layers, weights, activations, engine, copies, buffer, colocated, parked))
     return result
 
 
-def _fp8_copies(shape: Shape, recipe: Recipe) -> int:
-    """Bytes of the two FP8 copies of a layer's projections, including an fp32 scale per block."""
+def _fp8_copies(shape: Shape, recipe: Recipe, stage: int) -> int:
+    """Bytes of the two FP8 copies of a rank's projections, including an fp32 scale per block."""
     if not recipe.precision.train_fp8:
         return 0
+    family, layout = shape.family, recipe.parallel
 
-    def copies(parameter: Parameter) -> int:
-        size = math.prod(shard_shape(parameter, shape, recipe.parallel.tp))
-        return 2 * (size + 4 * size // BLOCK**2) if parameter.rule.fp8 else 0
+    def copies(rules: Iterable[Rule], parts: int) -> int:
+        sizes = (math.prod(shard_shape(Parameter(family, rule), shape, parts)) for rule in rules if rule.fp8)
+        return sum(2 * (size + 4 * size // BLOCK**2) for size in sizes)
 
-    return sum(copies(Parameter(shape.family, rule, 0)) for rule in shape.family.layer)
+    own = shape.moe.experts // layout.ep if shape.moe is not None else 0
+    of_layer = {
+        False: copies(family.layer, layout.tp),
+        True: copies(family.sparse_layer, layout.tp) + own * copies(family.experts, layout.expert_tp),
+    }
+    chunks = (chunk_layers(shape, layout, stage, chunk) for chunk in range(layout.vpp))
+    return sum(of_layer[shape.is_sparse(layer)] for layer in itertools.chain.from_iterable(chunks))
 
 
 def engines(recipe: Recipe, gpus: int) -> int:
@@ -125,14 +134,36 @@ def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
     return Engine(weights, cache, token, recipe.longest_sequence, experts, pool)
 
 
-def refit_buffer(shape: Shape, recipe: Recipe) -> int:
-    """Most bytes needed by a refit's bucket in transit (`weights/refit.py`): its whole tensors, the parts a rank receives, and the parts
-    that the ranks of the one stage that holds it send to all the others. An estimate."""
-    width, tp = WIDTH[recipe.precision.dtype], recipe.rollout.tp
-    vocabulary = shape.vocab * shape.hidden
-    layers = [sum(layer_parameters(shape, sparse=sparse)) for sparse in {shape.is_sparse(layer) for layer in range(shape.layers)}]
-    whole = max(vocabulary, *layers)
-    return int(width * (whole + (1 + recipe.parallel.pp) * whole / tp))
+def refit_buffer(shape: Shape, recipe: Recipe, gpus: int) -> int:
+    """Most bytes that a rank needs for a refit's bucket in transit (`weights/refit.py`): its whole tensors, and the parts that the rank
+    sends and receives in a round. An upper bound, norms apart, and at most twice what the transfers need."""
+    layout = recipe.parallel
+    others = _moved(layout.tp, layout.tp, recipe, gpus)
+    experts = _moved(layout.ep * layout.expert_tp, layout.expert_tp, recipe, gpus)
+    buckets = [(1 + others) * shape.vocab * shape.hidden]
+    for sparse in {shape.is_sparse(layer) for layer in range(shape.layers)}:
+        buckets.append((1 + (max(others, experts) if sparse else others)) * sum(layer_parameters(shape, sparse=sparse)))
+    return math.ceil(WIDTH[recipe.precision.dtype] * max(buckets))
+
+
+def _moved(every: int, parts: int, recipe: Recipe, gpus: int) -> float:
+    """Upper bound for what a rank sends and receives in a round, as a share of parameters that `every` ranks hold together, each of them
+    in `parts` shards. Follows the choice of senders in `weights/reshard.py`."""
+    engine, per_stage = recipe.rollout.tp, gpus // recipe.parallel.pp
+    if per_stage == gpus and every == 1:
+        return 0.0  # each rank holds everything
+    node = min(gpus, GPUS_PER_NODE)
+    # to ranks of the same node: holders of a shard take turns at every `every` consecutive ranks
+    turns = -(-node // min(node, per_stage))
+    near = turns * min(-(-every // engine) / every, every / engine, 1)
+    # to nodes that hold nothing of it, once each: holders of a shard take turns at the nodes
+    nodes, holding = -(-gpus // node), -(-per_stage // node)
+    far = -(-(nodes - holding) * every // per_stage) / every
+    # in the second round, on such a node: ranks that load the same take turns at passing on a shard to the others
+    engines = max(node // engine, 1)
+    shards = -(-max(parts // engine, 1) // engines)
+    relayed = (engines - 1) * shards / max(parts, engine) if nodes > holding else 0
+    return 1 / engine + max(near + far, relayed)
 
 
 def _engine_bytes(shape: Shape, tp: int, width: int, *, fp8: bool, experts: bool, whole: bool) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from megafork.model import fp8, precision
 from megafork.plan.deadlines import Deadlines
 from megafork.plan.hardware import Gpu
-from megafork.plan.layers import Layers, check_layers, layers_of
+from megafork.plan.layers import Layers, layers_of
 from megafork.plan.memory import StageMemory, engines, stages
 from megafork.plan.parameters import count_active, count_parameters
 from megafork.plan.refit import planning_s
@@ -81,12 +81,13 @@ class Plan:
 
     @property
     def layers(self) -> Layers:
-        return layers_of(self.shape, self.recipe)
+        return layers_of(self.recipe)
 
     @property
     def with_other_layers(self) -> Plan | None:
-        """The plan with plain layers instead of fused ones, or the reverse; None if there are no others: in fp32, and with experts."""
-        if self.recipe.precision.dtype != "bf16" or self.shape.moe is not None:
+        """The plan with plain layers instead of fused ones, or the reverse; None if there are no others: in fp32, and experts in FP8."""
+        precision = self.recipe.precision
+        if precision.dtype != "bf16" or (precision.train_fp8 and self.shape.moe is not None):
             return None
         return self.with_changes({"model.kernels": "plain" if self.layers == "fused" else "fused", "parallel.cp_comm": None})
 
@@ -121,12 +122,11 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     if mean_response is not None and not 1 <= mean_response <= longest:
         raise RecipeError(f"--mean-response is {mean_response}: give a number of tokens from 1 to rollout.max_response_length={longest}")
     check_layout(shape, recipe.parallel)
-    check_layers(shape, recipe)
     check_world(recipe.parallel, gpus)
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
     check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
-    precision.check_training(shape, recipe.precision, recipe.parallel.tp)
+    precision.check_training(shape, recipe.precision, recipe.parallel, recipe.model.kernels)
     fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)
     step = step_time(shape, recipe, gpus, gpu, memory[0].engine, [stage.weights for stage in memory], mean_response)

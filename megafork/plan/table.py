@@ -158,7 +158,8 @@ def _layers(plan: Plan) -> str:
     """What the other layers would need."""
     other = plan.with_other_layers
     if other is None:
-        return f"layers: plain, because {'precision.dtype is fp32' if plan.recipe.precision.dtype == 'fp32' else 'the model has experts'}"
+        why = "plain, because precision.dtype is fp32" if plan.layers == "plain" else "fused, which alone have experts in FP8"
+        return f"layers: {why}"
     name = {"fused": "fused ones (Transformer Engine)", "plain": "plain ones (model.kernels=plain, or no Transformer Engine)"}[other.layers]
     step = other.step.seconds / plan.step.seconds - 1
     training = (other.step.score + other.step.update) / (plan.step.score + plan.step.update) - 1

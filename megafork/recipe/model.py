@@ -20,7 +20,7 @@ class Model(Section):
     """Activations recomputed in the backward: none, core attention only, or whole layers."""
     kernels: Kernels = "auto"
     """What computes the layers. `fused`: Transformer Engine's layers, which need a GPU and `precision.dtype: bf16`. `plain`: Megatron's and
-    PyTorch's own. `auto`: fused where both are possible, else plain. Weights and checkpoints are the same for both."""
+    PyTorch's own. `auto`: fused where both are possible, else plain. Weights and checkpoints are the same for both, and so is routing."""
 
     @field_validator("path")
     @classmethod
@@ -116,12 +116,13 @@ class Precision(Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; with bf16 the optimizer keeps fp32 main weights."""
     rollout_fp8: bool = False
-    """vLLM's projections in e4m3, in blocks of 128 x 128 with one scale each, quantised at every refit; embedding, head and norms stay
-    bf16. Needs `dtype: bf16` and `loss.importance_cap`."""
+    """vLLM's projections, experts' too, in e4m3, in blocks of 128 x 128 with one scale each, quantised at every refit; embedding, head,
+    norms and routers stay bf16. Needs `dtype: bf16` and `loss.importance_cap`."""
     train_fp8: bool = False
     """The trainer's projections multiply in e4m3, forward and backward: activations and gradients in blocks of 1 x 128, weights of
     128 x 128, quantised on the fly by Transformer Engine. Stored weights, gradients and optimizer state keep their precision, and so do
-    embedding, head, norms and attention. Needs `dtype: bf16`, Transformer Engine, and a GPU that supports such blocks (H100, H200)."""
+    embedding, head, norms, attention and routers. Needs `dtype: bf16`, Transformer Engine, and a GPU that supports such blocks (H100,
+    H200); a mixture of experts also needs fused layers (`model.kernels`)."""
 
     @model_validator(mode="after")
     def _fp8_beside_bf16(self) -> Precision:

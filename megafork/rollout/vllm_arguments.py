@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megafork.compat import vllm_entropy
-from megafork.model.fp8 import CONFIG
+from megafork.model.fp8 import config_entries
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling
+from megafork.shape import read_shape
 
 _CPU_CACHE_MB = 256
 
@@ -34,7 +36,7 @@ def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
         "seed": config.seed % 2**32,  # numpy accepts no larger seed; requests carry their own
         "disable_log_stats": True,
         "logits_processors": ["megafork.rollout.logits_processor:ForkProcessor"] if config.fork_decoding else None,
-        "hf_overrides": CONFIG if config.fp8 else None,
+        "hf_overrides": config_entries(read_shape(Path(config.model))) if config.fp8 else None,
         **_further(config.engine),
     }
 

@@ -4,8 +4,7 @@ Imports neither torch nor transformers, so a wrong model folder is rejected in a
 """
 
 from megafork.shape.config import read_config, refuse_adapter
-from megafork.shape.experts import refuse_experts
-from megafork.shape.families import FAMILIES, UNFUSED
+from megafork.shape.families import FAMILIES, unfused
 from megafork.shape.family import Family, HFTensor, Rule, Span
 from megafork.shape.layout import check_engines, check_layout, check_rollout_tp, check_world, stage_layers, stage_of_layer
 from megafork.shape.model import Llama3, Mixture, Shape, Yarn
@@ -13,7 +12,6 @@ from megafork.shape.read import read_dtype, read_shape
 
 __all__ = [
     "FAMILIES",
-    "UNFUSED",
     "Family",
     "HFTensor",
     "Llama3",
@@ -30,7 +28,7 @@ __all__ = [
     "read_dtype",
     "read_shape",
     "refuse_adapter",
-    "refuse_experts",
     "stage_layers",
     "stage_of_layer",
+    "unfused",
 ]

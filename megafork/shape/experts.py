@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from megafork.recipe import RecipeError
 from megafork.shape.config import Keys
-from megafork.shape.model import Mixture, Shape
+from megafork.shape.model import Mixture
 
 KEYS = {
     *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
@@ -61,9 +60,3 @@ def _sparse_layers(config: Keys, layers: int) -> tuple[int, ...]:
             "decoder_sparse_step", "with mlp_only_layers it leaves no layer with experts; give a dense model as Qwen3ForCausalLM"
         )
     return sparse
-
-
-def refuse_experts(shape: Shape, what: str, fix: str) -> None:
-    """Raise RecipeError if the model has experts; `what` is what megafork does not support for them."""
-    if shape.moe is not None:
-        raise RecipeError(f"{what}: not yet supported for a mixture of experts; {fix}")

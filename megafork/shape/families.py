@@ -27,8 +27,8 @@ def _norm(megatron: str, huggingface: str, axis: Axis = _HIDDEN, fused: str | No
     return Rule(megatron, "replicated", (HFTensor(huggingface, (axis,)),), fused=fused, norm=True)
 
 
-def _projection(megatron: str, kind: Kind, *tensors: HFTensor) -> Rule:
-    return Rule(megatron, kind, tensors, fp8=True)
+def _projection(megatron: str, kind: Kind, *tensors: HFTensor, fused: str | None = None) -> Rule:
+    return Rule(megatron, kind, tensors, fused=fused, fp8=True)
 
 
 _EMBEDDING = Rule("embedding.word_embeddings.weight", "vocab", (HFTensor("model.embed_tokens.weight", (_VOCABULARY,), _HIDDEN),))
@@ -72,9 +72,13 @@ _EXPERT_FC1 = _projection(
     "gated",
     HFTensor("mlp.experts.*.gate_proj.weight", (_EXPERT_GATE,), _HIDDEN),
     HFTensor("mlp.experts.*.up_proj.weight", (_EXPERT_UP,), _HIDDEN),
+    fused="mlp.experts.linear_fc1.weight*",
 )
 _EXPERT_FC2 = _projection(
-    "mlp.experts.local_experts.*.linear_fc2.weight", "row", HFTensor("mlp.experts.*.down_proj.weight", (_HIDDEN,), _EXPERT_FFN)
+    "mlp.experts.local_experts.*.linear_fc2.weight",
+    "row",
+    HFTensor("mlp.experts.*.down_proj.weight", (_HIDDEN,), _EXPERT_FFN),
+    fused="mlp.experts.linear_fc2.weight*",
 )
 
 # ---- the families
@@ -170,5 +174,11 @@ FAMILIES = {
 }
 """Families, keyed by config.json's `architectures`."""
 
-UNFUSED = {rule.fused: rule.megatron for family in FAMILIES.values() for rule in family.layer if rule.fused}
-"""For each parameter that has another name in fused layers, its name in plain ones."""
+_UNFUSED = {rule.fused: rule.megatron for family in FAMILIES.values() for rule in (*family.layer, *family.experts) if rule.fused}
+
+
+def unfused(name: str) -> str:
+    """What plain layers call the parameter of a layer that fused ones call `name`."""
+    of_experts = name.rstrip("0123456789")
+    plain = _UNFUSED.get(name) or _UNFUSED.get(f"{of_experts}*", name)
+    return plain.replace("*", name.removeprefix(of_experts))

@@ -82,8 +82,8 @@ class Rule:
     tensors: tuple[HFTensor, ...]
     """In Megatron's order: the rows of the tensors, concatenated, must be queries, keys, values for `qkv`, and gate, up for `gated`."""
     fused: str | None = None
-    """Its name if Transformer Engine fuses it with the following linear, which is also its key in Megatron's checkpoints; None if the name
-    stays the same."""
+    """Its name if Transformer Engine fuses it with the following linear, which is also its key in Megatron's checkpoints, or multiplies it
+    together with those of other experts; None if the name stays the same."""
     norm: bool = False
     """Whether this is the weight of an RMS norm."""
     fp8: bool = False

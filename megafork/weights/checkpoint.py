@@ -35,6 +35,8 @@ from megafork.weights.checksums import SUMS, sum_of, sync, sync_name
 from megafork.weights.optimizer_state import load_optimizer, optimizer_content
 
 _NAME = re.compile(r"step_(\d{6,})")
+_EXTRA_STATE = re.compile(r".*_extra_state\d*")
+"""Transformer Engine's experts have one each in their common module, the first without a number."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -180,9 +182,9 @@ def _take(chunks: list[Policy], loaded: dict[str, Any]) -> None:
     """Load the weights into their chunks. A linear's extra state is skipped: Transformer Engine would unpickle it, and only FP8 with
     delayed scaling, which megafork does not support, needs it."""
     for name, chunk in _named(chunks):
-        weights = {key: value for key, value in loaded[name].items() if not key.endswith("_extra_state")}
+        weights = {key: value for key, value in loaded[name].items() if not _EXTRA_STATE.fullmatch(key)}
         found = chunk.load_state_dict(weights, strict=False)
-        lacking = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+        lacking = [key for key in found.missing_keys if not _EXTRA_STATE.fullmatch(key)]
         assert not lacking and not found.unexpected_keys, (lacking, found.unexpected_keys)
 
 
@@ -262,7 +264,7 @@ def _weights(chunk: Policy, mesh: Mesh) -> dict[str, Any]:
     """A chunk's sharded weights: the same keys for fused and plain layers, in bf16 and FP8. Only linears have an extra state, always empty:
     Transformer Engine has one for each norm too, and in FP8 pickles its settings into them."""
     content = chunk.sharded_state_dict(metadata={**_content_metadata(), "dp_cp_group": mesh.token_group})
-    for name in [name for name in content if name.endswith("_extra_state")]:
+    for name in filter(_EXTRA_STATE.fullmatch, list(content)):
         if name.endswith("norm._extra_state"):
             del content[name]
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megafork.model.policy import Policy
 from megafork.parallel.mesh import Mesh
-from megafork.shape import UNFUSED, Shape
+from megafork.shape import Shape, unfused
 from megafork.weights.huggingface import HuggingFaceWeights
 from megafork.weights.mapping import LAYERS, Parameter, full_shape, parameters, pieces, shard_shape, shards_of, stage_of
 
@@ -24,11 +24,11 @@ def global_name(chunk: Policy, name: str) -> str:
     if not name.startswith(f"{LAYERS}."):
         return name
     head, _, rest = name.removeprefix(f"{LAYERS}.").partition(".")
-    layer = chunk.decoder.layers[int(head)]
+    layer, rest = chunk.decoder.layers[int(head)], unfused(rest)
     if rest.startswith(_EXPERTS):
         expert, _, inner = rest.removeprefix(_EXPERTS).partition(".")
         rest = f"{_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}.{inner}"
-    return f"{LAYERS}.{layer.layer_number - 1}.{UNFUSED.get(rest, rest)}"
+    return f"{LAYERS}.{layer.layer_number - 1}.{rest}"
 
 
 def local_parameters(chunks: list[Policy]) -> dict[str, torch.nn.Parameter]:

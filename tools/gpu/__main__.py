@@ -52,6 +52,7 @@ def parts(work: str, dry: bool) -> Iterator[Part]:
     yield Part("attention over 200 distinct lengths", 180, [f"{here}/attention.py{flag}"])
     yield Part("sleep, refit and wake, twice, on Qwen3-0.6B", 300, [*model, f"{here}/colocated.py cycle {large}{flag}"])
     yield Part("a layer of Qwen3-32B's width, plain and fused", 240, [f"{here}/width.py {work}/width{flag}"])
+    yield Part("a layer of Qwen3-30B-A3B's width, plain and fused", 300, [f"{here}/width.py {work}/experts --experts{flag}"])
     yield Part("a checkpoint with vLLM awake", 300, [*model, f"{here}/colocated.py checkpoint {large}{flag}"])
     yield Part("doctor", 60, [f"{megafork} doctor --json"])
     yield Part("numerics", 300, [f"{here}/numerics.py{flag}"])

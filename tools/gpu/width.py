@@ -1,7 +1,7 @@
-"""A training step of one layer at Qwen3-32B's width, plain and fused, in bf16 and in FP8: seconds, FLOP/s and peak memory as one line of
-JSON.
+"""A training step of one layer, plain and fused, in bf16 and in FP8: seconds, FLOP/s, peak memory and losses as one line of JSON. The layer
+is as wide as Qwen3-32B's or, with --experts, as Qwen3-30B-A3B's, with all its experts.
 
-    python tools/gpu/width.py FOLDER [--dry]
+    python tools/gpu/width.py FOLDER [--experts] [--dry]
 
 FOLDER: where to write the random model. The vocabulary is small, so that the layer dominates the time.
 """
@@ -34,6 +34,17 @@ from megafork.weights.policy_weights import load_policy
 
 WIDTH = {"hidden_size": 5120, "intermediate_size": 25_600, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+EXPERTS = {
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+FEW_EXPERTS = {**SMALL, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
 
 
 def negative_log_prob(log_prob: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -70,23 +81,36 @@ def measure(folder: Path, device: torch.device, *, kernels: str, fp8: bool, toke
         losses.append(learner.train([micro], negative_log_prob)["loss"])
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    products = sum(p.numel() for name, p in chunks[0].named_parameters() if "linear" in name)
+    met = shape.moe.per_token / shape.moe.experts if shape.moe is not None else 1.0  # of the experts, by a token
+    linears = {name: p.numel() for name, p in chunks[0].named_parameters() if "linear" in name}
+    products = sum(size * (met if ".experts." in name else 1.0) for name, size in linears.items())
     taken = statistics.median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     # forward, its recomputation, and two products in the backward; attention is not counted
     return {"step_s": taken, "tflop_per_s": 8 * tokens * products / taken / 1e12, "peak_gb": peak / 1e9, "loss": losses}
 
 
-def main(folder: Path, dry: bool) -> None:
+def write(folder: Path, experts: bool, dry: bool) -> None:
+    """A random model with one layer."""
+    torch.manual_seed(1)
+    whole = {"vocab_size": 8192, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    if experts:
+        sparse = transformers.Qwen3MoeConfig(**(FEW_EXPERTS if dry else EXPERTS), **whole)
+        transformers.Qwen3MoeForCausalLM(sparse).to(torch.bfloat16).save_pretrained(folder)
+    else:
+        dense = transformers.Qwen3Config(**(SMALL if dry else WIDTH), **whole)
+        transformers.Qwen3ForCausalLM(dense).to(torch.bfloat16).save_pretrained(folder)
+
+
+def main(folder: Path, experts: bool, dry: bool) -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29652")
     device = join_world()
-    torch.manual_seed(1)
-    sizes = SMALL if dry else WIDTH
-    config = transformers.Qwen3Config(**sizes, vocab_size=8192, num_hidden_layers=1, tie_word_embeddings=True)
-    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write(folder, experts, dry)
     tokens, repeats = (128, 1) if dry else (8192, 8)
     found: dict[str, Any] = {}
     for kernels, fp8 in itertools.product(("plain", "fused"), (False, True)):
+        if experts and fp8 and kernels == "plain":
+            continue  # is refused
         lacking = (fused_problem() if kernels == "fused" else None) or (precision.lacking() if fp8 else None)
         measured = {"not run": lacking} if lacking else measure(folder, device, kernels=kernels, fp8=fp8, tokens=tokens, repeats=repeats)
         found[f"{kernels} {'fp8' if fp8 else 'bf16'}"] = measured
@@ -94,4 +118,4 @@ def main(folder: Path, dry: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--dry" in sys.argv)
+    main(Path(sys.argv[1]), "--experts" in sys.argv, "--dry" in sys.argv)
