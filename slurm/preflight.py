@@ -104,14 +104,13 @@ def _shared(recipe: Recipe, command: Command, ranks: int) -> Iterator[str]:
 
 def planned(recipe: Recipe, command: Command, ranks: int, gpu: Gpu) -> Iterator[str]:
     """Whether `megafork plan` finds the run too large for the GPUs, with the keys that would fix it, or too slow for the job's deadlines.
-    Writes down how early the job is to be asked to stop. Supervised runs and mixtures of experts are not planned."""
-    shape = read_shape(Path(recipe.model.path))
-    if command == "sft" or shape.moe is not None:
+    Writes down how early the job is to be asked to stop. Supervised runs are not planned."""
+    if command == "sft":
         return
     from megafork.plan.planner import make_plan  # imports Megatron, as `complete` below
     from megafork.plan.table import verdict
 
-    plan = make_plan(shape, recipe, ranks, gpu)
+    plan = make_plan(read_shape(Path(recipe.model.path)), recipe, ranks, gpu)
     if not plan.fits:
         lines = [Text.from_markup(line).plain for line in verdict(plan)]
         yield f"{'; '.join(lines)}; `megafork plan` shows the details"

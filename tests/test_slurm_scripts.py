@@ -172,12 +172,13 @@ def test_field_value_and_fix_are_in_the_line() -> None:
 @pytest.mark.parametrize(
     ("left", "hang", "refused"), [("90000", "5400", ""), ("", "5400", ""), ("600", "5400", "--time"), ("", "0", "MEGAFORK_HANG_S")]
 )
+@pytest.mark.parametrize("architecture", ["Qwen3", "Qwen3Moe"])
 def test_the_preflight_compares_the_plan_with_the_job(
-    left: str, hang: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, left: str, hang: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"MEGAFORK_JOB": str(tmp_path), "MEGAFORK_TIME_LEFT_S": left, "MEGAFORK_HANG_S": hang}.items():
         monkeypatch.setenv(name, value)
-    spec = recipe(save_model(tmp_path / "model"))
+    spec = recipe(save_model(tmp_path / "model", architecture))
     told = list(preflight.planned(spec, "train", 8, GPUS["h100"]))
     assert len(told) == bool(refused) and all(line.startswith(refused) for line in told)
     assert int((tmp_path / "warning_s").read_text()) == WARNING_S

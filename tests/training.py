@@ -29,7 +29,7 @@ from megafork.weights.huggingface import HuggingFaceWeights
 
 Masks = dict[tuple[int, int], torch.Tensor]
 """Of each response's tokens, by (group, sample)."""
-STEPS = 2
+STEPS = 3
 """Of two updates each: all but the first have AdamW's moments, and weights that have moved."""
 GROUPS = ((0, 1), (2,))
 """Which prompts make each mini-batch."""
