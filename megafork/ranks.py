@@ -221,7 +221,8 @@ def record(message: str, code: int = FAILED) -> None:
     standard error."""
     file = os.environ.get(_ERROR_FILE)
     if file:
-        told = {"message": message, "code": code, "timestamp": int(time.time()), "time_ns": time.time_ns()}
+        # slurm/common.sh cuts the message out of the text, between the first two keys
+        told = {"message": message, "timestamp": int(time.time()), "time_ns": time.time_ns(), "code": code}
         Path(file).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
     if _LAUNCHER not in os.environ:
         say(f"rank {os.environ['RANK']}: {message}")
