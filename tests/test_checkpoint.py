@@ -59,11 +59,8 @@ def _load_and_go_on(spec: Recipe, folder: Path) -> Any:
     return _go_on(rig)
 
 
-@pytest.mark.parametrize(
-    ("background", "tied"),
-    [pytest.param(False, True, marks=pytest.mark.slow), (True, False)],
-    ids=["at once, tied", "in the background, untied"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("background", "tied"), [(False, True), (True, False)], ids=["at once, tied", "in the background, untied"])
 def test_saved_under_one_layout_continued_under_others(background: bool, tied: bool, tmp_path: Path) -> None:
     """Weights and the optimizer's state are found by what they are, not by the rank that wrote them."""
     model, folder = save_model(tmp_path / "m", tie_word_embeddings=tied), tmp_path / "checkpoints"

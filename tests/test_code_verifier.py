@@ -214,6 +214,7 @@ def test_results(tool: str) -> None:
             assert scorer.score([(fenced(source), row)]) == [Verdict(float(accuracy))], source
 
 
+@pytest.mark.slow
 def test_partial_and_all_or_nothing() -> None:
     row = {"input_output": {"inputs": ["1", "2", "3", "4"], "outputs": ["1", "2", "0", "0"]}}
     slow = fenced("n = input()\nwhile n == '2': pass\nprint(n)")

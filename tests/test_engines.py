@@ -169,6 +169,7 @@ def test_an_engine_that_is_the_policy_has_its_log_probs(spec: Recipe) -> None:
         assert not any(name.startswith("refit/") for name in metrics), "its engine has no such costs"
 
 
+@pytest.mark.slow
 def test_an_engine_of_transformers_follows_a_policy_split_over_ranks(spec: Recipe) -> None:
     spec = spec.model_copy(update={"parallel": spec.parallel.model_copy(update={"tp": 2})})
     for _, *steps in on_ranks(2, _with_transformers, spec):

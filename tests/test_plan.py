@@ -182,6 +182,7 @@ def test_doubling_the_gpus_never_slows_a_step_nor_swells_a_rank() -> None:
         assert max(many.peaks.values()) < max(few.peaks.values())
 
 
+@pytest.mark.slow
 def test_a_refit_is_counted_beside_a_full_gather_and_the_least_possible() -> None:
     counted = refits(KNOWN["qwen3-32b"], published(), 64)
     assert [refit.name for refit in counted[:3]] == ["TP4 PP4 CP1 DP4 to TP4", "TP8 PP4 CP1 DP2 to TP4", "TP8 PP4 CP1 DP2 to TP8"]

@@ -155,6 +155,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
 
 
+@pytest.mark.slow
 def test_every_switch_on_one_rank(model: Path) -> None:
     [pairs] = on_ranks(1, both, [spec_of(model, switches) for switches in SWITCHES])
     for plain, rehearsed in pairs:

@@ -211,6 +211,7 @@ def _plans(draw: st.DrawFn) -> Reshard:
     return plan
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(plan=_plans())
 def test_carried_out_any_plan_gives_each_rank_what_a_gather_would(plan: Reshard) -> None:

@@ -96,6 +96,7 @@ def test_one_bad_item_harms_no_other(folder: Path, response: str, expected: str 
     assert verdicts == again == [Verdict(i / 8) for i in range(8)]
 
 
+@pytest.mark.slow
 def test_every_misbehaviour_at_once_over_several_workers_keeps_the_order(folder: Path) -> None:
     kinds = ["fine", "sleep", "raise", "segfault", "fine", "print", "die", "busy", "fine"] * 2
     with Verifiers(reward("bad.py:score", timeout_s=2.0, workers=3)) as scorer:
@@ -288,6 +289,7 @@ def test_math() -> None:
     assert missing == Verdict(0.0, "ValueError: the row has no answer to compare with")
 
 
+@pytest.mark.slow
 def test_math_is_stopped_where_its_own_alarm_cannot() -> None:
     """A tower of powers keeps sympy in one power of huge integers, where no Python signal handler runs."""
     items = [(r"\boxed{7}", {"answer": 7}), (r"\boxed{9^{9^{9}}}", {"answer": 7}), (r"\boxed{7}", {"answer": 7})]

@@ -83,7 +83,12 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 
 @pytest.mark.parametrize(
-    ("rope", "layout"), [*(("YaRN", name) for name in LAYOUTS if name != "CP2"), ("llama3", "TP2 PP2 CP2"), ("YaRN, every key", "CP2")]
+    ("rope", "layout"),
+    [
+        *(pytest.param("YaRN", name, marks=pytest.mark.slow) for name in LAYOUTS if name != "CP2"),
+        pytest.param("llama3", "TP2 PP2 CP2", marks=pytest.mark.slow),
+        ("YaRN, every key", "CP2"),
+    ],
 )
 def test_whole_steps_equal_the_float64_reference(rope: str, layout: str, wanted: Any) -> None:
     folder, expected = wanted(rope)

@@ -62,6 +62,7 @@ def test_lines_come_back_as_written_in_one_order(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"step": 0, "eval/accuracy": 0.25}
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_every_written_step(tmp_path: Path) -> None:
     program = (
         "import os, sys, pathlib\n"

@@ -161,6 +161,7 @@ def _temporary_folder() -> contextlib.AbstractContextManager[str]:
 # ---------------------------------------------------------------- the channel of verdicts
 
 
+@pytest.mark.slow
 def test_an_attack_on_the_channel_costs_its_own_item_alone(folder: Path, tool: str) -> None:
     with Verifiers(reward()) as scorer:
         for name, attack in ON_THE_CHANNEL.items():
@@ -184,6 +185,7 @@ def test_an_installation_below_tmp_is_seen(tmp_path: Path, monkeypatch: pytest.M
         package.parent.rmdir()
 
 
+@pytest.mark.slow
 def test_what_a_sandbox_bounds(folder: Path, boxed: str) -> None:
     before = _verifier_processes()
     with Verifiers(reward()) as scorer:
@@ -239,6 +241,7 @@ def test_kill_9_of_the_trainer_leaves_nothing(folder: Path, boxed: str) -> None:
     assert _gone(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 1 << 24])
 def test_a_stopped_process_and_an_item_larger_than_a_buffer_are_bounded(folder: Path, tool: str, size: int) -> None:
     with Verifiers(reward()) as scorer:
@@ -251,6 +254,7 @@ def test_a_stopped_process_and_an_item_larger_than_a_buffer_are_bounded(folder: 
         assert scorer.score([RIGHT, WRONG, ("reached = True #" + "#" * size, {})]) == [Verdict(1.0), Verdict(0.0), Verdict(1.0)]
 
 
+@pytest.mark.slow
 def test_running_out_of_time_costs_no_new_start(folder: Path, tool: str) -> None:
     (folder / "slow.py").write_text("import time\ntime.sleep(3)\n" + EVALUATES)
     with Verifiers(reward("slow.py:score", timeout_s=0.5)) as scorer:

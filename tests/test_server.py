@@ -159,6 +159,7 @@ def test_a_server_that_hangs_in_mid_roll_out_is_given_up() -> None:
         assert on_ranks(2, roll_outs, [hangs.url, lives.url], limits, [1, 2])[0] == [expected(1), expected(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("route", ["/init_weight_transfer_engine", "/update_weights", "/finish_weight_update"])
 def test_a_server_that_fails_in_a_refit_does_not_hold_it_up(route: str, sign: int) -> None:
