@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from reference import reference
 from safetensors.torch import load_file
 from speed import by_speed
 from tiny import MODELS, recipe, save_model
-from training import Results, Rig, compare, reference, specs, train_on_rank
+from training import Results, Rig, compare, specs, train_on_rank
 
 from megafork.convert.convert import megatron_to_hf
 from megafork.recipe import Parallel, Recipe, RecipeError

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import training
 from fused import KINDS, check_same_model, layer_names, load, model_of, needs_te, save, train_fused
 from ranks import on_ranks
+from reference import reference
 from task import make_task, write_recipe
 from tiny import save_model
 
@@ -237,4 +238,4 @@ def test_three_steps_equal_the_float64_reference(layout: str, tmp_path: Path) ->
     folder = save_model(tmp_path, num_hidden_layers=2)
     spec = training.specs(folder, {"parallel": LAYOUTS[layout]})[:1]
     results = on_ranks(2 if LAYOUTS[layout] else 1, training.train_on_rank, spec, train_fused)
-    training.compare(results, [training.reference(spec[0])])
+    training.compare(results, [reference(spec[0])])

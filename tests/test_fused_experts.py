@@ -18,6 +18,7 @@ import torch
 import training
 from fused import KINDS, check_same_model, layer_names, load, model_of, needs_te, save, train_fused
 from ranks import on_ranks
+from reference import reference
 from tiny import MODELS, save_model
 
 from megafork.recipe import Recipe
@@ -158,7 +159,7 @@ def test_three_steps_equal_the_float64_reference(layout: str, tiny: Path) -> Non
     world, sections = TRAINED[layout]
     spec = _steps_of(tiny, sections)
     plain = on_ranks(1, training.train_on_rank, _steps_of(tiny, {**sections, "parallel": {}}), te_kernels.play)[0]
-    training.compare(on_ranks(world, training.train_on_rank, spec, train_fused), [training.reference(spec[0])], plain)
+    training.compare(on_ranks(world, training.train_on_rank, spec, train_fused), [reference(spec[0])], plain)
 
 
 def _weights_left_out() -> None:
@@ -203,6 +204,6 @@ def _experts_shared_by_all() -> None:
 def test_a_planted_bug_is_found(plant: Callable[[], None], tiny: Path) -> None:
     spec = _steps_of(tiny, {"parallel": {"ep": 2}})
     results = on_ranks(2, training.train_on_rank, spec, plant, 1)
-    wanted = [training.reference(spec[0], steps=1)]
+    wanted = [reference(spec[0], steps=1)]
     with pytest.raises(AssertionError):
         training.compare(results, wanted)

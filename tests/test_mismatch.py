@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from reference import correction
 from responses import LAYOUTS, Name, Token, by_token, joined, make_responses, name, on_layout, random_lengths, spread
 from tiny import recipe, save_model
 from torch import Tensor
-from training import Rig, correction, responses
+from training import Rig, responses
 
 from megafork.recipe import Forks, Loss
 from megafork.rl import mismatch

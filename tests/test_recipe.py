@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from least_recipe import LEAST, recipe
 
 from megafork.recipe import Profile, Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 
-LEAST = "model: {path: m}\ndata: {train: d.jsonl}\n"
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(LEAST)
-    return file
-
+__all__ = ["recipe"]
 
 WRONG = {
     "forks.top_entropy_quantile=1.5": "forks.top_entropy_quantile is 1.5: must be a number, above 0 and at most 1",

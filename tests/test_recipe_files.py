@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from least_recipe import LEAST, recipe
 
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 
-LEAST = "model: {path: m}\ndata: {train: d.jsonl}\n"
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(LEAST)
-    return file
-
+__all__ = ["recipe"]
 
 FILES = {
     LEAST + "forks: {select: gmts, scope: fixed, threshold: 0.5}\n": (

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +19,6 @@ from hypothesis import strategies as st
 
 from megafork.data import verifiers
 from megafork.data.reward import Verdict, Verifiers, check_verifier, needs
-from megafork.data.sources import read_rows
 from megafork.recipe import RecipeError, Reward
 
 BAD_VERIFIER = r"""
@@ -324,103 +321,3 @@ def test_finding_the_answer_takes_linear_time(text: str) -> None:
 @given(st.text(alphabet="ab{}\\ \n", max_size=30), st.text(alphabet="ab \n", max_size=10), st.text(alphabet="ab}\\ ", max_size=10))
 def test_last_boxed_finds_the_balanced_content(before: str, content: str, after: str) -> None:
     assert verifiers.last_boxed(f"{before} \\boxed{{{content}{{{content}}}\\}}}}{after}") == f"{content}{{{content}}}\\}}"
-
-
-# ---------------------------------------------------------------- reasoning-gym
-
-
-@pytest.mark.slow
-def test_reasoning_gym_scores_its_own_answers_fully_and_contained_answers_not_at_all() -> None:
-    import reasoning_gym  # noqa: F401 - the registry fills at import
-    from reasoning_gym.factory import DATASETS
-
-    extract = {"gsm_symbolic", "kakurasu", "knights_knaves", "quantum_lock", "survo"}  # these scorers look for the answer in a text
-    skipped = {"composite", "knight_swap", "sokoban", "futoshiki", "intermediate_integration"}  # no defaults; slow to make
-    for task in sorted(set(DATASETS) - skipped):
-        dataset = DATASETS[task][0](DATASETS[task][1](size=2, seed=1))
-        for entry in (dataset[0], dataset[1]):
-            row = {"prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
-            if entry["answer"] is not None:  # a few tasks have no single right answer
-                assert verifiers.reasoning_gym(f"<think>hm</think> <answer> {entry['answer']}\n</answer>", row) == 1.0, task
-                assert verifiers.reasoning_gym(f"I think {entry['answer']}", row) == float(task in extract), task
-            for garbage in ("", "garbage", "{}", "[1,2", "[]", "7 x", "\\frac{1}{2}"):
-                assert verifiers.reasoning_gym(garbage, row) in (0.0, float(garbage == entry["answer"])), (task, garbage)
-
-
-@pytest.fixture(scope="module")
-def gym() -> Iterator[Verifiers]:
-    """Imports reasoning_gym, which takes seconds."""
-    with Verifiers(reward("reasoning_gym")) as scorer:
-        yield scorer
-
-
-def test_reasoning_gym_takes_the_final_answer_only(gym: Verifiers) -> None:
-    rows = [row for _, row in read_rows("reasoning_gym:chain_sum:3:5", "data.train")]
-    right = [str(row["answer"]) for row in rows]
-    forms = ["{}", "<think>no</think>\n{} ", r"so \boxed{{{}}}", "<answer>1x</answer> <answer> {} </answer>"]
-    wrong = ["the answer is {}", "{} or 5", "<think>{}</think>", "<answer>1x</answer>{}", r"<answer>1x</answer>\boxed{{{}}}"]
-    for form in forms:
-        assert gym.score([(form.format(a), r) for a, r in zip(right, rows, strict=True)]) == [Verdict(1.0)] * 3, form
-    for form in wrong:
-        assert gym.score([(form.format(a), r) for a, r in zip(right, rows, strict=True)]) == [Verdict(0.0)] * 3, form
-    (foreign,) = gym.score([("7", {"prompt": "?", "answer": "7"})])
-    assert foreign.accuracy == 0.0 and foreign.error is not None and "metadata.source_dataset" in foreign.error
-
-
-def test_reasoning_gym_scorers_that_raise_or_accept_anything_give_0(gym: Verifiers) -> None:
-    """prime_factorization's raises on garbage; game_of_life_halting's takes every text for right."""
-    sources = ["reasoning_gym:prime_factorization:1", "reasoning_gym:game_of_life_halting:1"]
-    rows = [row for source in sources for _, row in read_rows(source, "data.train")]
-    assert gym.score([("garbage", row) for row in rows]) == [Verdict(0.0)] * 2
-    assert gym.score([(row["answer"], row) for row in rows]) == [Verdict(1.0)] * 2
-
-
-EVALUATED = ["spiral_matrix", "binary_matrix", "n_queens", "string_insertion", "countdown", "puzzle24", "simple_integration"]
-
-
-@pytest.mark.slow
-def test_reasoning_gym_evaluates_no_answer(folder: Path) -> None:
-    """Not even those whose scorers call `eval`, or sympy's parser: the answer is a literal or a formula, or it is wrong."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megafork.data import tasks  # here: a source has an interpreter of its own
-    rows = {task: row for task in EVALUATED for row in tasks.make(task, 1, 1)["rows"]}
-    code = f"__import__('pathlib').Path({str(folder / 'written')!r}).write_text('x')"
-    attacks = [code, f"[{code}]", f"exec({code!r})", "(lambda: 24)()", f"[[{code}]]", f"24 if {code} else 24", f"Integer({code})"]
-    with Verifiers(reward("reasoning_gym", isolation="process")) as scorer:
-        for task, row in rows.items():
-            assert verifiers.evaluates("reasoning_gym", row)
-            items = [(f"<answer>{attack}</answer>", row) for attack in attacks]
-            assert {verdict.accuracy for verdict in scorer.score(items)} == {0.0}, task
-    assert not (folder / "written").exists()
-
-
-def test_reasoning_gym_takes_literals_and_formulas(gym: Verifiers) -> None:
-    matrix = {"prompt": "?", "answer": "1 2 4 3", "metadata": {"source_dataset": "spiral_matrix"}}
-    twenty_four = {"prompt": "?", "answer": None, "metadata": {"source_dataset": "puzzle24", "numbers": [2, 3, 4, 1]}}
-    integral = {
-        "prompt": "?",
-        "answer": "",
-        "metadata": {"source_dataset": "simple_integration", "variable": "x", "integrand": "2*x + cos(x)"},
-    }
-    verdicts = gym.score(
-        [("[1, 2, 4, 3]", matrix), ("1 2 4 3", matrix), ("2*3*4*1", twenty_four), ("x**2 + sin(x) + C", integral), ("x**2", integral)]
-    )
-    assert [verdict.accuracy for verdict in verdicts] == [0, 1, 1, 1, 0]  # a list has a tenth of the marks
-
-
-def test_every_scorer_of_reasoning_gym_that_evaluates_is_known() -> None:
-    """A new version may have more of them."""
-    import inspect
-
-    import reasoning_gym  # noqa: F401 - the registry fills at import
-    from reasoning_gym.factory import DATASETS
-
-    found = {
-        name
-        for name, (kind, _) in DATASETS.items()
-        if "score_answer" in vars(kind)
-        and re.search(r"\b(eval|exec|parse_expr|sympify|verify_solution)\(", inspect.getsource(kind.score_answer))
-    }
-    known = {name for name in DATASETS if verifiers.evaluates("reasoning_gym", {"metadata": {"source_dataset": name}})}
-    assert found - {"jugs"} == known  # its verify_solution evaluates nothing

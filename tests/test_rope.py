@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_port, on_ranks
+from reference import reference
 from tiny import recipe, save_model
-from training import compare, reference, specs, train_on_rank
+from training import compare, specs, train_on_rank
 
 from megafork.convert.convert import hf_to_megatron
 from megafork.convert.named import find_model

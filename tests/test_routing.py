@@ -15,11 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import free_port, on_ranks
+from reference import reference
 from task import make_task, write_recipe
 from test_experts import save
 from test_rollout_entropy import NGRAM, PROMPTS, train
 from tiny import FolderWeights, recipe
-from training import Rig, compare, reference, responses, specs, train_on_rank
+from training import Rig, compare, responses, specs, train_on_rank
 
 from megafork.parallel.mesh import build_mesh
 from megafork.recipe import Recipe, RecipeError

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import by_rule
 from responses import LAYOUTS, Layout, Name, Token, by_token, joined, make_responses, micro_batches, name, on_layout, random_lengths, spread
 from torch import Tensor
-from training import by_rule
 
 from megafork.recipe import Forks, Loss, Recipe, RecipeError
 from megafork.rl import draws, prefix

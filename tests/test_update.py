@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from reference import reference
 from speed import by_speed
 from tiny import recipe, save_model
-from training import SHARES, Results, compare, reference, specs, train_on_rank
+from training import SHARES, Results, compare, specs, train_on_rank
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),

@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,18 +23,14 @@ import pytest
 import torch
 from command import run_on_forks, start_megafork
 from entropies import check_entropies
-from fp8 import EXPERTS
 from ranks import free_port, on_ranks
 from stand_in_server import complete
 from task import make_task, write_recipe
-from tiny import Chosen, recipe, save_model
+from tiny import Chosen, recipe
 from torch import Tensor
+from vllm_engines import LONG, PROMPTS, REQUESTS, SAMPLING, UPDATES, Answers, assert_equal, fresh, models, tensors
 
-from megafork.compat import vllm as vllm_fixes
-from megafork.compat import vllm_fp8
-from megafork.convert.convert import megatron_to_hf
 from megafork.model.build import PolicyConfig, build_policy
-from megafork.model.fp8 import Quantized
 from megafork.parallel.mesh import Mesh, build_mesh
 from megafork.recipe import Recipe
 from megafork.rollout.background import Background
@@ -45,7 +40,6 @@ from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Request, Sampling, Weights, request_seed
 from megafork.rollout.guard import credentials
 from megafork.rollout.server import ServerEngine
-from megafork.rollout.transfer import GlooLink, buckets, describe
 from megafork.secret import NAME, is_loopback
 from megafork.shape import read_shape
 from megafork.weights.huggingface import HuggingFaceWeights
@@ -53,14 +47,6 @@ from megafork.weights.policy_weights import export_policy, load_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 T = TypeVar("T")
-Answers = list[tuple[list[int], list[float]]]
-LONG = 280
-"""More tokens than a block of the prefix cache."""
-PROMPTS = [[(3 * i + n) % 99 for i in range(n)] for n in (1, 5, 31, LONG)]
-REQUESTS = [Request(prompt, request_seed(1, n, sample)) for n, prompt in enumerate(PROMPTS) for sample in range(2)]
-SAMPLING = (Sampling(max_tokens=12, temperature=0.0), Sampling(max_tokens=12, temperature=0.7, stop=(7,)))
-UPDATES = (0, 1, 0, 2, 1)
-"""Which model's weights each update brings."""
 FORKS = (0.7, 1.3, 4.2)
 """Fork-aware decoding, in whole runs only: about half of the tokens on each side."""
 LIMITS = Limits(in_flight=16, request_s=60.0, server_s=400.0, poll_s=0.2)
@@ -68,16 +54,6 @@ LIMITS = Limits(in_flight=16, request_s=60.0, server_s=400.0, poll_s=0.2)
 
 def spec_of(folder: Path, **sections: Any) -> Recipe:
     return recipe(folder, **{"data": {"max_prompt_length": LONG}, **sections})
-
-
-def models(folder: Path, **changes: Any) -> list[Path]:
-    return [save_model(folder / str(seed), seed=seed, **changes) for seed in (1, 2, 3)]
-
-
-def tensors(folder: Path) -> list[tuple[str, Tensor]]:
-    """In the order of a checkpoint, layer by layer."""
-    source = HuggingFaceWeights(folder)
-    return [(name, source.read(name, (0, source.shape(name)[0]))) for name in sorted(source.names())]
 
 
 class Exported:
@@ -96,146 +72,6 @@ class Exported:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return export_policy(self.chunks, self.shape, self.mesh)
-
-
-def start_vllm(folder: Path, **arguments: Any) -> Any:
-    """vLLM in this rank, which is one of its engine's."""
-    vllm_fixes.prepare()
-    import vllm
-
-    vllm_fixes.keep_process_groups()
-    with vllm_fixes.contained(), vllm_fixes.private_shared_memory():
-        return vllm.LLM(
-            str(folder),
-            distributed_executor_backend="external_launcher",
-            skip_tokenizer_init=True,
-            max_model_len=512,
-            enforce_eager=True,
-            kv_cache_memory_bytes=32 << 20,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            **{"dtype": "float32", **arguments},
-        )
-
-
-def ask(llm: Any) -> list[Answers]:
-    """Everything of an engine in this process."""
-    import vllm
-
-    answers = []
-    for sampling in SAMPLING:
-        parameters = [
-            vllm.SamplingParams(
-                seed=request.seed,
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop),
-                ignore_eos=True,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for request in REQUESTS
-        ]
-        outputs = llm.generate([{"prompt_token_ids": list(r.prompt)} for r in REQUESTS], parameters, use_tqdm=False)
-        answers.append([(list(o.outputs[0].token_ids), list(o.outputs[0].logprobs.logprobs)) for o in outputs])
-    return answers
-
-
-def fresh(folders: list[Path], port: int, **arguments: Any) -> list[list[Answers]]:
-    """What engines answer that loaded each folder from the disk."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [ask(start_vllm(folder, **arguments)) for folder in folders]
-
-
-def assert_equal(got: list[Answers], want: list[Answers]) -> None:
-    for some, others in zip(got, want, strict=True):
-        assert [tokens for tokens, _ in some] == [tokens for tokens, _ in others]
-        for (_, log_probs), (_, wanted) in zip(some, others, strict=True):
-            torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(wanted), atol=2e-5, rtol=0)
-
-
-# ---- the workers' end alone
-
-
-def test_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
-    """An untied mixture of experts in an engine of TP 2; the tied, dense model is at the servers below."""
-    folders = models(tmp_path, architecture="Qwen3Moe", tie_word_embeddings=False)[:2]
-    want = on_ranks(1, fresh, folders, free_port(), engines=True)[0]
-    for rank, problems in on_ranks(2, receive, folders, 2, free_port(), engines=True):
-        for answers, model in zip(rank, UPDATES, strict=True):
-            assert_equal(answers, want[model % 2])
-        assert rank[0] == rank[2]
-        assert problems == [None, "not all weights were sent of model.layers.1.mlp.experts.routed_experts"]
-
-
-def test_fp8_weights_over_gloo_equal_those_from_disk(tmp_path: Path) -> None:
-    """A mixture whose engine of two ranks shares the experts, bit for bit."""
-    sizes = {**EXPERTS, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    folders = models(tmp_path, architecture="Qwen3Moe", dtype=torch.bfloat16, **sizes)[:2]
-    for folder in folders:
-        megatron_to_hf(folder, folder / "fp8", fp8=True)
-    how: dict[str, Any] = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "bfloat16"}
-    want = on_ranks(2, partial(fresh_in_fp8, **how), [folder / "fp8" for folder in folders], free_port(), engines=True)[0]
-    received = on_ranks(2, partial(receive, fp8=True, **how), folders, 2, free_port(), engines=True)
-    for rank, _ in received:
-        assert rank == [want[model % 2] for model in UPDATES] and rank[0] != rank[1]
-    left_out = "not all weights were sent of model.layers.1.mlp.experts.routed_experts"
-    assert [problems for _, problems in received] == [[None, None], [None, left_out]], "the second rank holds that expert"
-
-
-def fresh_in_fp8(folders: list[Path], port: int, **arguments: Any) -> list[list[Answers]]:
-    vllm_fp8.install()
-    return fresh(folders, port, **arguments)
-
-
-def receive(
-    folders: list[Path], tp: int, port: int, *, fp8: bool = False, **arguments: Any
-) -> tuple[list[list[Answers]], list[str | None]]:
-    """The answers after each update, and what is wrong with an update before its end: with a whole one, and one without an expert."""
-
-    def sent_of(folder: Path) -> list[tuple[str, Tensor]]:
-        return list(Quantized(tensors(folder), read_shape(folder))) if fp8 else tensors(folder)
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    llm = start_vllm(
-        folders[0] / "fp8" if fp8 else folders[0],
-        load_format="dummy",
-        **{"tensor_parallel_size": tp, **arguments},
-        weight_transfer_config={"backend": "gloo"},
-        worker_extension_cls="megafork.rollout.receiver.Receiver",
-    )
-    rank = torch.distributed.get_rank()
-    link = GlooLink("127.0.0.1", tp, 30.0) if rank == 0 else None
-    info = [link.init_info if link else None]
-    torch.distributed.broadcast_object_list(info)
-    answers = []
-    with ThreadPoolExecutor() as trainer:
-        joined = trainer.submit(link.join) if link else None
-        llm.init_weight_transfer_engine({"init_info": info[0]})
-        if joined:
-            joined.result()
-
-        def update(weights: list[tuple[str, Tensor]], version: int) -> str | None:
-            llm.start_weight_update()
-            for bucket in buckets(weights):
-                sent = trainer.submit(link.send, bucket) if link else None
-                llm.update_weights({"update_info": describe(bucket)})
-                if sent:
-                    sent.result()
-            [state] = llm.collective_rpc("weight_update_state")
-            llm.finish_weight_update(str(version))
-            llm.reset_prefix_cache()
-            return state["problem"]
-
-        for version, model in enumerate(UPDATES):
-            problem = update(sent_of(folders[model % 2]), version)
-            answers.append(ask(llm))
-        without = [(name, tensor) for name, tensor in sent_of(folders[0]) if "1.mlp.experts.3.up_proj" not in name]
-        return answers, [problem, update(without, len(UPDATES))]
-
-
-# ---- servers
 
 
 @contextlib.contextmanager
