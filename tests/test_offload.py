@@ -10,7 +10,7 @@ import torch
 from ranks import on_ranks
 from speed import by_speed
 from tiny import MODELS, recipe, save_model
-from training import Rig
+from training import STEPS, Rig
 
 from megafork.plan.fixes import fixes
 from megafork.plan.hardware import gpu_named
@@ -36,7 +36,7 @@ def steps(spec: Recipe, folder: Path, park: bool) -> tuple[list[dict[str, float]
     learner, history = rig.learner, []
     offload = Offload(learner.model, learner.optimizer, rig.mesh.device)
     checkpoints = Checkpoints(folder, rig.mesh, keep_last=2)
-    for number in range(3):
+    for number in range(STEPS):
         if park:
             offload.to_host()
             offload.to_host()  # it is already

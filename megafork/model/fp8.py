@@ -28,10 +28,9 @@ def config_entries(shape: Shape) -> dict[str, Any]:
     """Entries added to config.json. vLLM quantises every linear that they do not list by its full name, so a mixture's routers are listed,
     as in Qwen's FP8 folders."""
     family = shape.family
-    kept = {family.head.tensors[0].module}
-    for layer in shape.moe.layers if shape.moe else ():
-        linears = [tensor for rule in family.sparse_layer for tensor in rule.tensors if tensor.columns and not rule.fp8]
-        kept |= {family.hf_name(tensor, layer).removesuffix(".weight") for tensor in linears}
+    routers = [tensor for rule in family.sparse_layer for tensor in rule.tensors if tensor.columns and not rule.fp8]
+    sparse = shape.moe.layers if shape.moe else ()
+    kept = {family.head.tensors[0].module, *(family.hf_name(each, n).removesuffix(".weight") for each in routers for n in sparse)}
     how = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
     return {"quantization_config": {**how, "modules_to_not_convert": sorted(kept)}}
 

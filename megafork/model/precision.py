@@ -37,9 +37,8 @@ def check_training(shape: Shape, precision: Precision, layout: Parallel, kernels
             "train_fp8=false"
         )
     tp, heads, groups = layout.tp, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    _check_sizes("tp", tp, {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp})
-    if shape.has_mlp:
-        _check_sizes("tp", tp, {"mlp": shape.ffn // tp})
+    sizes = {"hidden": shape.hidden, "qkv": (heads + 2 * groups) // tp, "attention": heads // tp}
+    _check_sizes("tp", tp, sizes | ({"mlp": shape.ffn // tp} if shape.has_mlp else {}))
     if shape.moe is not None:
         _check_sizes("tp" if layout.ep == 1 else "etp", layout.expert_tp, {"expert": shape.moe.ffn // layout.expert_tp})
 
