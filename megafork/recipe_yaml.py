@@ -29,10 +29,21 @@ def parse(text: str) -> Any:
 
 
 def parse_value(text: str, section: str, key: str) -> Any:
-    """Parse the value of one key from an override. Raises yaml.YAMLError."""
+    """Parse the value of one key from an override. Raises yaml.YAMLError.
+
+    Unquoted text is the text as given: what YAML reads as a comment belongs to it, and so do its line breaks.
+    """
     kind = kind_of(section, key)
-    value = _construct(text, lambda root: [(root, kind)])
-    return text if kind is not None and str in _options(kind) and not isinstance(value, str | list | None) else value
+    takes_text = str in _options(kind)
+
+    def declared(root: yaml.Node) -> list[Declared]:
+        if takes_text and isinstance(root, yaml.ScalarNode) and root.style is None and root.tag != _TAG + "null":
+            root.value = text
+        return [(root, kind)]
+
+    value = _construct(text, declared)
+    is_text = not isinstance(value, str | list | None) or (value is None and text.lstrip().startswith("#"))
+    return text if takes_text and is_text else value
 
 
 def kind_of(section: str, key: str) -> Any:

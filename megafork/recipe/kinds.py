@@ -19,6 +19,7 @@ def _number(value: Any) -> Any:
 
 
 _from_text = BeforeValidator(_number)
+Number = Annotated[float, _from_text]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0), _from_text]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), _from_text]
 AtMostOne = Annotated[float, Field(ge=0.0, le=1.0), _from_text]

@@ -16,6 +16,7 @@ from megafork.recipe.kinds import (
     InsideOne,
     Megabytes,
     NonNegative,
+    Number,
     Positive,
     Section,
 )
@@ -179,7 +180,7 @@ class Loss(Section):
     """Penalty on the distance from the start model."""
     entropy_bonus: NonNegative = 0.0
     """c: subtracts c H from the loss of each token that has one."""
-    clip_cov: Annotated[tuple[Fraction, float, float], Field(strict=False)] | None = None
+    clip_cov: Annotated[tuple[Fraction, Number, Number], Field(strict=False)] | None = None
     """[share, low, high]: Clip-Cov takes the loss of this share of the mini-batch's tokens away, drawn among those whose covariance of
     log-prob and advantage is between low and high (its authors' code: 2e-4, 1, 5)."""
     kl_cov: Annotated[tuple[Fraction, Positive], Field(strict=False)] | None = None
