@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from megafork.did_you_mean import did_you_mean
 from megafork.recipe import Data, Key, Recipe, RecipeError
 from megafork.recipe.kinds import MOST, limit, shown
-from megafork.recipe_yaml import is_mapping, kind_of, parse, parse_value
+from megafork.recipe_yaml import is_mapping, is_section, kind_of, parse, parse_value
 
 if TYPE_CHECKING:
     from megafork.options import SampleOptions
@@ -85,12 +85,14 @@ def _text(path: Path, by: str) -> tuple[str, Path]:
         raise RecipeError(f"recipe {shown(str(path))}{by} is not a readable text file: give the path of a .yaml file") from None
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge key by key in each section; lists are replaced."""
+def _merge(base: dict[str, Any], over: dict[str, Any], section: str | None = None) -> dict[str, Any]:
+    """Merge key by key in each section, and in sections inside a `section` (`loss.kl`); lists and free mappings are replaced."""
     merged = dict(base)
     for name, inner in over.items():
-        old = merged.get(name)
-        merged[name] = {**old, **inner} if isinstance(old, dict) and isinstance(inner, dict) else inner
+        old, holds_keys = merged.get(name), section is None or is_section(kind_of(section, name))
+        if holds_keys and isinstance(old, dict) and isinstance(inner, dict):
+            inner = _merge(old, inner, section or str(name))
+        merged[name] = inner
     return merged
 
 

@@ -55,7 +55,12 @@ def kind_of(section: str, key: str) -> Any:
 
 def is_mapping(kind: Any) -> bool:
     """Whether a key of this type holds keys itself."""
-    return any(get_origin(option) is dict or (isinstance(option, type) and issubclass(option, Section)) for option in _options(kind))
+    return is_section(kind) or any(get_origin(option) is dict for option in _options(kind))
+
+
+def is_section(kind: Any) -> bool:
+    """Whether the keys that it holds are declared, each with its own default."""
+    return any(isinstance(option, type) and issubclass(option, Section) for option in _options(kind))
 
 
 class _Loader(yaml.SafeLoader):

@@ -146,6 +146,13 @@ def test_extends_merges_key_by_key_from_file_to_file(tmp_path: Path) -> None:
     assert (loaded.optimizer.lr, loaded.optimizer.betas, loaded.forks.select) == (2e-3, (0.3, 0.4), "all")
 
 
+def test_extends_merges_key_by_key_inside_sections_too(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(LEAST + "forks: {rest_weight: 1}\nloss: {kl: {coef: 0.1, estimator: k2}}\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nloss: {kl: {rest_coef: 0.2}, mismatch: {veto: 1e-4}}\n")
+    loss = load_recipe(tmp_path / "top.yaml").loss
+    assert (loss.kl.coef, loss.kl.rest_coef, loss.kl.estimator, loss.mismatch.veto) == (0.1, 0.2, "k2", 1e-4)
+
+
 def test_extends_in_a_circle_or_to_nowhere(tmp_path: Path) -> None:
     for n in range(40):
         (tmp_path / f"chain{n}.yaml").write_text(f"extends: chain{n + 1}.yaml\n")
