@@ -108,7 +108,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     mapping, dot, entry = key.partition(".")
     names = [section, mapping, entry] if dot and is_mapping(kind_of(section, mapping)) else [section, key]
     for name in names[:-1]:  # data.columns.prompt=problem sets one entry of a mapping
-        values = values.setdefault(name, {})
+        if values.get(name) is None:  # absent, or unset as in a run's recipe.yaml
+            values[name] = {}
+        values = values[name]
         if not isinstance(values, dict):
             raise RecipeError(f"{name} is {shown(values)}: it must be a section with keys below it")
     values[names[-1]] = value

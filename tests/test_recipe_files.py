@@ -134,6 +134,12 @@ def test_an_empty_section_is_its_defaults(recipe: Path) -> None:
     assert load_recipe(recipe, ["forks.select=all"]).forks.select == "all"
 
 
+def test_a_key_is_set_inside_what_a_runs_recipe_shows_as_unset(recipe: Path) -> None:
+    recipe.write_text(load_recipe(recipe).to_yaml())
+    profile = load_recipe(recipe, ["log.profile.steps=[3]"]).log.profile
+    assert profile is not None and profile.steps == [3]
+
+
 def test_extends_merges_key_by_key_from_file_to_file(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/root.yaml").write_text(
