@@ -159,7 +159,8 @@ def _explain(item: Any) -> tuple[str, ...]:
         return (f"unknown key {field}.{rest[-1]} = {shown(item['input'])}{_nearest(rest[-1], list(_keys_in(wanted)))}",)
     if item["type"] == "missing" and whole:
         return (f"{field} is missing: add it to the recipe or give {field}=...",)
-    return Key(field), f" is {shown(item['input'])}: must be {_wanted(wanted)}"
+    finite = " (a finite one)" if item["type"] == "finite_number" else ""
+    return Key(field), f" is {shown(item['input'])}: must be {_wanted(wanted)}{finite}"
 
 
 def _keys_in(schema: dict[str, Any]) -> dict[str, Any]:

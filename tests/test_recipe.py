@@ -27,6 +27,7 @@ WRONG = {
     "train.steps=": "train.steps is null: must be a whole number, at least 1",
     "optimizer.lr=true": "optimizer.lr is true: must be a number, above 0",
     "optimizer.lr=.nan": "optimizer.lr is nan: must be a number, above 0",
+    "optimizer.grad_clip=inf": "optimizer.grad_clip is inf: must be a number, at least 0 (a finite one)",
     "optimizer.lr='nan'": "optimizer.lr is nan: must be a number, above 0",
     "rollout.temperature=.inf": "rollout.temperature is inf: must be a number, at least 0.01 and at most 100",
     "rollout.fork_temperature=[0.7,1]": "rollout.fork_temperature is [0.7, 1]: must be a list of 3 (a number, at least 0.01 and "
