@@ -63,6 +63,8 @@ WRONG = {
     "run.name=../x": "run.name is '../x': it names a folder, use up to 128 letters, digits, `_`, `-` and `.`",
     "rollout.servers=http://a:8000": "rollout.servers is 'http://a:8000': must be a list, each text",
     "rollout.servers=[a:8000]": "rollout.servers has 'a:8000': give addresses such as http://node1:8000",
+    "rollout.servers=[http://a:99999]": "rollout.servers has 'http://a:99999': give addresses such as http://node1:8000",
+    "rollout.servers=[http://me@a:80]": "rollout.servers has 'http://me@a:80': give addresses such as http://node1:8000",
     "rollout.servers=[http://a:1,http://a:1]": "rollout.servers is ['http://a:1', 'http://a:1']: it names a server twice",
     "rollout.staleness=1": "rollout.staleness is 1 without rollout.servers: engines in the trainer's own processes",
     "train.stps=5": "unknown key train.stps = 5: did you mean 'steps'?",

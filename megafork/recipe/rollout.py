@@ -91,7 +91,8 @@ class Rollout(Section):
     @classmethod
     def _are_addresses(cls, servers: list[str]) -> list[str]:
         for url in servers:
-            if not re.fullmatch(r"http://[^/:\s]+:\d{1,5}", url):
+            address = re.fullmatch(r"http://[^/:\s?#@]+:(\d{1,5})", url)
+            if address is None or not 0 < int(address[1]) < 1 << 16:
                 raise ValueError(f"rollout.servers has {url!r}: give addresses such as http://node1:8000")
         if len(set(servers)) < len(servers):
             raise ValueError(f"rollout.servers is {servers}: it names a server twice")
