@@ -172,7 +172,7 @@ def analyze(options: AnalysisOptions) -> tuple[int, AnalysisResults | None]:
 
 def is_here(recipe: Recipe) -> bool:
     """Whether the model and data can be read without a network."""
-    return Path(recipe.model.path).expanduser().is_dir() and not any(
+    return Path(recipe.model.path).is_dir() and not any(
         source.startswith("hub:") for source in (*listed(recipe.data.train), *listed(recipe.data.eval))
     )
 

@@ -159,7 +159,7 @@ def _memory(recipe: Recipe) -> Finding:
 
 
 def _model(name: str) -> Finding:
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         parts = {"config.json": "config.json", "weights (*.safetensors)": "*.safetensors"}
         missing = " and ".join(part for part, pattern in parts.items() if not any(folder.glob(pattern)))
@@ -190,7 +190,7 @@ def _verifier(verifier: str) -> list[Finding]:
     path, colon, _ = verifier.rpartition(":")
     if not colon:
         return []
-    there = Path(path).expanduser().is_file()
+    there = Path(path).is_file()
     return [Finding("reward.verifier", path if there else None, there, f"reward.verifier is {verifier!r}: no such file", needed=True)]
 
 

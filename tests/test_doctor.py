@@ -115,8 +115,9 @@ def test_a_mistyped_path_is_not_taken_for_a_hub_name(model: Path, monkeypatch: p
     (model.parent / "runs").mkdir()
     monkeypatch.chdir(model.parent)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    finding = by_name(examine(recipe(model.parent, model={"path": "runs/modle"})))["model.path"]
-    assert not finding.ok and finding.needed
+    for name in ("runs/modle", "~no such user/model"):
+        finding = by_name(examine(recipe(model.parent, model={"path": name})))["model.path"]
+        assert not finding.ok and finding.needed
 
 
 def test_servers_are_looked_for_and_not_needed_yet(model: Path) -> None:

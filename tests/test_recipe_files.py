@@ -126,6 +126,7 @@ def test_aliases_and_merge_keys(recipe: Path) -> None:
 def test_a_home_folder_is_found(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(recipe.parent))
     assert load_recipe("~/recipe.yaml", ["run.folder=~/x"]).run_folder == recipe.parent / "x/run"
+    assert load_recipe("~/recipe.yaml", ["run.folder=~no such user/x"]).run_folder == Path("~no such user/x/run")
 
 
 def test_an_empty_section_is_its_defaults(recipe: Path) -> None:

@@ -8,6 +8,7 @@ This package imports neither torch nor megatron, so that a wrong recipe is rejec
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -201,7 +202,7 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.run.folder).expanduser() / self.run.name
+        return Path(os.path.expanduser(self.run.folder)) / self.run.name
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=140)
