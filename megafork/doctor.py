@@ -173,7 +173,7 @@ def _model(name: str) -> Finding:
 def _data(field: str, source: str) -> Finding:
     kind, _, rest = source.partition(":")
     if kind == "hub":
-        return _hub(field, rest.partition(":")[0], "datasets")
+        return _hub(field, rest.partition(":")[0].partition("@")[0], "datasets")
     if kind == "reasoning_gym":
         version = installed("reasoning-gym")
         found = f"{source} (reasoning-gym {version})" if version else None

@@ -109,6 +109,8 @@ def test_hub_names_are_fetched_unless_offline(model: Path, tmp_path: Path, monke
     assert not can_run(examine(named))
     (tmp_path / "hub" / "models--Qwen--Qwen3-0.6B").mkdir(parents=True)
     assert by_name(examine(named))["model.path"].ok
+    (tmp_path / "hub" / "datasets--openai--gsm8k").mkdir()
+    assert by_name(examine(recipe(model.parent, data={"train": "hub:openai/gsm8k@main:train"})))["data.train"].ok
 
 
 def test_a_mistyped_path_is_not_taken_for_a_hub_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
