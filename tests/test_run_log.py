@@ -76,6 +76,22 @@ def test_a_killed_process_leaves_every_written_step(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": n, "accuracy/mean": n / 8} for n in range(1, 6)]
 
 
+@pytest.mark.slow
+def test_a_reader_that_ends_does_not_end_the_run(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib\n"
+        "from megafork.train.metrics import RunLog\n"
+        "with RunLog(pathlib.Path(sys.argv[1]), steps=9) as log:\n"
+        "    for step in range(1, 6): log.write({'step': step, 'accuracy/mean': step / 8})\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
     with log(tmp_path) as run:
         for number in range(6):

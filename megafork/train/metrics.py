@@ -83,7 +83,7 @@ class RunLog:
         self._last_step = kept[-1]["step"] if kept else -1
         self._boards = list(boards)
         self._text = (folder / "log.txt").open("a" if resume_step else "w", encoding="utf-8", buffering=1) if text else None
-        screens = [console or Console(highlight=False), *([_plain(self._text)] if self._text else [])]
+        screens = [console or _Terminal(highlight=False), *([_plain(self._text)] if self._text else [])]
         first = next((row["eval/accuracy"] for row in kept if row.get("eval/accuracy") is not None), None)
         self._lines = [LiveLines(steps, screen, every=show_every, first_accuracy=first) for screen in screens]
         if lost := _gap(kept, resume_step):
@@ -135,6 +135,15 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class _Terminal(Console):
+    """Standard output. Its reader may end before the run (`| head`), which then goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), self.file.fileno())
 
 
 class LiveLines:
