@@ -172,6 +172,15 @@ def test_a_store_listens_at_its_address_alone() -> None:
         assert dist.TCPStore(host, store.port, is_master=False, timeout=LIMIT).get("key") == b"value"
 
 
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {**RANK, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RecipeError, match=rf"^MASTER_ADDR is '127.0.0.1' and MASTER_PORT {port}: rank 0 can't listen there \(Address"):
+            meeting.join("gloo", LIMIT)
+
+
 def test_no_secret_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert secret() is None
     monkeypatch.setenv(NAME, "")

@@ -39,7 +39,14 @@ def _across(rank: int, world: int, timeout: timedelta) -> dist.Store:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = signed(dist.PrefixStore(f"megafork/{restart}", dist.TCPStore(host, port, world, is_master=False, timeout=timeout)))
     elif rank == 0:
-        store = signed(listen(host, port, world, timeout))
+        try:
+            listening = listen(host, port, world, timeout)
+        except OSError as error:  # the port is taken, or the address is not this machine's
+            raise RecipeError(
+                f"MASTER_ADDR is {host!r} and MASTER_PORT {port}: rank 0 can't listen there ({error.strerror}); set MASTER_ADDR to an "
+                "address of its machine, and MASTER_PORT to a free port"
+            ) from None
+        store = signed(listening)
     else:
         store = signed(dist.TCPStore(host, port, world, is_master=False, timeout=timeout))
     atexit.register(_leave, store)
