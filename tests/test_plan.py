@@ -74,6 +74,9 @@ def test_an_engine_holds_the_parts_that_it_loads(tp: int, architecture: str, tin
     assert engine.weights == 4 * sum(math.prod(stop - start for start, stop in filter(None, part)) for part in parts)
     assert engine.token == 2 * 4 * max(2 // tp, 1) * 32 * 4  # k and v, layers, groups, head_dim, fp32
     assert engine.concurrent == (8 << 20) // (engine.token * 64)
+    for kept, width in (("fp8", 1), ("bfloat16", 2), ("auto", 4)):
+        spec = recipe(tiny, rollout={"tp": tp, "engine": {"kv_cache_dtype": kept}}, loss={"importance_cap": 2.0})
+        assert engine_memory(shape, spec, H100).token == engine.token // 4 * width
 
 
 @pytest.mark.parametrize(("architecture", "sizes"), [("Qwen3", WIDE), ("Qwen3Moe", EXPERTS)])

@@ -17,6 +17,9 @@ from megafork.shape import Rule, Shape, Span, stage_layers
 from megafork.weights.mapping import Parameter, shard_shape
 from megafork.weights.reshard import needed
 
+_CACHE_WIDTH = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Bytes of a number in vLLM's KV cache by `rollout.engine.kv_cache_dtype`. Others count as the model's own."""
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -130,7 +133,8 @@ def engine_memory(shape: Shape, recipe: Recipe, gpu: Gpu) -> Engine:
     else:
         pool = int(gpu.memory * recipe.rollout.gpu_memory_fraction)
         cache = pool - weights - VLLM_OVERHEAD
-    token = 2 * shape.layers * max(shape.kv_heads // tp, 1) * shape.head_dim * width
+    kept = _CACHE_WIDTH.get(str(recipe.rollout.engine.get("kv_cache_dtype")), width)
+    token = 2 * shape.layers * max(shape.kv_heads // tp, 1) * shape.head_dim * kept
     return Engine(weights, cache, token, recipe.longest_sequence, experts, pool)
 
 
