@@ -106,6 +106,8 @@ def test_what_is_missing_is_said_before_the_run(recipe: Recipe, monkeypatch: pyt
         check_boards(Log())
     with pytest.raises(RecipeError, match=r"log\.wandb is 'a/b': it names a project"):
         check_boards(Log(wandb="a/b"))
+    with pytest.raises(RecipeError, match=r"^log\.wandb is 'false': it names a project; leave it out, or give null, for none$"):
+        check_boards(Log(wandb="false"))
 
 
 def test_doctor_looks_for_the_package(recipe: Recipe) -> None:

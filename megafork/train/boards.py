@@ -33,6 +33,8 @@ def check_boards(log: Log) -> None:
         return
     if not re.fullmatch(r"[^/\\#?%:]{1,128}", log.wandb):
         raise RecipeError(f"log.wandb is {log.wandb!r}: it names a project, use up to 128 characters, and none of / \\ # ? % :")
+    if log.wandb.lower() in ("true", "false", "yes", "no", "on", "off"):
+        raise RecipeError(f"log.wandb is {log.wandb!r}: it names a project; leave it out, or give null, for none")
     if importlib.util.find_spec("wandb") is None:
         raise RecipeError(
             f"log.wandb is {log.wandb!r} but the package wandb is not installed: pip install 'megafork[wandb]', or leave log.wandb unset"
