@@ -40,6 +40,8 @@ class Habits:
     entropies: bool = True
     refuses: bool = False
     """Every roll-out request."""
+    page: bool = False
+    """Is of something else, and answers with a page."""
     secret: str = ""
     """What every route asks for."""
     signal_at: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -131,7 +133,7 @@ class _Routes:
         return web.json_response({"data": [{"max_model_len": self.habits.longest}]})
 
     async def workers(self, _: web.Request) -> web.Response:
-        return web.json_response({"world_size": 1})
+        return web.Response(text="<html>Welcome</html>") if self.habits.page else web.json_response({"world_size": 1})
 
     async def weight_info(self, _: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})

@@ -195,12 +195,13 @@ def test_a_refused_request_is_not_asked_again() -> None:
     ("habits", "kind", "words"),
     [
         (None, RecipeError, "nothing answers at http"),
+        (Habits(page=True), RecipeError, "/get_world_size is not a roll-out server's: it answers '<html>Welcome</html>'; start it by"),
         (Habits(longest=63), RecipeError, "takes 63 tokens, the recipe needs 64"),
         (Habits(raw_log_probs=True), NoServer, "--logprobs-mode processed_logprobs"),
         (Habits(fork_decoding=False), NoServer, "does not know rollout.fork_temperature"),
         (Habits(entropies=False), NoServer, ENTROPIES),
     ],
-    ids=["absent", "short", "raw log-probs", "no fork-aware decoding", "no entropies"],
+    ids=["absent", "something else", "short", "raw log-probs", "no fork-aware decoding", "no entropies"],
 )
 def test_a_server_that_is_not_set_up_as_the_run_needs_is_named(habits: Habits | None, kind: type[Exception], words: str) -> None:
     limits = Limits(in_flight=4, server_s=3.0, poll_s=0.1)

@@ -6,8 +6,9 @@ vLLM (0.32) serves its weight-transfer routes under VLLM_SERVER_DEV_MODE=1 and t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -17,6 +18,8 @@ from megafork.rl.fork_temperature import ForkTemperature
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.vllm_arguments import sampling_arguments
 from megafork.secret import NAME, secret
+
+_T = TypeVar("_T")
 
 
 class ServerLost(Exception):
@@ -148,16 +151,15 @@ class Server:
 
     async def longest_sequence(self) -> int:
         """Maximum number of tokens in a prompt and its response together."""
-        models = msgspec.json.decode(await self._ask("GET", "/v1/models", self._limits.health_s))
-        return int(models["data"][0]["max_model_len"])
+        return await self._told(lambda models: int(models["data"][0]["max_model_len"]), "GET", "/v1/models", self._limits.health_s)
 
     async def workers(self) -> int:
         """Number of ranks in the server's engine."""
-        return int(msgspec.json.decode(await self._ask("GET", "/get_world_size", self._limits.health_s))["world_size"])
+        return await self._told(lambda size: int(size["world_size"]), "GET", "/get_world_size", self._limits.health_s)
 
     async def weight_version(self) -> str:
         """Weight version of the last finished update; "default" after a start."""
-        return str(msgspec.json.decode(await self._ask("GET", "/weight_info", self._limits.health_s))["weight_version"])
+        return await self._told(lambda info: str(info["weight_version"]), "GET", "/weight_info", self._limits.health_s)
 
     async def join(self, init_info: dict[str, Any]) -> None:
         """Make the workers join the trainer's process group; returns once they have."""
@@ -202,8 +204,8 @@ class Server:
 
     async def _update_states(self) -> list[dict[str, Any]]:
         """`receiver.Receiver.weight_update_state` of every worker."""
-        reply = await self._ask("POST", "/collective_rpc", self._limits.server_s, {"method": "weight_update_state"})
-        return list(msgspec.json.decode(reply)["results"])
+        body = {"method": "weight_update_state"}
+        return await self._told(lambda reply: list(reply["results"]), "POST", "/collective_rpc", self._limits.server_s, body)
 
     async def _generate(self, prompt: Any, **sampling: Any) -> _Choice:
         body = {"token_ids": list(prompt), "sampling_params": {"logprobs": 0, "detokenize": False, **sampling}}
@@ -212,6 +214,14 @@ class Server:
             return msgspec.json.decode(content, type=_Reply).choices[0]
         except (msgspec.DecodeError, IndexError) as error:
             raise ServerLost(f"{self.url} answered what is no response: {error}") from error
+
+    async def _told(self, read: Callable[[Any], _T], method: str, path: str, limit_s: float, body: dict[str, Any] | None = None) -> _T:
+        """What `read` finds in a reply's JSON. Anything may listen at an address, and answer with a page."""
+        content = await self._ask(method, path, limit_s, body)
+        try:
+            return read(msgspec.json.decode(content))
+        except (ValueError, TypeError, LookupError) as error:  # msgspec's are ValueErrors
+            raise ServerLost(f"{self.url}{path} is not a roll-out server's: it answers {_first_words(content)!r}") from error
 
     async def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         await self._ask("POST", path, self._limits.server_s, body)
