@@ -6,7 +6,7 @@ import os
 
 from megafork.recipe import Key, RecipeError
 
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+_WANTED = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 def is_hub_name(name: str) -> bool:
@@ -15,8 +15,10 @@ def is_hub_name(name: str) -> bool:
     return "/" not in owner and not name.startswith((".", "/", "~")) and bool(model) and not (owner and os.path.exists(owner))
 
 
-def local_model(name: str) -> str:
+def local_model(name: str, *, weights: bool = True) -> str:
     """The folder of a model: `name` itself, with `~` expanded, or for `owner/model` its folder in the hub's cache, downloaded if missing.
+
+    `weights`: whether they are needed too.
 
     Raises RecipeError when the hub does not have it or can't be reached.
     """
@@ -27,7 +29,7 @@ def local_model(name: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(name, allow_patterns=list(_WANTED))
+        return snapshot_download(name, allow_patterns=[*_WANTED, *(["*.safetensors"] if weights else [])])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(

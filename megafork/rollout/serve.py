@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,11 @@ import torch
 import typer
 
 from megafork.compat import vllm as vllm_fixes
+from megafork.data.hub import local_model
 from megafork.gpus import check_installation
 from megafork.joined import loopback
-from megafork.recipe import RecipeError
+from megafork.process import STOP_SIGNALS
+from megafork.recipe import Recipe, RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.vllm_arguments import command_line, engine_arguments
@@ -32,6 +35,11 @@ from megafork.secret import FIX, NAME, is_loopback, secret
 _LOOK_S = 0.5
 _STOP_LIMIT_S = 20.0
 _log = logging.getLogger(__name__)
+
+
+def configuration(recipe: Recipe) -> EngineConfig:
+    """Of the recipe's engines. A model on the hub is read from the hub's cache, as the trainer does, but without its weights."""
+    return replace(EngineConfig.of(recipe), model=local_model(recipe.model.path, weights=False))
 
 
 def command(config: EngineConfig, host: str, port: int) -> list[str]:
@@ -99,7 +107,7 @@ def serve(
     if secret() is None and not is_loopback(host):
         raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
     check_installation(engines=True)
-    words = command(EngineConfig.of(load_recipe(recipe, overrides)), host, port)
+    words = command(configuration(load_recipe(recipe, overrides)), host, port)
     vllm_fixes.prepare()
     os.environ.update(loopback(reaches_out=True))  # for traffic between the server's own processes
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # opens the weight-transfer routes
