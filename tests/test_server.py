@@ -6,16 +6,20 @@ The servers here are stand-ins that start instantly (`stand_in_server.py`); `tes
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +36,7 @@ from megafork.rollout.client import Limits, RequestRefused
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling
 from megafork.rollout.guard import Guard
+from megafork.rollout.serve import keep_running
 from megafork.rollout.server import ServerEngine
 from megafork.secret import NAME
 
@@ -264,6 +269,33 @@ def test_a_server_that_others_reach_needs_a_secret(tmp_path: Path) -> None:
             _, said = process.communicate(timeout=60)
         assert process.returncode == 2
         assert said.startswith(f"megafork: --host is {host!r}, which other machines reach, and {NAME} is not set: export")
+
+
+def test_a_server_is_not_started_again_and_again_where_another_listens(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = [sys.executable, "-m", "megafork.rollout.serve", "recipe.yaml", "--port", str(port)]
+        with forked_python(words, cwd=tmp_path, env=None, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (
+        2,
+        f"megafork: --port is {port}: another process listens there; end it, or choose another port\n",
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_server_ends_with_its_keeper(number: signal.Signals, tmp_path: Path) -> None:
+    """It has a session of its own, so it would outlive a terminal that is closed, and keep the GPU."""
+    begun = tmp_path / "begun"
+    program = f"import os, time; open({str(begun)!r}, 'x').write(str(os.getpid())); time.sleep(60)"
+    keeper = multiprocessing.get_context("fork").Process(target=keep_running, args=([sys.executable, "-c", program], "127.0.0.1", 9))
+    keeper.start()
+    while not (begun.exists() and begun.read_text()):
+        time.sleep(0.05)
+    assert keeper.pid is not None
+    os.kill(keeper.pid, number)
+    keeper.join()
+    assert keeper.exitcode == 0 and not psutil.pid_exists(int(begun.read_text()))
 
 
 def test_weights_that_can_be_read_only_once_are_refused() -> None:

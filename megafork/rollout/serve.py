@@ -60,13 +60,15 @@ def command(config: EngineConfig, host: str, port: int) -> list[str]:
 
 
 def keep_running(words: list[str], host: str, port: int) -> int:
-    """Run a server until SIGTERM or Ctrl-C. Restarts it if it dies after coming up; if it never came up, returns its exit code.
+    """Run a server until a stop signal, which the end of a terminal is too. Restarts it if it dies after coming up; if it never came up,
+    returns its exit code.
 
     vLLM's API process may die and leave its engine holding the GPU, so whatever remains of a dead server is killed.
     """
     stop: list[int] = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: stop.append(number))
+    for name in STOP_SIGNALS:
+        if signal.getsignal(name) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(name, lambda number, frame: stop.append(number))
     while True:
         server = subprocess.Popen(words, start_new_session=True)
         came_up = False
@@ -106,6 +108,8 @@ def serve(
     """
     if secret() is None and not is_loopback(host):
         raise RecipeError(f"--host is {host!r}, which other machines reach, and {NAME} is not set: {FIX}")
+    if _listens(host, port):  # vLLM would fail, and its failures be taken for deaths of a server that had come up
+        raise RecipeError(f"--port is {port}: another process listens there; end it, or choose another port")
     check_installation(engines=True)
     words = command(configuration(load_recipe(recipe, overrides)), host, port)
     vllm_fixes.prepare()
