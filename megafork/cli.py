@@ -15,7 +15,7 @@ from megafork.analyze.options import AnalysisOptions
 from megafork.evaluate.options import EvaluationOptions, decodings
 from megafork.files import full_disk
 from megafork.options import takes
-from megafork.process import Interrupted, die_with_starter
+from megafork.process import Interrupted, die_with_starter, print_anything
 from megafork.recipe import RecipeError
 from megafork.recipe_file import load_recipe
 from megafork.rl.fork_temperature import PAPER_THRESHOLD
@@ -274,6 +274,7 @@ def _finish(as_json: bool, **values: Any) -> None:
 def main() -> None:
     """Run the command line. Wrong input prints one line to standard error, with exit code 2; a stopping signal one line, with code 1."""
     die_with_starter()
+    print_anything()
     try:
         app()
     except RecipeError as error:

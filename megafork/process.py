@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -43,6 +44,12 @@ def stop_signals() -> Iterator[None]:
                 signal.signal(number, handler)
     except _Stop as stopped:
         raise Interrupted(f"stopped by {signal.Signals(stopped.args[0]).name}; the same command resumes the run") from None
+
+
+def print_anything() -> None:
+    """Print `?` for what standard output cannot encode, in a Latin-1 locale for example, instead of raising in the middle of a run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def die_with_parent(parent: int) -> None:

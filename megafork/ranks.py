@@ -23,7 +23,7 @@ from typing import IO, Any
 from megafork.compat import noise
 from megafork.files import full_disk
 from megafork.joined import STORE, first_host, joined, loopback, on_one_machine
-from megafork.process import Interrupted, die_with_parent, stop_signals
+from megafork.process import Interrupted, die_with_parent, print_anything, stop_signals
 from megafork.recipe import RecipeError
 
 __all__ = ["DONE", "FAILED", "WRONG_INPUT", "Interrupted", "Job", "do", "first_host", "is_main", "joined", "record", "say"]
@@ -239,6 +239,7 @@ def _main(work: int, *others: int) -> None:
     """Entry point of a rank that `_start` started, with its inherited files; its job is in `work`."""
     die_with_parent(int(os.environ[_LAUNCHER]))  # a launcher that is killed by SIGKILL can't stop its ranks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, even inside a collective
+    print_anything()
     for file in (work, *others):
         os.set_inheritable(file, False)  # not for processes that this rank starts
     noise.silence()

@@ -92,6 +92,12 @@ def test_a_reader_that_ends_does_not_end_the_run(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+def test_a_terminal_that_lacks_a_character_gets_another() -> None:
+    program = "from megafork.process import print_anything; print_anything(); print('0.5 \\u2013 1')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"0.5 ? 1\n", b"")
+
+
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
     with log(tmp_path) as run:
         for number in range(6):
