@@ -63,6 +63,8 @@ def report(
     """Rewrite a run's report, or write one page that compares several runs."""
     from megafork.report.watch import watch, write_page
 
+    if out is not None and out.is_dir():
+        raise RecipeError(f"--out is {str(out)!r}, a folder: give the page's file, such as {str(out / 'report.html')!r}")
     for run in runs:
         if not (run / "metrics.jsonl").exists():
             raise RecipeError(f"RUN is {str(run)!r}: it has no metrics.jsonl; give a run folder such as runs/quickstart")

@@ -120,6 +120,9 @@ def test_the_command_takes_one_run_or_several(runs: list[Path], tmp_path: Path) 
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout.splitlines()[-1]) == {"report": page}
         assert (tmp_path / page).read_text(encoding="utf-8").endswith("</html>\n")
+    wrong = megafork("report", "one", "--out", ".", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "megafork: --out is '.', a folder: give the page's file, such as 'report.html'\n"
     wrong = megafork("report", "one", "three", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "megafork: RUN is 'three': it has no metrics.jsonl; give a run folder such as runs/quickstart\n"

@@ -189,6 +189,12 @@ def test_damaged_files_are_answered_in_one_line(tmp_path: Path) -> None:
         write_report(tmp_path / "cut")
 
 
+def test_a_page_that_cannot_be_written_is_answered_in_one_line(tmp_path: Path) -> None:
+    report(tmp_path)
+    with pytest.raises(RecipeError, match=r"^the page '.*/metrics.jsonl/x.html' can't be written \(.*\): give another file as --out$"):
+        write_report(tmp_path, tmp_path / "metrics.jsonl" / "x.html")
+
+
 def test_size_is_bounded_and_spikes_survive(tmp_path: Path) -> None:
     metrics = [{"step": step, "accuracy/mean": 0.5, "grad_norm": 100.0 if step == 12_345 else 1.0} for step in range(1, 20_001)]
     long = ["word "] * 20_000

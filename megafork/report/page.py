@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from megafork.files import whole
+from megafork.files import full_disk, whole
+from megafork.recipe import RecipeError
 from megafork.report.style import STYLE
 
 CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
@@ -51,10 +52,15 @@ def page(title: str, *, header: str, sections: Sequence[tuple[str, str]], footer
 
 
 def write(path: Path, document: str) -> Path:
-    """Replace the file atomically, so that a reader never sees half a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path, alone=False) as unfinished:  # a run that ends and a command that watches it may both write
-        unfinished.write_text(document, encoding="utf-8")
+    """Replace the file atomically, so that a reader never sees half a page. Raises RecipeError where nothing can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path, alone=False) as unfinished:  # a run that ends and a command that watches it may both write
+            unfinished.write_text(document, encoding="utf-8")
+    except OSError as error:
+        if full_disk(error):
+            raise
+        raise RecipeError(f"the page {str(path)!r} can't be written ({error.strerror}): give another file as --out") from None
     return path
 
 
