@@ -58,6 +58,14 @@ def test_end_tokens_are_checked_before_any_rank_starts(task: Path, tmp_path: Pat
         inputs(task, f"model.path={model}")
 
 
+@pytest.mark.parametrize("dynamic", ["true", "false"])
+def test_one_response_to_each_prompt_is_for_sft_alone(task: Path, dynamic: str) -> None:
+    overrides = ["rollout.samples=1", f"rollout.dynamic_sampling={dynamic}"]
+    assert preflight("sft", load_recipe(write_recipe(task), overrides), 1)[1] == 0
+    with pytest.raises(RecipeError, match=r"^rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more"):
+        inputs(task, *overrides)
+
+
 def rows(tmp_path: Path, data: list[dict[str, Any]], ends: Any = None, **settings: Any) -> list[str]:
     """What each row trains, as the text of its tokens. Token 0, <|end|>, is the tokenizer's own end, 2 is <|im_end|>."""
     path = write_tokenizer(
