@@ -226,7 +226,7 @@ def preflight(command: Command, recipe: Recipe, world: int) -> tuple[Inputs, int
             pass
     inputs = read_inputs(recipe, supervised=command == "sft")
     if command == "sft":
-        examples(inputs.train, inputs.tokenizer, recipe)
+        examples(inputs.train, inputs.tokenizer, recipe, positions=inputs.shape.max_positions)
     return inputs, check_resume(recipe, inputs)
 
 

@@ -169,6 +169,25 @@ def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
         read_state(folder)
 
 
+def _settings_after_loading(spec: Recipe, changed: Recipe, folder: Path) -> list[tuple[Any, ...]]:
+    """Adam's settings and steps in a run that goes on with a changed recipe."""
+    before = Rig(spec)
+    before.step(0)
+    Checkpoints(folder, before.mesh, keep_last=2).save(1, before.learner.chunks, before.learner.optimizer, {})
+    rig = Rig(changed, before=before)
+    Checkpoints(folder, rig.mesh, keep_last=2).load(1, rig.learner.chunks, rig.learner.optimizer)
+    rig.step(1)
+    adam = rig.learner.optimizer.chained_optimizers[0].optimizer
+    steps = {float(state["step"]) for state in adam.state.values()}
+    return [(group["betas"], group["eps"], group["lr"], group["weight_decay"], steps) for group in adam.param_groups]
+
+
+def test_a_resumed_run_takes_the_settings_of_its_recipe_and_the_steps_of_its_checkpoint(tmp_path: Path) -> None:
+    model, changes = save_model(tmp_path / "m"), {"lr": 5e-3, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.25}
+    [found] = on_ranks(1, _settings_after_loading, _spec(model, {}), _spec(model, {"optimizer": changes}), tmp_path / "checkpoints")
+    assert found == [((0.5, 0.75), 1e-3, 5e-3, decay, {4.0}) for decay in (0.25, 0.0)]
+
+
 def _skip(spec: Recipe) -> list[Any]:
     """Steps in which one rank's loss is infinite, between others."""
     rig = Rig(spec)

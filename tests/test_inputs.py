@@ -58,7 +58,15 @@ def test_end_tokens_are_checked_before_any_rank_starts(task: Path, tmp_path: Pat
         inputs(task, f"model.path={model}")
 
 
-def rows(tmp_path: Path, data: list[dict[str, Any]], ends: Any = None, **settings: Any) -> list[str]:
+@pytest.mark.parametrize("dynamic", ["true", "false"])
+def test_one_response_to_each_prompt_is_for_sft_alone(task: Path, dynamic: str) -> None:
+    overrides = ["rollout.samples=1", f"rollout.dynamic_sampling={dynamic}"]
+    assert preflight("sft", load_recipe(write_recipe(task), overrides), 1)[1] == 0
+    with pytest.raises(RecipeError, match=r"^rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more"):
+        inputs(task, *overrides)
+
+
+def rows(tmp_path: Path, data: list[dict[str, Any]], ends: Any = None, positions: int = 64, **settings: Any) -> list[str]:
     """What each row trains, as the text of its tokens. Token 0, <|end|>, is the tokenizer's own end, 2 is <|im_end|>."""
     path = write_tokenizer(
         tmp_path, chat_template=settings.pop("chat_template", CHAT.replace("('system', 'user')", "('system', 'user', 'assistant')"))
@@ -76,7 +84,7 @@ def rows(tmp_path: Path, data: list[dict[str, Any]], ends: Any = None, **setting
         }
     )
     prompts = load_prompts(str(file), Data(train=str(file), **settings), tokenizer, needs=("response",))
-    return [tokenizer.backend.decode(example.tokens.tolist()) for example in examples(prompts, tokenizer, recipe)]
+    return [tokenizer.backend.decode(example.tokens.tolist()) for example in examples(prompts, tokenizer, recipe, positions=positions)]
 
 
 @pytest.mark.parametrize("said", ["four", "four<|end|>", "four<|end|>\n", "four<|end|><|end|>", "four<|end|> <|end|>\n\n"])
@@ -100,3 +108,14 @@ def test_the_end_that_is_written_is_the_end(tmp_path: Path) -> None:
 def test_a_long_response_is_named_by_its_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^data.train: sft.jsonl line 2 has a response of 14 tokens with its end"):
         rows(tmp_path, [{"prompt": "1?", "response": "1"}, {"prompt": "2?", "response": "0123456789012"}])
+
+
+def test_a_row_is_no_longer_than_the_models_positions(tmp_path: Path) -> None:
+    data = [{"prompt": "012345", "response": "01234567"}]
+    said = r"^data.train: sft.jsonl line 1 has \d+ tokens, .* but the model knows {} positions .*: shorten the row$"
+    with pytest.raises(RecipeError, match=said.format(9)) as caught:
+        rows(tmp_path, data, positions=9)
+    length = int(str(caught.value).split()[5])
+    assert rows(tmp_path, data, positions=length) == ["01234567<|end|>"]
+    with pytest.raises(RecipeError, match=said.format(length - 1)):
+        rows(tmp_path, data, positions=length - 1)

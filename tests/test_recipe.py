@@ -35,6 +35,7 @@ WRONG = {
     "rollout.fork_temperature=[0.7,0,1]": "rollout.fork_temperature is 0: must be a list of 3 (a number, at least 0.01 and",
     "optimizer.betas=[0.9]": "optimizer.betas is [0.9]: must be a list of 2, each a number, at least 0 and below 1",
     "optimizer.betas=[0.9,1]": "optimizer.betas is 1: must be a list of 2, each a number, at least 0 and below 1",
+    "optimizer.min_lr=1e-7": "optimizer.min_lr is 1e-07 with optimizer.decay=constant: nothing falls to it; set decay=cosine or",
     "optimizer.min_lr=1": "optimizer.min_lr is 1.0 but optimizer.lr is 1e-06: a decay ends at min_lr, choose a smaller one",
     "parallel.sp=1": "parallel.sp is 1: must be true or false",
     "parallel.sp=true": "parallel.sp is true but parallel.tp is 1: set parallel.sp=false, or a tp above 1",

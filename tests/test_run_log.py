@@ -212,6 +212,17 @@ def test_time_left_follows_the_pace(tmp_path: Path) -> None:
     assert lines[-1].split()[-1][-1] in "smh"
 
 
+def test_a_first_step_that_trained_nothing_hides_no_column_of_later_ones(tmp_path: Path) -> None:
+    screen = console(100)
+    with log(tmp_path, console=screen) as run:
+        run.write({"step": 1, "accuracy/mean": 0.0, "time/rollout": 2.0})
+        run.write(step(2))
+        run.write({"step": 3, "accuracy/mean": 0.0, "time/rollout": 2.0})
+    first, _, heading, trained, empty = (line.split() for line in text_of(screen).splitlines())
+    assert first == ["step", "acc", "rollout", "left"]
+    assert {"entropy", "tau", "update"} < set(heading) and len(trained) == len(empty) == len(heading)
+
+
 def test_a_supervised_run_shows_its_loss_and_a_missing_number_a_dash(tmp_path: Path) -> None:
     screen = console(80)
     with log(tmp_path, console=screen) as run:

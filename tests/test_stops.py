@@ -56,6 +56,36 @@ def test_the_first_step_without_anything_to_learn_from_is_told_and_some_in_a_row
     assert remarks.stop is not None and why in remarks.stop and "3 steps in a row" in remarks.stop and "max_empty_steps" in remarks.stop
 
 
+@pytest.mark.parametrize(
+    ("sections", "found", "why"),
+    [
+        (
+            {"forks": {"scope": "fixed", "threshold": 6.72}},
+            {"update/tokens": 0, "entropy/p50": 0.01, "entropy/p95": 1.25},
+            "half of the entropies are up to 0.01 nats, 95% up to 1.25: choose another forks.threshold than 6.72",
+        ),
+        (
+            {"forks": {"select": "rsi", "rsi_interval": [90, 100]}},
+            {"update/tokens": 0},
+            "forks.select=rsi selects no token within forks.rsi_interval=[90.0, 100.0]: widen it",
+        ),
+        (
+            {"loss": {"mismatch": {"sequence_mask": [1, 1]}}},
+            {"update/tokens": 7, "loss/masked_fraction": 1.0},
+            "outside the bounds of loss.mismatch",
+        ),
+    ],
+    ids=["threshold", "rule", "mismatch"],
+)
+def test_steps_that_train_on_no_token_are_told_and_end_the_run(sections: Any, found: dict[str, float], why: str) -> None:
+    remarks = Remarks(recipe(rollout={"max_empty_steps": 2}, **sections))
+    assert after(remarks, {**step(), "update/tokens": 7, "loss/masked_fraction": 0.5}) == []
+    (told,) = after(remarks, {**step(), **found})
+    assert why in told and "EXAMPLE" not in told and remarks.stop is None
+    assert after(remarks, {**step(), **found}) == []
+    assert remarks.stop is not None and why in remarks.stop and "2 steps in a row" in remarks.stop
+
+
 def test_a_verifier_that_fails_on_every_response_ends_the_run_at_once() -> None:
     remarks = Remarks(recipe())
     assert after(remarks, step(errors=15), "KeyError: 'x'") == ["15 responses could not be judged and count as wrong: KeyError: 'x'"]

@@ -70,8 +70,6 @@ class Recipe(Section):
                 f"train.minibatches is {self.train.minibatches} but rollout.prompts is {self.rollout.prompts}: "
                 "choose a number of mini-batches that divides the prompts"
             )
-        if self.rollout.samples < 2 and self.rollout.dynamic_sampling:
-            raise ValueError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
         ratio_corrects = self.loss.old_log_prob == "rollout" and self.loss.objective != "reinforce"
         inexact = {
             "precision.rollout_fp8": self.precision.rollout_fp8,

@@ -247,4 +247,9 @@ class Optimizer(Section):
             raise ValueError(
                 f"optimizer.min_lr is {self.min_lr} but optimizer.lr is {self.lr}: a decay ends at min_lr, choose a smaller one"
             )
+        if self.min_lr and self.decay == "constant":
+            raise ValueError(
+                f"optimizer.min_lr is {self.min_lr} with optimizer.decay=constant: nothing falls to it; set decay=cosine or decay=linear, "
+                "or leave min_lr out"
+            )
         return self

@@ -48,7 +48,8 @@ class Rollout(Section):
     max_refills: CountOrZero = 10
     """Maximum additional rounds of dynamic sampling before the step trains on the groups it has."""
     max_empty_steps: Count = 10
-    """Steps in a row without a response to learn from (each group all right or all wrong) after which the run ends, with a checkpoint."""
+    """Steps in a row with nothing to learn from (each group all right or all wrong, or no token selected) after which the run ends, with a
+    checkpoint."""
     max_mismatch: Positive | None = None
     """KL between vLLM's and the trainer's log-probs at equal weights, in nats per token, above which the first step stops the run before it
     trains. Unset: 1e-4 in fp32, 0.01 in bf16, 0.05 with FP8."""

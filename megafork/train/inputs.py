@@ -64,6 +64,8 @@ def read_inputs(recipe: Recipe, *, supervised: bool) -> Inputs:
 
 
 def _check_rollout(shape: Shape, recipe: Recipe) -> None:
+    if recipe.rollout.samples == 1:
+        raise RecipeError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
     check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
     if recipe.longest_sequence > shape.max_positions:
         raise RecipeError(

@@ -168,9 +168,10 @@ class LiveLines:
         self._print(Text(f"{' ' * self._step_width} {text}", style="dim"))
 
     def _show_step(self, row: Mapping[str, Any]) -> None:
-        if not self._columns:
-            narrow = self._console.width < 100
-            self._columns = [c for c in COLUMNS if c.key in row and not (narrow and c.wide)]
+        narrow = self._console.width < 100
+        columns = [c for c in COLUMNS if (c.key in row or c in self._columns) and not (narrow and c.wide)]
+        if columns != self._columns:  # a first step that had nothing to learn from lacks most
+            self._columns, self._printed = columns, 0
         if self._printed % HEADING_EVERY == 0:
             heading = ["step".rjust(self._step_width), *(c.heading.rjust(c.width) for c in self._columns), "left".rjust(7)]
             self._print(Text(" ".join(heading), style="dim"))

@@ -21,7 +21,7 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
 
     Every rank must call. Returns the last step's metrics.
     """
-    rows = examples(inputs.train, inputs.tokenizer, recipe)
+    rows = examples(inputs.train, inputs.tokenizer, recipe, positions=inputs.shape.max_positions)
     learner = build_learner(inputs, recipe, mesh, updates=recipe.train.steps)
     order = PromptOrder(inputs.train, recipe.run.seed)
     run = Run(recipe, mesh, inputs, learner)
@@ -48,8 +48,9 @@ def sft(recipe: Recipe, mesh: Mesh, inputs: Inputs) -> Metrics:
     return last
 
 
-def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> list[Response]:
-    """Each row as a response that ends with one end-of-sequence token. Raises RecipeError if one is too long."""
+def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe, *, positions: int) -> list[Response]:
+    """Each row as a response that ends with one end-of-sequence token. Raises RecipeError if one is too long, also for a model that knows
+    so many `positions`."""
     limit, end = recipe.rollout.max_response_length, last_token(recipe.data, tokenizer)
     rows = []
     for prompt in prompts:
@@ -59,6 +60,11 @@ def examples(prompts: list[Prompt], tokenizer: Tokenizer, recipe: Recipe) -> lis
             raise RecipeError(
                 f"data.train: {prompt.place} has a response of {len(tokens)} tokens with its end token, "
                 f"rollout.max_response_length is {limit}: raise the limit or shorten the row"
+            )
+        if (length := len(prompt.tokens) + len(tokens)) > positions:
+            raise RecipeError(
+                f"data.train: {prompt.place} has {length} tokens, prompt and response together, but the model knows {positions} positions "
+                "(max_position_embeddings, extended by YaRN if set): shorten the row"
             )
         rows.append(
             Response(

@@ -25,6 +25,8 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 """The fp32 weights and Adam's two moments."""
 _FORMAT = "fully_reshardable"
 _OF_EXPERTS = "is_expert_parallel"
+_OF_THE_RECIPE = ("betas", "eps")
+"""Settings that a resumed run may change. Each update sets the others that it may change: learning rate and weight decay."""
 
 
 def optimizer_content(optimizer: Any, model: dict[str, Any], *, loading: bool) -> Any:
@@ -50,10 +52,10 @@ def load_optimizer(optimizer: Any, loaded: Any) -> None:
 
 
 def _settings(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """The saved settings of a group of parameters, which are those of experts and of others alike."""
-    own = {key: group[key] for key in param_group_identifier_keys}
-    shared = own.keys() - {_OF_EXPERTS}
-    return {**next(other for other in saved if all(other[key] == own[key] for key in shared)), _OF_EXPERTS: own[_OF_EXPERTS]}
+    """The saved settings of a group of parameters, which are those of experts and of others alike; Adam's are the recipe's of today."""
+    own = {key: group[key] for key in (*param_group_identifier_keys, *_OF_THE_RECIPE)}
+    shared = set(param_group_identifier_keys) - {_OF_EXPERTS}
+    return {**next(other for other in saved if all(other[key] == own[key] for key in shared)), **own}
 
 
 def _numbered(optimizer: Any) -> Iterator[tuple[Any, list[_Parameter]]]:
