@@ -238,6 +238,12 @@ def test_a_truncated_file_is_refused(kept: int, model: Path, tmp_path: Path) -> 
         HuggingFaceWeights(tmp_path)
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(RecipeError, match="is a Git LFS pointer, not the weights: run `git lfs pull`"):
+        HuggingFaceWeights(tmp_path)
+
+
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}'])
 def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)

@@ -24,6 +24,7 @@ from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file,
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BAND = 64 << 20
 """Bytes of a tensor compared at a time."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -191,7 +192,20 @@ def safe_file(file: Path):  # type: ignore[no-untyped-def]  # safetensors has no
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
+        if _is_pointer(file):
+            raise RecipeError(
+                f"{file.name} in {str(file.parent)!r} is a Git LFS pointer, not the weights: run `git lfs pull` in the folder"
+            ) from None
         raise RecipeError(f"{file.name} in {str(file.parent)!r} is damaged or truncated ({error}): download or export it again") from None
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether git cloned a note about the file in place of the file."""
+    try:
+        with file.open("rb") as content:
+            return content.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def write_folder(
