@@ -244,6 +244,13 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
         HuggingFaceWeights(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.model.", "model.language_model.", ""])
+def test_other_names_of_all_tensors_are_named(prefix: str, model: Path, tmp_path: Path) -> None:
+    save_file({name.replace("model.", prefix, 1): tensor for name, tensor in tensors_of(model).items()}, tmp_path / "model.safetensors")
+    with pytest.raises(RecipeError, match=f"such as {prefix}embed_tokens.weight in place of model.embed_tokens.weight: save the model"):
+        HuggingFaceWeights(tmp_path).check(read_shape(model))
+
+
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}'])
 def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)

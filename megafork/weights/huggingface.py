@@ -129,6 +129,7 @@ class HuggingFaceWeights:
         """
         wanted = huggingface_shapes(shape)
         head, embedding = (rule.tensors[0].name for rule in (shape.family.head, shape.family.embedding))
+        self._refuse_other_names(embedding)
         wrong = [f"missing {name}" for name in wanted if name not in self._tensors]
         if shape.tied and head in self._tensors:  # some tools also write the tied head
             wanted[head] = wanted[embedding]
@@ -151,6 +152,17 @@ class HuggingFaceWeights:
                 Key("model.path"),
                 f" is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {head} is not its "
                 f"{embedding}: set it to false to train with that head, or delete {head} from the file to train without it",
+            )
+
+    def _refuse_other_names(self, embedding: str) -> None:
+        """Raise RecipeError if the names of all tensors have another prefix, that of a wrapper around the model that was saved."""
+        ending = ".".join(embedding.split(".")[-2:])
+        other = next((name for name in sorted(self._tensors) if name.endswith(ending)), None)
+        if other is not None and embedding not in self._tensors:
+            raise RecipeError(
+                Key("model.path"),
+                f" is {str(self.folder)!r}: its tensors do not fit its config.json: they have other names, such as {other} in place of "
+                f"{embedding}: save the model itself, without what wraps it, or rename them",
             )
 
     def _are_equal(self, head: str, embedding: str, shape: Shape) -> bool:
