@@ -329,3 +329,12 @@ def test_a_write_after_one_that_was_killed_in_the_exchange(target_is_there: bool
     write_folder(tmp_path / "out", tensors_of(model).items(), like=model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("leads", ["somewhere", "nowhere"])
+def test_a_link_is_replaced_again_and_again(leads: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / leads)
+    for _ in range(2):
+        write_folder(tmp_path / "out", tensors_of(model).items(), like=model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "somewhere"]

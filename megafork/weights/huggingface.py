@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -255,12 +256,20 @@ def replaced(target: Path) -> Iterator[Path]:
         raise
     sync(temporary)
     old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)  # left by a writer that was killed; the new folder is complete by now
-    if target.exists():
+    _remove(old)  # left by a writer that was killed; the new folder is complete by now
+    if os.path.lexists(target):
         target.rename(old)
     temporary.rename(target)
     sync_name(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one but not what it leads to, as far as possible."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
