@@ -73,7 +73,13 @@ def test_sources_and_targets_that_are_not(source: Path, tmp_path: Path) -> None:
         hf_to_megatron(source, source)
     with pytest.raises(RecipeError, match=r"^DST is .*in': it already exists"):
         megatron_to_hf(tmp_path / "megatron", source)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
     for convert in (hf_to_megatron, megatron_to_hf):
+        with pytest.raises(RecipeError, match=r"^DST is .*link': it already exists"):
+            convert(source, tmp_path / "link")
+        with pytest.raises(RecipeError, match=r"^DST is .*out': '.*file' is not a folder that can be written to"):
+            convert(source, tmp_path / "file" / "deep" / "out")
         with pytest.raises(RecipeError, match=r"^SRC is .*nowhere': no such folder"):
             convert(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()

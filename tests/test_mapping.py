@@ -238,6 +238,19 @@ def test_a_truncated_file_is_refused(kept: int, model: Path, tmp_path: Path) -> 
         HuggingFaceWeights(tmp_path)
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(RecipeError, match="is a Git LFS pointer, not the weights: run `git lfs pull`"):
+        HuggingFaceWeights(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.model.", "model.language_model.", ""])
+def test_other_names_of_all_tensors_are_named(prefix: str, model: Path, tmp_path: Path) -> None:
+    save_file({name.replace("model.", prefix, 1): tensor for name, tensor in tensors_of(model).items()}, tmp_path / "model.safetensors")
+    with pytest.raises(RecipeError, match=f"such as {prefix}embed_tokens.weight in place of model.embed_tokens.weight: save the model"):
+        HuggingFaceWeights(tmp_path).check(read_shape(model))
+
+
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}'])
 def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -316,3 +329,12 @@ def test_a_write_after_one_that_was_killed_in_the_exchange(target_is_there: bool
     write_folder(tmp_path / "out", tensors_of(model).items(), like=model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("leads", ["somewhere", "nowhere"])
+def test_a_link_is_replaced_again_and_again(leads: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / leads)
+    for _ in range(2):
+        write_folder(tmp_path / "out", tensors_of(model).items(), like=model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "somewhere"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import edit_json
 from fp8 import EXPERTS, PROMPTS, WIDE, reference, score
 from ranks import on_ranks
 from safetensors.torch import load_file
@@ -67,6 +68,15 @@ def test_vllm_loads_what_modelopt_writes(tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "modelopt"
     difference = (torch.tensor(score(tmp_path / "out", "with")) - torch.stack(reference(source, fp8=False))).abs().mean()
     assert 0.02 < difference < 0.3, f"quantised, and the model still: {len(PROMPTS)} prompts differ by {difference}"
+
+
+@needs_modelopt
+def test_settings_of_generation_that_transformers_would_not_write(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "in", dtype=torch.bfloat16, num_hidden_layers=1, **WIDE)
+    edit_json(source / "config.json", max_length=20, temperature=0.6)
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    on_ranks(1, _convert, tmp_path)
+    assert (tmp_path / "out/generation_config.json").read_text() == '{"temperature": 0.6, "do_sample": false}'
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from ranks import import_vllm
 from tiny import recipe as tiny_recipe
+from tiny import save_model
 
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.vllm_engine import FIXED, OWN, _fields
@@ -118,3 +121,18 @@ def test_the_names_are_vllms() -> None:
     free = {"enforce_eager", "disable_log_stats"}
     own = engine_arguments(EngineConfig(model="m", dtype="fp32", longest_sequence=8, seed=1), on_gpu=True).keys()
     assert own - free <= OWN.keys() | FIXED.keys(), "what megafork sets can't be set twice"
+
+
+@pytest.mark.slow
+def test_config_json_describes_the_model_whatever_lies_beside_it(tmp_path: Path) -> None:
+    """Mistral's folders hold its own format too, which vLLM prefers."""
+    import_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = save_model(tmp_path / "m", "Mistral", sliding_window=None)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    sizes = {"dim": 64, "n_layers": 4, "head_dim": 32, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 99}
+    (folder / "params.json").write_text(json.dumps({**sizes, "norm_eps": 1e-5, "rope_theta": 1e6}))
+    config = EngineConfig(model=str(folder), dtype="fp32", longest_sequence=8, seed=1)
+    read = EngineArgs(**engine_arguments(config, on_gpu=False)).create_model_config().hf_config
+    assert (read.rope_parameters["rope_theta"], read.rms_norm_eps) == (1e4, 1e-6)

@@ -187,8 +187,11 @@ def _at_home(path: Path) -> Path:
 
 
 def _check_target(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):  # also a link that leads nowhere
         raise RecipeError(f"DST is {str(target)!r}: it already exists; delete it, or choose another name")
+    there = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"DST is {str(target)!r}: {str(there)!r} is not a folder that can be written to; choose another place")
 
 
 def _layout(shape: Shape, tp: int, pp: int) -> Parallel:

@@ -64,13 +64,23 @@ def quantize_folder(source: Path, target: Path, name: str) -> None:
     quantization: Any = importlib.import_module("modelopt.torch.quantization")
     export: Any = importlib.import_module("modelopt.torch.export")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True, trust_remote_code=False)
+    _forget_generation(model)
     with torch.no_grad():
         quantization.quantize(model, getattr(quantization, CONFIGS[name]))
         export.export_hf_checkpoint(model, export_dir=target)
     _check_folder(target, read_shape(source))
+    (target / "generation_config.json").unlink()
     for file in COMPANIONS:
         if (source / file).exists():
             (source / file).replace(target / file)
+
+
+def _forget_generation(model: Any) -> None:
+    """Drop the settings of generation, which modelopt would write through transformers: that refuses them in config.json, and a
+    temperature without do_sample in generation_config.json, as published folders have both. The folder's own file is copied as it is."""
+    model.generation_config = type(model.generation_config)()
+    for name in model.config._get_generation_parameters():
+        delattr(model.config, name)
 
 
 def _check_folder(folder: Path, shape: Shape) -> None:

@@ -21,6 +21,7 @@ def engine_arguments(config: EngineConfig, *, on_gpu: bool) -> dict[str, Any]:
     cache = config.kv_cache_mb or (None if on_gpu else _CPU_CACHE_MB)
     return {
         "model": config.model,
+        "config_format": "hf",  # beside consolidated.safetensors vLLM would read Mistral's params.json in place of config.json
         "load_format": "dummy",  # weights come from a refit
         "skip_tokenizer_init": True,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file,
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BAND = 64 << 20
 """Bytes of a tensor compared at a time."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -128,6 +130,7 @@ class HuggingFaceWeights:
         """
         wanted = huggingface_shapes(shape)
         head, embedding = (rule.tensors[0].name for rule in (shape.family.head, shape.family.embedding))
+        self._refuse_other_names(embedding)
         wrong = [f"missing {name}" for name in wanted if name not in self._tensors]
         if shape.tied and head in self._tensors:  # some tools also write the tied head
             wanted[head] = wanted[embedding]
@@ -150,6 +153,17 @@ class HuggingFaceWeights:
                 Key("model.path"),
                 f" is {str(self.folder)!r}: config.json ties the head (tie_word_embeddings is true), but its {head} is not its "
                 f"{embedding}: set it to false to train with that head, or delete {head} from the file to train without it",
+            )
+
+    def _refuse_other_names(self, embedding: str) -> None:
+        """Raise RecipeError if the names of all tensors have another prefix, that of a wrapper around the model that was saved."""
+        ending = ".".join(embedding.split(".")[-2:])
+        other = next((name for name in sorted(self._tensors) if name.endswith(ending)), None)
+        if other is not None and embedding not in self._tensors:
+            raise RecipeError(
+                Key("model.path"),
+                f" is {str(self.folder)!r}: its tensors do not fit its config.json: they have other names, such as {other} in place of "
+                f"{embedding}: save the model itself, without what wraps it, or rename them",
             )
 
     def _are_equal(self, head: str, embedding: str, shape: Shape) -> bool:
@@ -191,7 +205,20 @@ def safe_file(file: Path):  # type: ignore[no-untyped-def]  # safetensors has no
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
+        if _is_pointer(file):
+            raise RecipeError(
+                f"{file.name} in {str(file.parent)!r} is a Git LFS pointer, not the weights: run `git lfs pull` in the folder"
+            ) from None
         raise RecipeError(f"{file.name} in {str(file.parent)!r} is damaged or truncated ({error}): download or export it again") from None
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether git cloned a note about the file in place of the file."""
+    try:
+        with file.open("rb") as content:
+            return content.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def write_folder(
@@ -229,12 +256,20 @@ def replaced(target: Path) -> Iterator[Path]:
         raise
     sync(temporary)
     old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)  # left by a writer that was killed; the new folder is complete by now
-    if target.exists():
+    _remove(old)  # left by a writer that was killed; the new folder is complete by now
+    if os.path.lexists(target):
         target.rename(old)
     temporary.rename(target)
     sync_name(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one but not what it leads to, as far as possible."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
