@@ -204,6 +204,7 @@ def test_results(tool: str) -> None:
         ("print('ok')\n1 / 0", stdin, 0),
         ("print('ok'", stdin, 0),
         ("print(heapq.nsmallest(1, deque([3]))[0] and 'ok', pow(2, 3, 5) and '')", stdin, 1),
+        ("def f(x): return x\nif __name__ == '__main__':\n    print(f(int(input())))", {"test_list": ["assert f(1) == 1"]}, 1),
         ("def f(x): return (x, x)", {"input_output": {"inputs": [[1]], "outputs": [[1, 1]], "fn_name": "f"}}, 1),
         ("def f(x): return (x, x)", {"test_list": ["assert f(1) == (1, 1)"]}, 1),
         ("def f(x): return [x, x]", {"test_list": ["assert f(1) == (1, 1)"]}, 0),
