@@ -160,6 +160,8 @@ def test_the_same_output(output: str, expected: str, same: bool) -> None:
         ("```python\na\n```\n```python\nb", "a\n"),
         ("~~~python\n```\n~~~", "```\n"),
         ("````python\n```\n````", "```\n"),
+        ("1. So:\n   ```python\n   if a:\n       b\n  c\n   ```", "if a:\n    b\nc\n"),
+        ("```python\na\n```\nOutput:\n```\n7\n```", "a\n"),
         ("a `x` b", None),
         ("```python a```", None),
         ("", None),

@@ -19,7 +19,7 @@ from megafork.data.verdicts import wire
 from megafork.data.verdicts.code_tests import Call, Equal, Output, Script, Test, tests_of
 from megafork.data.verdicts.runner import Limits, Nursery, Outcome, Program
 
-_LANGUAGES = ("", "py", "python", "python3")
+_LANGUAGES = ("py", "python", "python3")
 _CLOCK_SHARE = 4
 """Wall-clock seconds per CPU second of a test's limit, so that a busy machine does not fail a program."""
 _SHARE_OF_TIME = 0.8
@@ -82,19 +82,22 @@ class Grader:
 
 
 def last_block(text: str) -> str | None:
-    """The last closed fenced block marked as Python or unmarked, or None. Takes time linear in the text."""
-    found: str | None = None
-    fence, lines, language = "", list[str](), ""
+    """The last closed fenced block marked as Python, or else the last unmarked one (after a program an unmarked one shows its output), or
+    None. As in Markdown, its lines lose the fence's indentation. Takes time linear in the text."""
+    marked: str | None = None
+    unmarked: str | None = None
+    fence, lines, language, indent = "", list[str](), "", 0
     for line in text.splitlines(keepends=True):
-        mark = re.match(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*)$", line.rstrip())
+        mark = re.match(r"( {0,3})(`{3,}|~{3,})[ \t]*([^`\n]*)$", line.rstrip())
         if not fence and mark:
-            fence, language, lines = mark[1], mark[2].strip().lower(), []
-        elif fence and mark and not mark[2] and mark[1].startswith(fence):
-            found = "".join(lines) if language.partition(" ")[0] in _LANGUAGES else found
+            fence, language, lines, indent = mark[2], mark[3].strip().lower().partition(" ")[0], [], len(mark[1])
+        elif fence and mark and not mark[3] and mark[2].startswith(fence):
+            marked = "".join(lines) if language in _LANGUAGES else marked
+            unmarked = "".join(lines) if not language else unmarked
             fence = ""
         elif fence:
-            lines.append(line)
-    return found
+            lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
+    return unmarked if marked is None else marked
 
 
 def same_output(output: str, expected: str) -> bool:
