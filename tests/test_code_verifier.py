@@ -9,6 +9,7 @@ import pickle
 import zlib
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,6 +192,10 @@ def test_plain_values_cross_unchanged(value: Any) -> None:
     assert crossed == value and type(crossed) is type(value)
 
 
+def test_numbers_of_numpy_cross_as_pythons() -> None:
+    assert plain.dumps([numpy.int64(3), numpy.bool_(True), numpy.float32(0.5)]) == "[3, true, 0.5]"
+
+
 def test_results(tool: str) -> None:
     """(program, row, its accuracy): what the runtime around a program must give."""
     stdin = {"input_output": {"inputs": ["5\n"], "outputs": ["ok"]}}
@@ -209,6 +214,9 @@ def test_results(tool: str) -> None:
         ("def f(x): return x\nif __name__ == '__main__':\n    print(f(int(input())))", {"test_list": ["assert f(1) == 1"]}, 1),
         ("def f(x): return (x, x)", {"input_output": {"inputs": [[1]], "outputs": [[1, 1]], "fn_name": "f"}}, 1),
         ("def f(x): return (x, x)", {"test_list": ["assert f(1) == (1, 1)"]}, 1),
+        ("print(int(input()) + 1)", {"input_output": {"inputs": ["9" * 9000], "outputs": ["1" + "0" * 9000]}}, 1),
+        ("def f(x): return x + 1", {"input_output": f'{{"fn_name": "f", "inputs": [[{"9" * 9000}]], "outputs": [1{"0" * 9000}]}}'}, 1),
+        ("print('snan')", stdin, 0),
         ("def f(x): return [x, x]", {"test_list": ["assert f(1) == (1, 1)"]}, 0),
         ("def f(x): return {'a': {1, 2}, 2: None}", {"test_list": ["assert f(1) == {2: None, 'a': {2, 1}}"]}, 1),
     ]

@@ -10,6 +10,7 @@ import ast
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -20,6 +21,8 @@ from megafork.data.verdicts.code_tests import Call, Equal, Output, Script, Test,
 from megafork.data.verdicts.runner import Limits, Nursery, Outcome, Program
 
 _LANGUAGES = ("py", "python", "python3")
+_DIGITS = 50_000
+"""Most digits of an integer that a program can read or print, as in LiveCodeBench; Python's own limit is 4,300."""
 _CLOCK_SHARE = 4
 """Wall-clock seconds per CPU second of a test's limit, so that a busy machine does not fail a program."""
 _SHARE_OF_TIME = 0.8
@@ -34,6 +37,7 @@ class Grader:
         self._timeout_s = timeout_s * _SHARE_OF_TIME
         self._limits = limits
         self._partial = partial
+        sys.set_int_max_str_digits(_DIGITS)  # inherited by the programs
         self._nursery = Nursery(limits, channel)
 
     def __call__(self, response: str, row: dict[str, Any]) -> wire.Plain:
@@ -116,9 +120,10 @@ def _same_line(one: str, other: str) -> bool:
 
 def _decimals(line: str) -> list[Decimal] | None:
     try:
-        return [Decimal(word) for word in line.split()]
+        numbers = [Decimal(word) for word in line.split()]
     except InvalidOperation:
         return None
+    return None if any(number.is_snan() for number in numbers) else numbers  # comparing one raises
 
 
 def _is_one_of(outcome: Outcome, accepted: Sequence[Any]) -> bool:
