@@ -266,6 +266,7 @@ MATH = [
     (r"<think>\boxed{7}</think> done", 7, 0),
     (r"<think>\boxed{8}</think> \boxed{7}", 7, 1),
     (r"\boxed{7} </think> a </think> \boxed{8}", 7, 0),
+    (r"<think>it may be \boxed{7}, but", 7, 0),  # cut off
     (r"\boxed{\frac{\sqrt{3}}{2}}", r"\sqrt{3}/2", 1),
     (r"\boxed{\left\{ 1, 2 \right.}", 7, 0),
     (r"\boxed{\boxed{5}}", 5, 1),

@@ -36,7 +36,7 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, NameError, SyntaxErr
 
 def exact(response: str, row: Row) -> float:
     """1 if the text after the last </think> equals the answer, both stripped."""
-    return float(_final(response).strip() == _answer(row))
+    return float(after_thinking(response).strip() == _answer(row))
 
 
 def math(response: str, row: Row) -> float:
@@ -46,7 +46,7 @@ def math(response: str, row: Row) -> float:
     """
     from math_verify import parse, verify
 
-    answer, found = _answer(row), last_boxed(_final(response))
+    answer, found = _answer(row), last_boxed(after_thinking(response))
     if found is None:
         return 0.0
     gold, mine = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (last_boxed(answer) or answer, found))
@@ -77,7 +77,7 @@ def reasoning_gym(response: str, row: Row) -> float:
 
 
 def final_answer(response: str) -> str:
-    text = _final(response)
+    text = after_thinking(response)
     tagged = _last_tagged(text)
     found = last_boxed(text) if tagged is None else tagged
     return (text if found is None else found).strip()
@@ -146,8 +146,9 @@ def load(name: str) -> Verifier:
     return function
 
 
-def _final(response: str) -> str:
-    return response.rpartition("</think>")[2]
+def after_thinking(response: str) -> str:
+    """The text after the last </think>, up to a <think> that was cut off."""
+    return response.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _answer(row: Row) -> str:

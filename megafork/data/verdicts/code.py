@@ -19,6 +19,7 @@ from typing import Any
 from megafork.data.verdicts import wire
 from megafork.data.verdicts.code_tests import Call, Equal, Output, Script, Test, tests_of
 from megafork.data.verdicts.runner import Limits, Nursery, Outcome, Program
+from megafork.data.verifiers import after_thinking
 
 _LANGUAGES = ("py", "python", "python3")
 _DIGITS = 50_000
@@ -46,7 +47,7 @@ class Grader:
             tests = tests_of(row)
         except ValueError as error:
             return wire.Plain(0.0, f"the row {error}")
-        source = last_block(response.rpartition("</think>")[2])
+        source = last_block(after_thinking(response))
         if source is None:
             return wire.Plain(0.0)
         passed = 0
