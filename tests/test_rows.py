@@ -185,9 +185,15 @@ def test_text_that_no_model_writes_is_refused_wherever_it_is(text: str, what: st
             supervised(row)
 
 
-def test_a_solution_that_does_not_say_its_answer_is_refused() -> None:
+@pytest.mark.parametrize("solution", ["First this.\nThen that.", r"It is $\boxed{2$."])
+def test_a_solution_that_does_not_say_its_answer_is_refused(solution: str) -> None:
     with pytest.raises(RowError, match=r"has a solution without a \\boxed"):
-        judged({"problem": "?", "solution": "First this.\nThen that."})
+        judged({"problem": "?", "solution": solution})
+
+
+@pytest.mark.parametrize(("box", "answer"), [(r"\boxed 2.5", "2.5"), (r"\boxed \frac{1}{2}", r"\frac{1}{2}"), (r"\fbox{42}", "42")])
+def test_the_other_boxes_of_math(box: str, answer: str) -> None:
+    assert judged({"problem": "?", "solution": f"In short, it is ${box}$."}) == ("?", answer)
 
 
 GENERATED = {"source_dataset": "chain_sum", "source_index": 0}
