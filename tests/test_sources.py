@@ -276,7 +276,8 @@ def test_hub_dataset_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "test"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
     assert answers(f"hub:{folder}@test:train") == [7], "a subset's only split is called train"
-    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}"):
+    script = Path(write(tmp_path / "apps" / "apps.py", [])).parent  # as the hub's APPS, TACO and LiveCodeBench: `datasets` runs none
+    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}", f"hub:{script}"):
         with pytest.raises(
             RecipeError, match=r"^data.train is 'hub:.*: the dataset could not be loaded; check its name, subset, split and the network"
         ):
