@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import logging
 import re
 import sys
@@ -143,7 +144,22 @@ def load(name: str) -> Verifier:
     function = getattr(import_file(path, path.stem), function_name)
     if not callable(function):
         raise TypeError(f"{function_name} is a {type(function).__name__}, not a function")
+    _check_call(function, function_name)
     return function
+
+
+def _check_call(function: Verifier, name: str) -> None:
+    """Raise TypeError for a function that no call could get a number from, such as other trainers' f(data_source, solution, truth)."""
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} is async: write it as `def {name}(response, row)`")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C
+        return
+    try:
+        signature.bind("", {})
+    except TypeError as error:
+        raise TypeError(f"{name} is called as {name}(response, row): {error}") from None
 
 
 def after_thinking(response: str) -> str:
