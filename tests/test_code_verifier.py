@@ -45,6 +45,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [  # name, a right program, the ro
     ("apps, lists of lines", ADD, {"input_output": {"inputs": [["1 2"]], "outputs": [["3"]]}}),
     ("taco, function", ADDS, {"input_output": json.dumps(CALLS)}),
     ("taco, function, results wrapped", ADDS, {"input_output": json.dumps({**CALLS, "outputs": [[[4, 5]], [[]]]})}),
+    ("apps, keys", "def add(x):\n    return {x: 2}", {"input_output": '{"fn_name": "add", "inputs": [[1]], "outputs": [{"1": 2}]}'}),
     ("lcb", ADD, {"public_test_cases": '[{"input": "1 2", "output": "3", "testtype": "stdin"}]', "private_test_cases": LCB_PRIVATE}),
     (
         "lcb, function",
