@@ -62,6 +62,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "answer": "4",
     },
     "float": {"prompt": "2+2?", "answer": 4.0},
+    "choices in the question": {"question": "2+2?", "options": ["2", "7"], "answer": "4"},
 }
 
 
@@ -85,6 +86,8 @@ def test_public_forms_are_read_by_themselves(name: str, ending: str, tmp_path: P
             'has a "question" and a "problem" that differ: name the prompt\'s column in data.columns',
         ),
         ({"prompt": "a?", "question": "b?", "answer": 1}, 'has a "prompt" and a "question" that differ'),
+        ({"question": "a?", "choices": ["5", "four"], "answer": 1}, "has choices that its question does not mention: write them into it"),
+        ({"question": "a?", "choices": {"label": ["A"], "text": ["5"]}, "answer": 1}, "has choices that its question does not mention"),
         ({"messages": [USER], "instruction": "b?", "answer": 1}, 'has a "messages" and a "instruction" that differ'),
         ({"prompt": "a?", "answer": "1", "expected_answer": "2"}, "has a answer '1' and a expected_answer '2': name the answer's column"),
         ({"prompt": "a?", "answer": "1", "reward_model": {"ground_truth": "2"}}, r"a answer '1' and a reward_model.ground_truth '2'"),
