@@ -68,6 +68,8 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [  # name, a right program, the ro
     ("verl, function", ADDS, {"reward_model": {"ground_truth": json.dumps(CALLS)}}),
     ("verl, asserts", SQUARE, {"reward_model": {"ground_truth": json.dumps({"functional": "import math\nassert f(3) == math.pow(3, 2)"})}}),
     ("verl, list", ADD, {"answer": json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}])}),
+    ("prime, calls", SQUARE, {"answer": json.dumps([{"type": "function_call", "fn_name": "f", "input": [2], "output": [4]}])}),
+    ("prime, texts", ADD, {"answer": json.dumps([{"type": "stdin_stdout", "input": "1 2", "output": "3"}])}),
     ("acecode", SQUARE, {"test_cases": ["assert f(2) == 4"]}),
     ("the program's own classes", "class P:\n    def __eq__(self, o):\n        return True", {"test_list": ["assert P() == P()"]}),
 ]

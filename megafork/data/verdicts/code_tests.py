@@ -5,7 +5,8 @@
   private ones possibly compressed; the function's name is metadata.func_name.
 - `test` and `entry_point` (HumanEval): code that defines `check(candidate)`.
 - `test_list`, `test_cases` (MBPP, AceCode): asserts, after `test_imports` and `test_setup_code`.
-- `reward_model.ground_truth`, or `answer` (verl, PRIME): JSON of any of these, or of {"functional": asserts}, or a list of them.
+- `reward_model.ground_truth`, or `answer` (verl, PRIME): JSON of any of these, or of {"functional": asserts}, or a list of them, or of
+  {"input", "output", "type": "stdin_stdout" | "function_call", "fn_name"} (PRIME, DeepCoder).
 
 Every assert of the form LEFT == RIGHT is split, so that RIGHT never reaches the judged program.
 """
@@ -145,13 +146,15 @@ def _cases(row: dict[str, Any]) -> list[Test]:
 
 
 def _case(case: dict[str, Any], metadata: dict[str, Any]) -> Test:
-    if case.get("testtype", "stdin") not in ("functional", "function_call"):
+    kind = case.get("testtype", case.get("type"))
+    if kind not in ("functional", "function_call"):
         return Output(_lines(case["input"]), _lines(case["output"]))
     metadata = {**metadata, **(case.get("metadata") or {})}
     function = metadata.get("func_name") or case.get("fn_name")
     if not function:
         raise ValueError("has functional tests and no metadata.func_name: name the function that they call")
-    return Call(function, _arguments(case["input"]), (_value(case["output"]),))
+    accepted = (_value(case["output"]),) if kind == "functional" else _accepted(case["output"])
+    return Call(function, _arguments(case["input"]), accepted)
 
 
 def _private(cases: Any) -> Any:
