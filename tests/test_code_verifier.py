@@ -9,6 +9,7 @@ import pickle
 import zlib
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [  # name, a right program, the ro
     ("apps, lists of lines", ADD, {"input_output": {"inputs": [["1 2"]], "outputs": [["3"]]}}),
     ("taco, function", ADDS, {"input_output": json.dumps(CALLS)}),
     ("taco, function, results wrapped", ADDS, {"input_output": json.dumps({**CALLS, "outputs": [[[4, 5]], [[]]]})}),
+    ("apps, keys", "def add(x):\n    return {x: 2}", {"input_output": '{"fn_name": "add", "inputs": [[1]], "outputs": [{"1": 2}]}'}),
     ("lcb", ADD, {"public_test_cases": '[{"input": "1 2", "output": "3", "testtype": "stdin"}]', "private_test_cases": LCB_PRIVATE}),
     (
         "lcb, function",
@@ -66,6 +68,8 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [  # name, a right program, the ro
     ("verl, function", ADDS, {"reward_model": {"ground_truth": json.dumps(CALLS)}}),
     ("verl, asserts", SQUARE, {"reward_model": {"ground_truth": json.dumps({"functional": "import math\nassert f(3) == math.pow(3, 2)"})}}),
     ("verl, list", ADD, {"answer": json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}])}),
+    ("prime, calls", SQUARE, {"answer": json.dumps([{"type": "function_call", "fn_name": "f", "input": [2], "output": [4]}])}),
+    ("prime, texts", ADD, {"answer": json.dumps([{"type": "stdin_stdout", "input": "1 2", "output": "3"}])}),
     ("acecode", SQUARE, {"test_cases": ["assert f(2) == 4"]}),
     ("the program's own classes", "class P:\n    def __eq__(self, o):\n        return True", {"test_list": ["assert P() == P()"]}),
 ]
@@ -160,6 +164,8 @@ def test_the_same_output(output: str, expected: str, same: bool) -> None:
         ("```python\na\n```\n```python\nb", "a\n"),
         ("~~~python\n```\n~~~", "```\n"),
         ("````python\n```\n````", "```\n"),
+        ("1. So:\n   ```python\n   if a:\n       b\n  c\n   ```", "if a:\n    b\nc\n"),
+        ("```python\na\n```\nOutput:\n```\n7\n```", "a\n"),
         ("a `x` b", None),
         ("```python a```", None),
         ("", None),
@@ -189,6 +195,10 @@ def test_plain_values_cross_unchanged(value: Any) -> None:
     assert crossed == value and type(crossed) is type(value)
 
 
+def test_numbers_of_numpy_cross_as_pythons() -> None:
+    assert plain.dumps([numpy.int64(3), numpy.bool_(True), numpy.float32(0.5)]) == "[3, true, 0.5]"
+
+
 def test_results(tool: str) -> None:
     """(program, row, its accuracy): what the runtime around a program must give."""
     stdin = {"input_output": {"inputs": ["5\n"], "outputs": ["ok"]}}
@@ -204,8 +214,12 @@ def test_results(tool: str) -> None:
         ("print('ok')\n1 / 0", stdin, 0),
         ("print('ok'", stdin, 0),
         ("print(heapq.nsmallest(1, deque([3]))[0] and 'ok', pow(2, 3, 5) and '')", stdin, 1),
+        ("def f(x): return x\nif __name__ == '__main__':\n    print(f(int(input())))", {"test_list": ["assert f(1) == 1"]}, 1),
         ("def f(x): return (x, x)", {"input_output": {"inputs": [[1]], "outputs": [[1, 1]], "fn_name": "f"}}, 1),
         ("def f(x): return (x, x)", {"test_list": ["assert f(1) == (1, 1)"]}, 1),
+        ("print(int(input()) + 1)", {"input_output": {"inputs": ["9" * 9000], "outputs": ["1" + "0" * 9000]}}, 1),
+        ("def f(x): return x + 1", {"input_output": f'{{"fn_name": "f", "inputs": [[{"9" * 9000}]], "outputs": [1{"0" * 9000}]}}'}, 1),
+        ("print('snan')", stdin, 0),
         ("def f(x): return [x, x]", {"test_list": ["assert f(1) == (1, 1)"]}, 0),
         ("def f(x): return {'a': {1, 2}, 2: None}", {"test_list": ["assert f(1) == {2: None, 'a': {2, 1}}"]}, 1),
     ]

@@ -145,6 +145,7 @@ GOOD = '{"prompt": "1?", "answer": 1}\n'
     ("text", "message"),
     [
         (GOOD + '{"prompt": "2?", ', "rows.jsonl line 2 is not valid JSON"),
+        (GOOD + '{"prompt": "2?", "answer": 2, "answer": 3}', "line 2 is not valid JSON: .*the key 'answer' is there twice"),
         (GOOD + "\n\n[1, 2]\n", "rows.jsonl line 4 is a list: it must be one JSON object"),
         (GOOD + '{"answer": 2}', r'rows.jsonl line 2 has no prompt \(its fields: answer\): give it a "prompt"'),
         (GOOD + '{"prompt": null, "answer": 2}', "rows.jsonl line 2 has no prompt"),

@@ -213,6 +213,8 @@ def workers() -> list[psutil.Process]:
         ("imports.py:f", "ModuleNotFoundError: No module named 'nowhere'"),
         ("exits.py:f", "SystemExit: 4"),
         ("dies.py:f", "the verifier process ended with exit code 5"),
+        ("others.py:verl", r"TypeError: verl is called as verl\(response, row\): missing a required argument: 'ground_truth'"),
+        ("others.py:late", "TypeError: late is async"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_one_recipe_error(folder: Path, verifier: str, message: str) -> None:
@@ -220,6 +222,7 @@ def test_a_file_that_cannot_be_loaded_is_one_recipe_error(folder: Path, verifier
     (folder / "imports.py").write_text("import nowhere")
     (folder / "exits.py").write_text("raise SystemExit(4)")
     (folder / "dies.py").write_text("import os; os._exit(5)")
+    (folder / "others.py").write_text("def verl(source, solution, ground_truth, extra=None): ...\nasync def late(response, row): ...")
     with pytest.raises(RecipeError, match=f"^reward.verifier is '{verifier}': it cannot be loaded.*{message}") as caught:
         Verifiers(reward(verifier, workers=2))
     assert "\n" not in str(caught.value)
@@ -266,6 +269,7 @@ MATH = [
     (r"<think>\boxed{7}</think> done", 7, 0),
     (r"<think>\boxed{8}</think> \boxed{7}", 7, 1),
     (r"\boxed{7} </think> a </think> \boxed{8}", 7, 0),
+    (r"<think>it may be \boxed{7}, but", 7, 0),  # cut off
     (r"\boxed{\frac{\sqrt{3}}{2}}", r"\sqrt{3}/2", 1),
     (r"\boxed{\left\{ 1, 2 \right.}", 7, 0),
     (r"\boxed{\boxed{5}}", 5, 1),

@@ -62,6 +62,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "answer": "4",
     },
     "float": {"prompt": "2+2?", "answer": 4.0},
+    "choices in the question": {"question": "2+2?", "options": ["2", "7"], "answer": "4"},
 }
 
 
@@ -85,6 +86,8 @@ def test_public_forms_are_read_by_themselves(name: str, ending: str, tmp_path: P
             'has a "question" and a "problem" that differ: name the prompt\'s column in data.columns',
         ),
         ({"prompt": "a?", "question": "b?", "answer": 1}, 'has a "prompt" and a "question" that differ'),
+        ({"question": "a?", "choices": ["5", "four"], "answer": 1}, "has choices that its question does not mention: write them into it"),
+        ({"question": "a?", "choices": {"label": ["A"], "text": ["5"]}, "answer": 1}, "has choices that its question does not mention"),
         ({"messages": [USER], "instruction": "b?", "answer": 1}, 'has a "messages" and a "instruction" that differ'),
         ({"prompt": "a?", "answer": "1", "expected_answer": "2"}, "has a answer '1' and a expected_answer '2': name the answer's column"),
         ({"prompt": "a?", "answer": "1", "reward_model": {"ground_truth": "2"}}, r"a answer '1' and a reward_model.ground_truth '2'"),
@@ -185,9 +188,15 @@ def test_text_that_no_model_writes_is_refused_wherever_it_is(text: str, what: st
             supervised(row)
 
 
-def test_a_solution_that_does_not_say_its_answer_is_refused() -> None:
+@pytest.mark.parametrize("solution", ["First this.\nThen that.", r"It is $\boxed{2$."])
+def test_a_solution_that_does_not_say_its_answer_is_refused(solution: str) -> None:
     with pytest.raises(RowError, match=r"has a solution without a \\boxed"):
-        judged({"problem": "?", "solution": "First this.\nThen that."})
+        judged({"problem": "?", "solution": solution})
+
+
+@pytest.mark.parametrize(("box", "answer"), [(r"\boxed 2.5", "2.5"), (r"\boxed \frac{1}{2}", r"\frac{1}{2}"), (r"\fbox{42}", "42")])
+def test_the_other_boxes_of_math(box: str, answer: str) -> None:
+    assert judged({"problem": "?", "solution": f"In short, it is ${box}$."}) == ("?", answer)
 
 
 GENERATED = {"source_dataset": "chain_sum", "source_index": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import struct
@@ -118,7 +119,38 @@ def test_byte_order_mark_carriage_returns_and_empty_lines(tmp_path: Path) -> Non
     assert answers(str(tmp_path / "rows.jsonl")) == [1, "数"]
 
 
+def test_a_compressed_shard_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train-0.jsonl", ROWS)
+    (tmp_path / "set" / "train-1.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    for source in ("set", "set/*", "set/train-1.jsonl.gz"):
+        with pytest.raises(RecipeError, match=r"'train-1.jsonl.gz' is compressed, and only plain files are read: unpack it first"):
+            answers(str(tmp_path / source))
+    write(tmp_path / "set" / "train-1.jsonl", [{"prompt": "9?", "answer": 9}])
+    assert answers(str(tmp_path / "set")) == answers(f"{tmp_path}/set/*") == [0, 1, 2, 9], "it is there unpacked as well"
+
+
 # ---------------------------------------------------------------- wrong files
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+        (gzip.compress(b"{}"), "is compressed: unpack it first"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_file_of_another_form_than_its_name_says(content: bytes, reason: str, ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"rows.{ending}").write_bytes(content)
+    with pytest.raises(RecipeError, match=f"^data.train: .*rows.{ending} {reason}"):
+        answers(str(tmp_path / f"rows.{ending}"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_row_over_several_lines_is_said_to_be_one(ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"rows.{ending}").write_text(json.dumps(ROWS[0], indent=1))
+    with pytest.raises(RecipeError, match=f"rows.{ending} line 1 is not valid JSON: write each row on one line"):
+        answers(str(tmp_path / f"rows.{ending}"))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +276,8 @@ def test_hub_dataset_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "test"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
     assert answers(f"hub:{folder}@test:train") == [7], "a subset's only split is called train"
-    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}"):
+    script = Path(write(tmp_path / "apps" / "apps.py", [])).parent  # as the hub's APPS, TACO and LiveCodeBench: `datasets` runs none
+    for wrong in (f"hub:{folder}:train", f"hub:{folder}@nope", f"hub:{folder}@test:nope", f"hub:{tmp_path / 'missing'}", f"hub:{script}"):
         with pytest.raises(
             RecipeError, match=r"^data.train is 'hub:.*: the dataset could not be loaded; check its name, subset, split and the network"
         ):

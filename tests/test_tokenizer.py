@@ -172,11 +172,26 @@ def test_whatever_goes_wrong_in_a_template_names_the_row(tmp_path: Path, templat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("role", ["system", "prompter", "User"])
+def test_a_message_that_the_template_leaves_out_is_refused(tmp_path: Path, role: str) -> None:
+    """Qwen's template renders no role that it does not know, and Phi-3's first one no system text."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content | trim | replace('/think', '') }}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, chat_template=template))
+    rows = [{"prompt": [{"role": name, "content": f" by {name}/think\n"} for name in (role, "user")], "answer": 1}]
+    with pytest.raises(RecipeError, match=rf"rows.jsonl line 1 has a {role} message that the chat template of .* leaves out"):
+        load(write(tmp_path / "rows.jsonl", rows), tokenizer, template="chat")
+    assert tokenizer.chat(" by user/think\n") == "<|im_start|>by user"
+
+
 def test_of_several_templates_the_default_is_taken_or_their_names_are_said(tmp_path: Path) -> None:
-    named = [{"name": "math", "template": "M"}, {"name": "tool_use", "template": "T"}]
+    named = [{"name": name, "template": name[0] + "{{ messages[0].content }}"} for name in ("math", "tool_use")]
     source = write(tmp_path / "rows.jsonl", [{"prompt": "1?", "answer": 1}])
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "with", chat_template=[*named, {"name": "default", "template": "D"}]))
-    assert load(source, tokenizer, template="chat")[0].text == "D"
+    tokenizer = load_tokenizer(
+        write_tokenizer(tmp_path / "with", chat_template=[*named, {"name": "default", "template": "D{{ messages[0].content }}"}])
+    )
+    assert load(source, tokenizer, template="chat")[0].text == "D1?"
     with pytest.raises(RecipeError, match=r"has several chat templates \(math, tool_use\) and none is named default"):
         load(source, load_tokenizer(write_tokenizer(tmp_path / "without", chat_template=named)), template="chat")
 

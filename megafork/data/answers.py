@@ -14,6 +14,8 @@ from megafork.recipe import Key
 
 _LAST_LINE = re.compile(r"(?:^|\n)####[ \t]+([^\n#]*[^\s#])\s*\Z")
 """GSM8K's final-answer line; strict, as a maze may also end with hashes."""
+_OTHER_BOX = re.compile(r"\\fbox\s*\{([^{}]+)\}|\\(?:boxed|fbox)\s+([^\s$]+)")
+r"""The few answers of MATH in \fbox{2} or \boxed 2."""
 
 
 def is_absent(value: Any) -> bool:
@@ -43,11 +45,13 @@ def answer_text(value: Any, column: str) -> str:
 def solution_text(value: str, column: str) -> str | None:
     r"""Final answer of a worked solution: its last \boxed{}, the text after `####`, or a single line as it is. None if there is none."""
     boxed = last_boxed(value)
+    if boxed is None and (others := _OTHER_BOX.findall(value)):
+        boxed = "".join(others[-1]).rstrip(".,")
     if boxed is not None and boxed.strip():
         return checked_text(boxed.strip(), column)
     if _LAST_LINE.search(value):
         return _final(checked_text(value, column))
-    return None if "\n" in value.strip() else checked_text(value.strip(), column)
+    return None if "\n" in value.strip() or "\\boxed" in value else checked_text(value.strip(), column)
 
 
 def _final(text: str) -> str:

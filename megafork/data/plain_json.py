@@ -10,9 +10,10 @@ DEEPEST = 64
 
 
 def parse(text: str) -> Any:
-    """Parse `text`. Raises ValueError with the reason: not JSON, nested too deeply, or containing half of a surrogate pair."""
+    """Parse `text`. Raises ValueError with the reason: not JSON, nested too deeply, with a key twice in one
+    object, of which Python would keep the last, or containing half of a surrogate pair."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if text.count("[") + text.count("{") > DEEPEST and _too_deep(value):
@@ -29,6 +30,14 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.60} is there twice")
+    return found
 
 
 def _too_deep(value: Any) -> bool:

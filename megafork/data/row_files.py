@@ -25,6 +25,11 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 _IN_FOLDERS = (".jsonl", ".parquet")  # a folder's .json files mostly describe it
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _BOM = b"\xef\xbb\xbf"
+_PACKED = re.compile(r"(.*\.(?:jsonl|json|parquet))\.(?:gz|zst|bz2|xz|lz4|zip)", re.DOTALL)
+_OTHER_FORMS = {b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`"} | dict.fromkeys(
+    (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04"), "compressed: unpack it first"
+)
+"""What files named like data are too often, by their first bytes."""
 _UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError, NotImplementedError)
 
 
@@ -36,13 +41,16 @@ def data_files(source: str, field: str) -> list[Path]:
     path, named = Path(os.path.expanduser(source)), f"{field} is {shown(source)}"
     mode = _mode(path, named) if source else None
     if mode is None and re.search(r"[*?\[]", source):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(_SUFFIXES))
+        names = glob.glob(str(path), recursive=True)
+        found = sorted(Path(name) for name in names if name.endswith(_SUFFIXES))
+        _refuse_packed(names, named)
         files = [file for file in found if stat.S_ISREG(_mode(file, named) or 0)]
         if not files:
             raise RecipeError(f"{named}: no .jsonl, .json or .parquet file matches")
         return files
     if mode is not None and stat.S_ISDIR(mode):
         return _of_folder(path, named)
+    _refuse_packed([path.name], named)
     if path.suffix not in _SUFFIXES:
         raise RecipeError(f"{named}: unknown form of data; {FORMS}")
     if mode is None:
@@ -54,9 +62,12 @@ def data_files(source: str, field: str) -> list[Path]:
 
 def read_file(path: Path, place: str, field: str) -> Rows:
     """Yield (place, row), where place is `place`, the file's name, plus the number of the line or row, from 1. Raises RecipeError."""
+    start = _start(path, field)
+    if form := next((form for mark, form in _OTHER_FORMS.items() if start.startswith(mark)), None):
+        raise RecipeError(f"{field}: {path} is {form}")
     if path.suffix == ".parquet":
         return _parquet(path, place, field)
-    if path.suffix == ".json" and _is_array(path, field):
+    if path.suffix == ".json" and start.removeprefix(_BOM).lstrip().startswith(b"["):
         return _json_array(path, place, field)
     return _json_lines(path, place, field)
 
@@ -75,9 +86,11 @@ def _mode(path: Path, named: str) -> int | None:
 
 def _of_folder(folder: Path, named: str) -> list[Path]:
     try:
-        inside = sorted(path for path in folder.iterdir() if path.suffix in _IN_FOLDERS and not path.name.startswith("."))
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise RecipeError(f"{named}: {error.strerror}") from None
+    _refuse_packed(names, named)
+    inside = [folder / name for name in names if name.endswith(_IN_FOLDERS)]
     if not inside:
         raise RecipeError(f"{named}, a folder without .jsonl or .parquet files: name another, or a glob such as FOLDER/*/*")
     for path in inside:
@@ -92,6 +105,13 @@ def _of_folder(folder: Path, named: str) -> list[Path]:
     if len({path.suffix for path in inside}) > 1:
         raise RecipeError(f"{named}, a folder with .jsonl and .parquet files: choose some by a glob such as *.parquet")
     return inside
+
+
+def _refuse_packed(names: list[str], named: str) -> None:
+    """Raise RecipeError for a shard that is only there compressed: without it the others would be read as the whole set."""
+    for name in sorted(names):
+        if (packed := _PACKED.fullmatch(name)) and packed[1] not in names:
+            raise RecipeError(f"{named}: {Path(name).name!r} is compressed, and only plain files are read: unpack it first")
 
 
 def _json_lines(path: Path, place: str, field: str) -> Rows:
@@ -112,10 +132,10 @@ def _json_lines(path: Path, place: str, field: str) -> Rows:
         raise RecipeError(f"{field}: {place} cannot be read after line {number}: {error.strerror}") from None
 
 
-def _is_array(path: Path, field: str) -> bool:
+def _start(path: Path, field: str) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+            return file.read(4096)
     except OSError as error:
         raise RecipeError(f"{field}: {path.name} cannot be read: {error.strerror}") from None
 
@@ -138,7 +158,8 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return parse(text)
     except ValueError as error:
-        raise RecipeError(f"{where} is not valid JSON: fix or delete it ({error})") from None
+        fix = "write each row on one line, or all in one array in a .json file" if text.strip() in ("{", "[") else "fix or delete it"
+        raise RecipeError(f"{where} is not valid JSON: {fix} ({error})") from None
 
 
 def _row(row: Any, where: str) -> dict[str, Any]:

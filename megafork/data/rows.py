@@ -72,6 +72,7 @@ def _prompt(raw: Row, columns: Columns) -> tuple[str, list[Message]]:
     found = {name: _asked(raw, name) for name in _prompt_columns(raw, columns)}
     (column, messages), *others = found.items()
     text = _text(messages)
+    _refuse_unasked(raw, column, text)
     for other, its in others:
         if _text(its).strip() not in text:  # `prompt` may wrap the text of `problem`
             raise RowError(
@@ -80,6 +81,15 @@ def _prompt(raw: Row, columns: Columns) -> tuple[str, list[Message]]:
                 ', or rename it to "prompt" and delete the other',
             )
     return column, messages
+
+
+def _refuse_unasked(raw: Row, column: str, text: str) -> None:
+    """Raise RowError for a multiple-choice question whose choices are only in a column of their own, as MMLU's."""
+    for name in ("choices", "options"):
+        choices = raw.get(name)
+        choices = choices.get("text") if isinstance(choices, dict) else choices
+        if isinstance(choices, list) and choices and all(isinstance(one, str) and one.strip() not in text for one in choices):
+            raise RowError(f"has {name} that its {column} does not mention: write them into it, or delete them")
 
 
 def _prompt_columns(raw: Row, columns: Columns) -> list[str]:

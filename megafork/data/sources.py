@@ -44,7 +44,7 @@ def _hub(source: str, field: str) -> Rows:
         dataset = datasets.load_dataset(name, subset or None, split=split[0] if split else "train")
         for number, row in enumerate(dataset, start=1):
             yield f"{source} row {number}", row
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"{field} is {source!r}: the dataset could not be loaded; check its name, subset, split and the network ({reason})"

@@ -119,6 +119,19 @@ class Tokenizer:
         `arguments`: variables of the template. Raises RowError for any error in the template.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self._rendered(messages, arguments, answer_follows)
+        for place, message in enumerate(messages):
+            said = message.get("content") or ""
+            if said.strip() and said.strip() not in text:  # changed by the template, or left out: then nothing depends on it
+                others = [*messages[:place], {**message, "content": f"{said}?"}, *messages[place + 1 :]]
+                if self._rendered(others, arguments, answer_follows) == text:
+                    raise RowError(
+                        f"has a {message['role']} message that the chat template of {self.path!r} leaves out: move its text "
+                        "into a user message, or delete it"
+                    )
+        return text
+
+    def _rendered(self, messages: list[Message], arguments: Mapping[str, Any] | None, answer_follows: bool) -> str:
         try:
             return self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows, **(arguments or {}))
         except Exception as error:  # noqa: BLE001 - the template is a program from the model's folder and may raise anything

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import logging
 import re
 import sys
@@ -36,7 +37,7 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, NameError, SyntaxErr
 
 def exact(response: str, row: Row) -> float:
     """1 if the text after the last </think> equals the answer, both stripped."""
-    return float(_final(response).strip() == _answer(row))
+    return float(after_thinking(response).strip() == _answer(row))
 
 
 def math(response: str, row: Row) -> float:
@@ -46,7 +47,7 @@ def math(response: str, row: Row) -> float:
     """
     from math_verify import parse, verify
 
-    answer, found = _answer(row), last_boxed(_final(response))
+    answer, found = _answer(row), last_boxed(after_thinking(response))
     if found is None:
         return 0.0
     gold, mine = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (last_boxed(answer) or answer, found))
@@ -77,7 +78,7 @@ def reasoning_gym(response: str, row: Row) -> float:
 
 
 def final_answer(response: str) -> str:
-    text = _final(response)
+    text = after_thinking(response)
     tagged = _last_tagged(text)
     found = last_boxed(text) if tagged is None else tagged
     return (text if found is None else found).strip()
@@ -143,11 +144,27 @@ def load(name: str) -> Verifier:
     function = getattr(import_file(path, path.stem), function_name)
     if not callable(function):
         raise TypeError(f"{function_name} is a {type(function).__name__}, not a function")
+    _check_call(function, function_name)
     return function
 
 
-def _final(response: str) -> str:
-    return response.rpartition("</think>")[2]
+def _check_call(function: Verifier, name: str) -> None:
+    """Raise TypeError for a function that no call could get a number from, such as other trainers' f(data_source, solution, truth)."""
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} is async: write it as `def {name}(response, row)`")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C
+        return
+    try:
+        signature.bind("", {})
+    except TypeError as error:
+        raise TypeError(f"{name} is called as {name}(response, row): {error}") from None
+
+
+def after_thinking(response: str) -> str:
+    """The text after the last </think>, up to a <think> that was cut off."""
+    return response.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _answer(row: Row) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megafork.data.prompts import Prompt
 from megafork.data.reward import Item, Verifiers
-from megafork.data.verifiers import final_answer, last_boxed
+from megafork.data.verifiers import after_thinking, final_answer, last_boxed
 
 
 class Answered(NamedTuple):
@@ -55,7 +55,7 @@ def judge(problems: Sequence[Prompt], responses: Sequence[Sequence[Answered]], v
 
 def answer_of(text: str, verifier: str) -> str | None:
     r"""A response's answer: for `math` its last box, as read by that verifier, else `final_answer`. None if there is none."""
-    answer = last_boxed(text.rpartition("</think>")[2]) if verifier == "math" else final_answer(text)
+    answer = last_boxed(after_thinking(text)) if verifier == "math" else final_answer(text)
     return (answer or "").strip() or None
 
 

@@ -10,6 +10,7 @@ import ast
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -18,8 +19,11 @@ from typing import Any
 from megafork.data.verdicts import wire
 from megafork.data.verdicts.code_tests import Call, Equal, Output, Script, Test, tests_of
 from megafork.data.verdicts.runner import Limits, Nursery, Outcome, Program
+from megafork.data.verifiers import after_thinking
 
-_LANGUAGES = ("", "py", "python", "python3")
+_LANGUAGES = ("py", "python", "python3")
+_DIGITS = 50_000
+"""Most digits of an integer that a program can read or print, as in LiveCodeBench; Python's own limit is 4,300."""
 _CLOCK_SHARE = 4
 """Wall-clock seconds per CPU second of a test's limit, so that a busy machine does not fail a program."""
 _SHARE_OF_TIME = 0.8
@@ -34,6 +38,7 @@ class Grader:
         self._timeout_s = timeout_s * _SHARE_OF_TIME
         self._limits = limits
         self._partial = partial
+        sys.set_int_max_str_digits(_DIGITS)  # inherited by the programs
         self._nursery = Nursery(limits, channel)
 
     def __call__(self, response: str, row: dict[str, Any]) -> wire.Plain:
@@ -42,7 +47,7 @@ class Grader:
             tests = tests_of(row)
         except ValueError as error:
             return wire.Plain(0.0, f"the row {error}")
-        source = last_block(response.rpartition("</think>")[2])
+        source = last_block(after_thinking(response))
         if source is None:
             return wire.Plain(0.0)
         passed = 0
@@ -82,19 +87,22 @@ class Grader:
 
 
 def last_block(text: str) -> str | None:
-    """The last closed fenced block marked as Python or unmarked, or None. Takes time linear in the text."""
-    found: str | None = None
-    fence, lines, language = "", list[str](), ""
+    """The last closed fenced block marked as Python, or else the last unmarked one (after a program an unmarked one shows its output), or
+    None. As in Markdown, its lines lose the fence's indentation. Takes time linear in the text."""
+    marked: str | None = None
+    unmarked: str | None = None
+    fence, lines, language, indent = "", list[str](), "", 0
     for line in text.splitlines(keepends=True):
-        mark = re.match(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*)$", line.rstrip())
+        mark = re.match(r"( {0,3})(`{3,}|~{3,})[ \t]*([^`\n]*)$", line.rstrip())
         if not fence and mark:
-            fence, language, lines = mark[1], mark[2].strip().lower(), []
-        elif fence and mark and not mark[2] and mark[1].startswith(fence):
-            found = "".join(lines) if language.partition(" ")[0] in _LANGUAGES else found
+            fence, language, lines, indent = mark[2], mark[3].strip().lower().partition(" ")[0], [], len(mark[1])
+        elif fence and mark and not mark[3] and mark[2].startswith(fence):
+            marked = "".join(lines) if language in _LANGUAGES else marked
+            unmarked = "".join(lines) if not language else unmarked
             fence = ""
         elif fence:
-            lines.append(line)
-    return found
+            lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
+    return unmarked if marked is None else marked
 
 
 def same_output(output: str, expected: str) -> bool:
@@ -113,9 +121,10 @@ def _same_line(one: str, other: str) -> bool:
 
 def _decimals(line: str) -> list[Decimal] | None:
     try:
-        return [Decimal(word) for word in line.split()]
+        numbers = [Decimal(word) for word in line.split()]
     except InvalidOperation:
         return None
+    return None if any(number.is_snan() for number in numbers) else numbers  # comparing one raises
 
 
 def _is_one_of(outcome: Outcome, accepted: Sequence[Any]) -> bool:

@@ -5,7 +5,8 @@
   private ones possibly compressed; the function's name is metadata.func_name.
 - `test` and `entry_point` (HumanEval): code that defines `check(candidate)`.
 - `test_list`, `test_cases` (MBPP, AceCode): asserts, after `test_imports` and `test_setup_code`.
-- `reward_model.ground_truth`, or `answer` (verl, PRIME): JSON of any of these, or of {"functional": asserts}, or a list of them.
+- `reward_model.ground_truth`, or `answer` (verl, PRIME): JSON of any of these, or of {"functional": asserts}, or a list of them, or of
+  {"input", "output", "type": "stdin_stdout" | "function_call", "fn_name"} (PRIME, DeepCoder).
 
 Every assert of the form LEFT == RIGHT is split, so that RIGHT never reaches the judged program.
 """
@@ -18,9 +19,11 @@ import binascii
 import io
 import json
 import pickle
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 _LARGEST = 1 << 30  # bytes of unpacked tests
@@ -143,13 +146,15 @@ def _cases(row: dict[str, Any]) -> list[Test]:
 
 
 def _case(case: dict[str, Any], metadata: dict[str, Any]) -> Test:
-    if case.get("testtype", "stdin") not in ("functional", "function_call"):
+    kind = case.get("testtype", case.get("type"))
+    if kind not in ("functional", "function_call"):
         return Output(_lines(case["input"]), _lines(case["output"]))
     metadata = {**metadata, **(case.get("metadata") or {})}
     function = metadata.get("func_name") or case.get("fn_name")
     if not function:
         raise ValueError("has functional tests and no metadata.func_name: name the function that they call")
-    return Call(function, _arguments(case["input"]), (_value(case["output"]),))
+    accepted = (_value(case["output"]),) if kind == "functional" else _accepted(case["output"])
+    return Call(function, _arguments(case["input"]), accepted)
 
 
 def _private(cases: Any) -> Any:
@@ -172,7 +177,7 @@ class _TextUnpickler(pickle.Unpickler):
 def _arguments(given: Any) -> list[Any]:
     """Arguments given as a list, or as one JSON value per line."""
     if isinstance(given, str):
-        return [_value(line) for line in given.splitlines() if line.strip()]
+        return [_value(line) for line in given.split("\n") if line.strip()]
     if not isinstance(given, list):
         raise TypeError("the input of a function must be a list of arguments")
     return given
@@ -183,14 +188,20 @@ def _value(text: Any) -> Any:
 
 
 def _accepted(expected: Any) -> list[Any]:
-    """Accepted return values: APPS and TACO wrap many results in a list of one."""
+    """Accepted return values: APPS and TACO wrap many results in a list of one, and have no keys but text."""
     value = expected
     if isinstance(expected, str):
         try:
-            value = json.loads(expected)
+            value = _loads(expected)
         except ValueError:  # plain text
             value = expected
-    return [value, expected, *(value if isinstance(value, list) and len(value) == 1 else [])]
+    accepted = [value, expected, *(value if isinstance(value, list) and len(value) == 1 else [])]
+    return [*accepted, *(_with_integer_keys(one) for one in accepted if isinstance(one, dict))]
+
+
+def _with_integer_keys(value: dict[str, Any]) -> dict[Any, Any]:
+    """JSON has only text as keys: {1: 2} became {"1": 2}."""
+    return {int(key) if re.fullmatch("-?[0-9]{1,18}", key) else key: inner for key, inner in value.items()}
 
 
 def _lines(text: Any) -> str:
@@ -201,9 +212,19 @@ def _json(value: Any, field: str) -> Any:
     if not isinstance(value, str | bytes):
         return value
     try:
-        return json.loads(value)
+        return _loads(value)
     except ValueError as error:
         raise ValueError(f"has {field} that is not JSON ({error}): correct it") from None
+
+
+def _loads(text: str | bytes) -> Any:
+    """Decode JSON with integers of any length: some tests of APPS have more digits than `int` reads."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        return json.loads(text, parse_int=lambda digits: int(Decimal(digits)))
 
 
 def _texts(value: Any, field: str) -> list[str]:

@@ -36,6 +36,8 @@ def _encode(value: Any) -> Any:
     for base in (int, float, str):  # a subclass, such as IntEnum
         if isinstance(value, base):
             return base(value)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():  # a number of NumPy, equal to Python's
+        return _encode(value.item())
     raise TypeError(type(value).__name__)
 
 

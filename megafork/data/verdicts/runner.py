@@ -49,9 +49,9 @@ from builtins import *
 
 @dataclass(frozen=True)
 class Program:
-    """`setup` and then `source`, run as `__main__`. The result is its stdout or, evaluated with the names it has defined, one of: the
-    value of `expression`; the return value of `function` (of a class `Solution`, if defined) for `arguments`; `token`, once `script` has
-    run."""
+    """`setup` and then `source`. The result is its stdout, run as `__main__`; or, imported and evaluated with the names it has defined:
+    the value of `expression`; the return value of `function` (of a class `Solution`, if defined) for `arguments`; or `token`, once `script`
+    has run."""
 
     source: str
     setup: str = ""
@@ -178,7 +178,7 @@ def _run(files: Sequence[int], limits: Limits, parent: int) -> None:
     sys.setrecursionlimit(_RECURSION)
     rules = seccomp.Rules(processes=False, writing=limits.boxed)
     confine.confine(confine.Limits(limits.memory_mb, limits.test_timeout_s, OUTPUT_MB), rules, boxed=limits.boxed)
-    names = _main_module()
+    names = _module("solution" if first["asked"] else "__main__")  # a main block reads an input that a call does not have
     try:
         exec(compile(first["setup"], "setup.py", "exec", dont_inherit=True), names)
         exec(compile(first["source"], "program.py", "exec", dont_inherit=True), names)
@@ -194,10 +194,10 @@ def _run(files: Sequence[int], limits: Limits, parent: int) -> None:
     sys.stdout.flush()
 
 
-def _main_module() -> dict[str, Any]:
-    module = types.ModuleType("__main__")
-    module.__dict__.update(_PRELUDE_NAMES, __name__="__main__")
-    sys.modules["__main__"] = module
+def _module(name: str) -> dict[str, Any]:
+    module = types.ModuleType(name)
+    module.__dict__.update(_PRELUDE_NAMES, __name__=name)
+    sys.modules[name] = sys.modules["__main__"] = module
     return module.__dict__
 
 
