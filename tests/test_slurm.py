@@ -156,56 +156,15 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def unbroken(cluster: Cluster, task: Path) -> Job:
-    job = Job(cluster, task)
+def test_a_job_that_fails_is_warned_and_loses_a_node_ends_as_if_nothing_had_happened(cluster: Cluster, task: Path) -> None:
+    """Each is told in the log, which reads like a run's, and the job is queued again; its numbers are those of one machine."""
+    now, path = task / "now", f"{hung_up_on(task / 'bin', 'squeue', 'scontrol')}:{os.environ['PATH']}"
+    job = Job(cluster, task, "checkpoint.every=20", PATH=path, PYTHONPATH=str(FAULTS), FAULT="error", FAULT_WHEN=str(now))
     job.wait_for_step(1)
     environments = [job.rank(n).environ() for n in range(2)]
     assert [one["SLURMD_NODENAME"] for one in environments] == list(NODES), "ranks follow the order of the nodes"
     assert [(one["NCCL_SOCKET_IFNAME"], one["GLOO_SOCKET_IFNAME"]) for one in environments] == [("=eth0", "eth0")] * 2
-    assert job.end() == "COMPLETED", job.output
-    return job
-
-
-def assert_ends_as(job: Job, unbroken: Path, *, restarts: int) -> None:
-    """The job, queued again so often, ends with the numbers of the unbroken run."""
-    assert job.end() == "COMPLETED", job.output
-    assert job.field("Restarts") == str(restarts)
-    assert metrics(job.run_folder) == metrics(unbroken)
-    weights = [(run / "hf/model.safetensors").read_bytes() for run in (job.run_folder, unbroken)]
-    assert weights[0] == weights[1]
-
-
-def test_trains_on_two_nodes(unbroken: Job) -> None:
-    """Ranks of two machines meet by name through the script, and the job's log reads like a run's."""
-    assert [row["step"] for row in metrics(unbroken.run_folder)] == list(range(1, STEPS + 1))
-    assert f"{STEPS}/{STEPS}" in unbroken.output, "rank 0 speaks in the job's log"
-    assert "with 2 ranks on 2 nodes" in unbroken.output
-    assert (unbroken.folder / "rank_1.log").read_text() == ""
-    assert unbroken.output.splitlines()[-1].endswith("slurm: done")
-
-
-def test_a_warned_job_saves_and_goes_on(cluster: Cluster, task: Path) -> None:
-    """Order of the prompts and seeds of the roll-outs: the numbers are those of one machine that was not asked to stop."""
-    job = Job(cluster, task, command="train", PATH=f"{hung_up_on(task / 'bin', 'squeue', 'scontrol')}:{os.environ['PATH']}")
-    job.wait_for_step(2)
-    job.warn()
-    job.wait_until(lambda: "queued again" in job.output)
-    saved = [int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir()]
-    assert len(saved) == 1 and 2 <= saved[0] < 30
-    assert f"stopped on request after step {saved[0]}; queued again" in job.output
-    job.start_again()
-    called = {file.name for file in (task / "bin").glob("*.called *")}
-    assert f"scontrol.called requeue {job.id}" in called and sum(name.startswith("squeue.called") for name in called) == 2
-    assert re.search(r"asked to stop, \d+ s before the job's time is over", job.output)
-    run_on_forks("train", task / "train.yaml", "run.name=whole")  # while the job starts again
-    assert_ends_as(job, task / "runs/whole", restarts=1)
-
-
-def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, unbroken: Job) -> None:
-    """Each is told in the log and queued again; the run ends with the unbroken one's numbers."""
-    now = task / "now"
-    job = Job(cluster, task, "checkpoint.every=20", PYTHONPATH=str(FAULTS), FAULT="error", FAULT_WHEN=str(now))
+    assert "with 2 ranks on 2 nodes" in job.output
     job.wait_for_step(21)
     now.touch()
     job.wait_until(lambda: "queued again" in job.output)
@@ -213,12 +172,36 @@ def test_a_failed_rank_and_a_lost_node_are_no_end(cluster: Cluster, task: Path, 
     assert re.search(r"a rank failed \(srun's exit code is \d+\): rank_1\nTraceback \(most recent call last\):\n", job.output)
     assert "ArithmeticError: deliberate; queued again" in job.output
     job.start_again()
+    called = {file.name for file in (task / "bin").glob("*.called *")}  # and the controller hung up
+    assert f"scontrol.called requeue {job.id}" in called and sum(name.startswith("squeue.called") for name in called) == 2
     job.wait_for_step(61)
+    last = warned(job)
+    job.start_again()
+    job.wait_for_step(last + 21)
     cluster.power_off("node2")
     job.wait_until(lambda: job.field("JobState") == "PENDING")
     cluster.power_on("node2")
     job.start_again()
-    assert_ends_as(job, unbroken.run_folder, restarts=2)
+    run_on_forks("sft", task / "sft.yaml", "run.name=whole")  # while the job starts again
+    assert job.end() == "COMPLETED", job.output
+    assert job.field("Restarts") == "3"
+    assert f"{STEPS}/{STEPS}" in job.output, "rank 0 speaks in the job's log"
+    assert job.output.splitlines()[-1].endswith("slurm: done")
+    runs = job.run_folder, task / "runs/whole"
+    assert metrics(runs[0]) == metrics(runs[1]) and len(metrics(runs[0])) == STEPS
+    weights = [(run / "hf/model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+
+
+def warned(job: Job) -> int:
+    """The step after which the job has stopped and saved on request."""
+    job.warn()
+    job.wait_until(lambda: "stopped on request" in job.output)
+    last = max(int(folder.name.removeprefix("step_")) for folder in (job.run_folder / "checkpoints").iterdir())
+    assert 61 <= last < STEPS
+    assert f"stopped on request after step {last}; queued again" in job.output
+    assert re.search(r"asked to stop, \d+ s before the job's time is over", job.output)
+    return last
 
 
 @pytest.fixture(scope="module")

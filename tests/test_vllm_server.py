@@ -120,8 +120,8 @@ def test_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         on_ranks(2, through_an_update, trainer(*urls), folders)
         for url, keeper in servers:
             closed_to_strangers(url, keeper)
+        on_ranks(2, through_a_kill, trainer(*urls), folders, server_of(servers[0][1]).pid, timeout_s=400)
         whole_runs(tmp_path, servers)
-        on_ranks(2, through_a_kill, trainer(*urls), folders, [server_of(keeper).pid for _, keeper in servers], timeout_s=400)
 
 
 def closed_to_strangers(url: str, keeper: subprocess.Popen[bytes]) -> None:
@@ -226,11 +226,12 @@ def through_an_update(spec: Recipe, folders: list[Path]) -> None:
 
 
 def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]]) -> None:
-    """At staleness 0, with one of two servers killed on the way, a run has the numbers of engines in its own processes."""
+    """At staleness 0, with one of two servers killed on the way, a run has the numbers of engines in its own processes. The one that stays
+    was killed before, and has come back."""
     task = make_task(folder / "task", vocab_size=99, num_hidden_layers=4)
     (task / "verifier.py").write_text("def score(response, row):\n    return float(len(response.split()) % 2)\n")
     asked = {"max_response_length": 12, "servers": [url for url, _ in servers], "fork_temperature": FORKS}
-    file = write_recipe(task, parallel={"tp": 2}, rollout=asked, reward={"verifier": f"{task}/verifier.py:score"}, train={"steps": 12})
+    file = write_recipe(task, parallel={"tp": 2}, rollout=asked, reward={"verifier": f"{task}/verifier.py:score"}, train={"steps": 8})
 
     def metrics(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (task / "runs" / name / "metrics.jsonl").read_text().splitlines()]
@@ -245,7 +246,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
         while not (log.exists() and '"step": 3,' in log.read_text()):
             assert done.poll() is None
             time.sleep(0.01)
-        server_of(servers[0][1]).kill()
+        server_of(servers[1][1]).kill()
         said, _ = done.communicate(timeout=200)
         assert done.returncode == 0, said
         return metrics(name)
@@ -259,7 +260,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
     assert wanted[-1]["accuracy/mean"] > 0 and wanted[-1]["grad_norm"] > 0
     unscored = ["rollout.fork_temperature=null", "forks.entropy_from=rollout", "loss.old_log_prob=current", "train.minibatches=1"]
     kit = ["loss.importance_cap=2", "loss.mismatch.token_mask=[0.5,2]"]
-    stale = run("stale", "rollout.staleness=2", *unscored, *kit, f"rollout.servers=[{servers[1][0]}]")  # the other is starting
+    stale = run("stale", "rollout.staleness=2", *unscored, *kit, f"rollout.servers=[{servers[0][0]}]")  # the other is starting
     behind = [row["staleness/max"] for row in stale[1:]]
     assert behind[0] == 0.0 and max(behind) == 2.0, "a slow server writes with newer weights than those that it began with"
     late = [row for row in stale[1:] if row["staleness/max"] > 0]
@@ -268,7 +269,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
     assert all(0 <= row["loss/masked_fraction"] < 1 and row["loss/importance"] > 0 for row in late if "loss/policy" in row)
 
 
-def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> None:
+def through_a_kill(spec: Recipe, folders: list[Path], process: int) -> None:
     policy = Exported(spec, folders)
     engine = engine_of(spec, policy.mesh, policy)
     requests = [Request(PROMPTS[n % 3], request_seed(2, n)) for n in range(48)]
@@ -280,7 +281,7 @@ def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> N
     took = time.monotonic() - started
     assert engine.serving == 2
     if engine.rank == 0:
-        threading.Timer(took / 8, os.kill, (processes[0], signal.SIGKILL)).start()  # early: all is warm now, and may go faster
+        threading.Timer(took / 8, os.kill, (process, signal.SIGKILL)).start()  # early: all is warm now, and may go faster
     broken = complete(engine, requests, sampling)
     if engine.rank == 0:
         assert engine.serving == 1, "the kill came too late"
@@ -294,11 +295,7 @@ def through_a_kill(spec: Recipe, folders: list[Path], processes: list[int]) -> N
     while not shared(engine.serving == 2) and shared(time.monotonic() < until):  # it is fed in the middle of a roll-out
         same(complete(engine, requests, sampling), second)
     assert shared(engine.serving == 2)
-    if engine.rank == 0:
-        os.kill(processes[1], signal.SIGKILL)
-    same(complete(engine, requests, sampling), second)
-    if engine.rank == 0:
-        assert engine.serving == 1, "the server that was killed has answered everything"
+    same(complete(engine, requests, sampling), second)  # half of them from the server that was killed
     engine.close()
 
 
