@@ -121,7 +121,7 @@ def test_byte_order_mark_carriage_returns_and_empty_lines(tmp_path: Path) -> Non
 
 def test_a_compressed_shard_is_not_left_out_in_silence(tmp_path: Path) -> None:
     write(tmp_path / "set" / "train-0.jsonl", ROWS)
-    (tmp_path / "set" / "train-1.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "set" / "train-1.jsonl.gz").write_bytes(gzip.compress(b"{}", mtime=0))
     for source in ("set", "set/*", "set/train-1.jsonl.gz"):
         with pytest.raises(RecipeError, match=r"'train-1.jsonl.gz' is compressed, and only plain files are read: unpack it first"):
             answers(str(tmp_path / source))
@@ -136,7 +136,7 @@ def test_a_compressed_shard_is_not_left_out_in_silence(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
-        (gzip.compress(b"{}"), "is compressed: unpack it first"),
+        (gzip.compress(b"{}", mtime=0), "is compressed: unpack it first"),
     ],
 )
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
