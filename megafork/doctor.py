@@ -26,6 +26,7 @@ from megafork.gpus import gpu_count, installed, torch_problem, triton_problem, v
 from megafork.recipe import Recipe, RecipeError
 from megafork.recipe.data import listed
 from megafork.room import GB_A_CPU_RANK
+from megafork.user_code import split
 
 PYTHON = ">=3.11"
 MEGATRON = ">=0.16.1,<0.17"
@@ -187,11 +188,11 @@ def _data(field: str, source: str) -> Finding:
 
 def _verifier(verifier: str) -> list[Finding]:
     """Only a verifier in the user's own file can be missing."""
-    path, colon, _ = verifier.rpartition(":")
-    if not colon:
+    if ":" not in verifier:
         return []
-    there = Path(path).is_file()
-    return [Finding("reward.verifier", path if there else None, there, f"reward.verifier is {verifier!r}: no such file", needed=True)]
+    path, _ = split(verifier)
+    there = path.is_file()
+    return [Finding("reward.verifier", str(path) if there else None, there, f"reward.verifier is {verifier!r}: no such file", needed=True)]
 
 
 def _sandbox() -> Finding:

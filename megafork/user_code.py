@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +13,9 @@ from megafork.did_you_mean import did_you_mean
 
 
 def split(name: str) -> tuple[Path, str]:
-    """FILE.py and FUNCTION of `FILE.py:FUNCTION`."""
+    """FILE.py, with `~` expanded, and FUNCTION of `FILE.py:FUNCTION`."""
     path, _, function = name.rpartition(":")
-    return Path(path), function
+    return Path(os.path.expanduser(path)), function
 
 
 def name_problem(name: str, built_in: Iterable[str]) -> str | None:

@@ -239,6 +239,8 @@ def test_wrong_input_is_one_clear_line() -> None:
         planned(gpus=0)
     with pytest.raises(RecipeError, match="4 x 4 x 1 = 16, which does not divide the 24 ranks"):
         planned(gpus=24)
+    with pytest.raises(RecipeError, match=r"rollout.max_response_length is 1\d+ but the model knows 40960 positions"):
+        planned(rollout__max_response_length=100_000)
     with pytest.raises(RecipeError, match=r"rollout.tp is 3"):
         planned(gpus=48, rollout__tp=3)
     with pytest.raises(RecipeError, match=r"precision.rollout_fp8 is true: gate_proj has 192 rows a rank, no multiple of the 128"):

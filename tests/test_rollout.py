@@ -12,7 +12,7 @@ from ranks import free_port, on_ranks
 from tiny import PROMPTS, FolderWeights, recipe, save_model
 
 from megafork.parallel.mesh import build_mesh
-from megafork.recipe import Recipe
+from megafork.recipe import Recipe, RecipeError
 from megafork.rollout.config import EngineConfig
 from megafork.rollout.engine import Completion, Request, Sampling, request_seed
 
@@ -43,6 +43,26 @@ def _generate(spec: Recipe, folders: list[Path], port: int) -> list[list[Complet
         assert ended == dict(enumerate(answers[-1])), "each is told of as it ends"
     engine.close()
     return answers
+
+
+def _start(spec: Recipe, folder: Path, port: int) -> str:
+    """Why an engine of the recipe does not start."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    mesh = build_mesh(spec.parallel, seed=1, device=torch.device("cpu"))
+    from megafork.rollout.colocated import ColocatedEngine
+
+    with pytest.raises(RecipeError) as caught:
+        ColocatedEngine(EngineConfig.of(spec), mesh, FolderWeights(folder))
+    return str(caught.value)
+
+
+def test_a_kv_cache_for_less_than_one_response(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", max_position_embeddings=2048)
+    spec = recipe(folder, rollout={"kv_cache_mb": 1, "max_response_length": 2000})
+    said = on_ranks(1, _start, spec, folder, free_port(), engines=True)[0]
+    assert said.startswith(
+        f"the KV cache holds no response of {spec.longest_sequence:,} tokens, prompt included: raise rollout.kv_cache_mb"
+    )
 
 
 def _reference_log_probs(folder: Path, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:

@@ -7,6 +7,8 @@ import os
 from megafork.recipe import Key, RecipeError
 
 _WANTED = ("*.json", "*.jinja", "*.txt", "*.model")
+_TWICE = "consolidated*"
+"""Mistral's repositories have the same weights again under this name."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -29,7 +31,7 @@ def local_model(name: str, *, weights: bool = True) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(name, allow_patterns=[*_WANTED, *(["*.safetensors"] if weights else [])])
+        return snapshot_download(name, allow_patterns=[*_WANTED, *(["*.safetensors"] if weights else [])], ignore_patterns=_TWICE)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(

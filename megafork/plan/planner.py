@@ -17,7 +17,7 @@ from megafork.plan.refit import planning_s
 from megafork.plan.saving import Saving, saving
 from megafork.plan.speed import Step, step_time
 from megafork.recipe import Recipe, RecipeError
-from megafork.shape import Shape, check_engines, check_layout, check_rollout_tp, check_world
+from megafork.shape import Shape, check_engines, check_layout, check_length, check_rollout_tp, check_world
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def make_plan(shape: Shape, recipe: Recipe, gpus: int, gpu: Gpu, mean_response: 
     if not recipe.rollout.servers:
         check_engines(recipe.rollout.tp, gpus)
     check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
+    check_length(shape, recipe.longest_sequence)
     precision.check_training(shape, recipe.precision, recipe.parallel, recipe.model.kernels)
     fp8.check_rollouts(shape, recipe)
     memory = stages(shape, recipe, gpus, gpu)

@@ -48,9 +48,7 @@ class ColocatedEngine(Engine):
             try:
                 self._llm = vllm.LLM(**self._arguments(config, mesh))
             except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
-                if not config.engine:
-                    raise
-                raise RecipeError(f"rollout.engine is {shown(dict(config.engine))}: vLLM refuses it: {_said(error)}") from error
+                raise _refusal(config, error) or error from None
         self._routing = RoutingKeeper(self._llm) if config.routing and mesh.device.type != "cuda" else None
 
     def _arguments(self, config: EngineConfig, mesh: Mesh) -> dict[str, Any]:
@@ -131,6 +129,18 @@ class ColocatedEngine(Engine):
         del self._llm
         gc.collect()
         dist.barrier()
+
+
+def _refusal(config: EngineConfig, error: Exception) -> RecipeError | None:
+    """What of the recipe makes vLLM refuse to start, if it can be told."""
+    if "KV cache is needed" in str(error):
+        return RecipeError(
+            f"the KV cache holds no response of {config.longest_sequence:,} tokens, prompt included: raise rollout.kv_cache_mb "
+            "(--kv-cache-mb) or rollout.gpu_memory_fraction, or shorten prompts and responses"
+        )
+    if config.engine:
+        return RecipeError(f"rollout.engine is {shown(dict(config.engine))}: vLLM refuses it: {_said(error)}")
+    return None
 
 
 def _said(error: Exception) -> str:

@@ -6,7 +6,7 @@ Imports neither torch nor transformers, so a wrong model folder is rejected in a
 from megafork.shape.config import read_config, refuse_adapter
 from megafork.shape.families import FAMILIES, unfused
 from megafork.shape.family import Family, HFTensor, Rule, Span
-from megafork.shape.layout import check_engines, check_layout, check_rollout_tp, check_world, stage_layers, stage_of_layer
+from megafork.shape.layout import check_engines, check_layout, check_length, check_rollout_tp, check_world, stage_layers, stage_of_layer
 from megafork.shape.model import Llama3, Mixture, Shape, Yarn
 from megafork.shape.read import read_dtype, read_shape
 
@@ -22,6 +22,7 @@ __all__ = [
     "Yarn",
     "check_engines",
     "check_layout",
+    "check_length",
     "check_rollout_tp",
     "check_world",
     "read_config",

@@ -102,6 +102,15 @@ def check_layout(shape: Shape, layout: Parallel) -> None:
         )
 
 
+def check_length(shape: Shape, tokens: int) -> None:
+    """Refuse roll-outs of which prompt and response together are longer than the model's positions."""
+    if tokens > shape.max_positions:
+        raise RecipeError(
+            f"data.max_prompt_length + rollout.max_response_length is {tokens} but the model knows {shape.max_positions} positions "
+            "(max_position_embeddings, extended by YaRN if set): shorten one of them"
+        )
+
+
 def _check_experts(shape: Shape, layout: Parallel) -> None:
     """Refuse a layout into which this model's experts cannot be split, and one with ep for a model without experts."""
     if shape.moe is None:

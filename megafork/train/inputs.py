@@ -11,7 +11,7 @@ from megafork.data import reward
 from megafork.data.prompts import Prompt, fingerprint, load_prompts, without_training_prompts
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.recipe import Key, Recipe, RecipeError
-from megafork.shape import Shape, check_layout, check_rollout_tp, read_shape
+from megafork.shape import Shape, check_layout, check_length, check_rollout_tp, read_shape
 from megafork.weights import checkpoint
 from megafork.weights.huggingface import HuggingFaceWeights
 
@@ -67,11 +67,7 @@ def _check_rollout(shape: Shape, recipe: Recipe) -> None:
     if recipe.rollout.samples == 1:
         raise RecipeError("rollout.samples is 1: a group of one has no advantage; set rollout.samples to 2 or more (only sft uses 1)")
     check_rollout_tp(shape, recipe.rollout.tp, whole_experts=recipe.rollout.whole_experts)
-    if recipe.longest_sequence > shape.max_positions:
-        raise RecipeError(
-            f"data.max_prompt_length + rollout.max_response_length is {recipe.longest_sequence} but the model knows {shape.max_positions} "
-            "positions (max_position_embeddings, extended by YaRN if set): shorten one of them"
-        )
+    check_length(shape, recipe.longest_sequence)
 
 
 def check_resume(recipe: Recipe, inputs: Inputs) -> int:

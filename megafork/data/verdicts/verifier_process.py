@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +24,7 @@ from megafork.data.verdicts import sandbox, wire
 from megafork.data.verdicts.judge import Options
 from megafork.data.verdicts.relay import relay
 from megafork.recipe import Key, RecipeError
+from megafork.user_code import split
 
 Item = tuple[str, dict[str, Any]]
 START_LIMIT_S = 120.0
@@ -103,7 +103,7 @@ class VerifierProcess:
 
     def _start(self) -> None:
         name, boxed = self._reward.verifier, self._tool is not None
-        own_file = Path(name.rpartition(":")[0]) if ":" in name else None
+        own_file = split(name)[0] if ":" in name else None
         lasting = own_file is not None and self._reward.isolation == "process"
         seen = sandbox.view(own_file)
         options = Options(
