@@ -61,6 +61,7 @@ TCPTimeout=2
 KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides
+MinJobAge=3600
 PropagateResourceLimits=NONE
 MpiDefault=none
 GresTypes=gpu

@@ -148,7 +148,7 @@ def cluster() -> Iterator[Cluster]:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With train.yaml and sft.yaml, whose one checkpoint is the last one, unless it is asked for."""
     folder = make_task(tmp_path_factory.mktemp("task"))
-    reinforcement = write_recipe(folder, parallel={"tp": 2}, train={"steps": 30, "minibatches": 2, "micro_batch_tokens": 64})
+    reinforcement = write_recipe(folder, parallel={"tp": 2}, train={"steps": 8, "minibatches": 2, "micro_batch_tokens": 64})
     reinforcement.rename(folder / "train.yaml")
     rows = {"prompts": 8, "samples": 2, "max_response_length": 4}
     supervised = write_recipe(folder, rollout=rows, train={"steps": STEPS, "micro_batch_tokens": 64})
@@ -182,7 +182,7 @@ def test_a_job_that_fails_is_warned_and_loses_a_node_ends_as_if_nothing_had_happ
     job.wait_until(lambda: job.field("JobState") == "PENDING")
     cluster.power_on("node2")
     job.start_again()
-    run_on_forks("sft", task / "sft.yaml", "run.name=whole")  # while the job starts again
+    run_on_forks("sft", task / "sft.yaml", "run.name=whole", "run.ranks=2")  # while the job starts again
     assert job.end() == "COMPLETED", job.output
     assert job.field("Restarts") == "3"
     assert f"{STEPS}/{STEPS}" in job.output, "rank 0 speaks in the job's log"
@@ -214,6 +214,34 @@ def hanging(cluster: Cluster, task: Path) -> Job:
 
 
 @pytest.mark.usefixtures("hanging")
+def test_servers_on_nodes_of_their_own(cluster: Cluster, task: Path) -> None:
+    """A job of two parts: trained on the first's node, served on the second's; servers come back, the whole job is queued again."""
+    job = Job(cluster, task, "train.steps=100000", servers=True)
+    job.wait_for_step(1)
+    assert "rollout.servers=[http://node2:8000]" in job.output
+
+    server = job.wait_to_find("vllm", SLURMD_NODENAME="node2")
+    assert server.environ()["CUDA_VISIBLE_DEVICES"] == "1", "the hanging job has the first GPU"
+    server.kill()
+    server.wait()
+    job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="1")
+    job.warn()
+    job.wait_until(lambda: "queued again" in job.output)
+    job.start_again()
+    cluster.run("scancel", job.id)
+    assert job.end() == "CANCELLED", "and not queued again"
+
+
+@pytest.mark.usefixtures("hanging")
+def test_reinforcement_on_two_nodes_has_the_numbers_of_one_machine(cluster: Cluster, task: Path) -> None:
+    job = Job(cluster, task, command="train")
+    run_on_forks("train", task / "train.yaml", "run.name=local")
+    assert job.end() == "COMPLETED", job.output
+    rows = metrics(job.run_folder)
+    assert rows == metrics(task / "runs/local") and rows[-1]["step"] == 8
+
+
+@pytest.mark.usefixtures("hanging")
 def test_a_failure_before_the_first_step_ends_the_job(cluster: Cluster, task: Path) -> None:
     job = Job(cluster, task)
     job.rank(1).kill()
@@ -231,25 +259,6 @@ def test_wrong_input_ends_the_job_in_the_preflight(cluster: Cluster, task: Path)
     wanted = [f"{node}: model.path: nothing: model.path is '/nowhere': give" for node in NODES]
     assert [line[: len(start)] for line, start in zip(sorted(said), wanted, strict=True)] == wanted
     assert "Traceback" not in job.output
-
-
-@pytest.mark.usefixtures("hanging")
-def test_servers_on_nodes_of_their_own(cluster: Cluster, task: Path) -> None:
-    """A job of two parts: trained on the first's node, served on the second's; servers come back, the whole job is queued again."""
-    job = Job(cluster, task, "train.steps=100000", servers=True)
-    job.wait_for_step(1)
-    assert "rollout.servers=[http://node2:8000]" in job.output
-
-    server = job.wait_to_find("vllm", SLURMD_NODENAME="node2")
-    assert server.environ()["CUDA_VISIBLE_DEVICES"] == "1", "another job has the first GPU"
-    server.kill()
-    server.wait()
-    job.wait_to_find("vllm", SLURMD_NODENAME="node2", CUDA_VISIBLE_DEVICES="1")
-    job.warn()
-    job.wait_until(lambda: "queued again" in job.output)
-    job.start_again()
-    cluster.run("scancel", job.id)
-    assert job.end() == "CANCELLED", "and not queued again"
 
 
 def test_a_hang_is_noticed_and_tries_are_counted(hanging: Job) -> None:

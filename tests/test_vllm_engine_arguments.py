@@ -134,5 +134,6 @@ def test_config_json_describes_the_model_whatever_lies_beside_it(tmp_path: Path)
     sizes = {"dim": 64, "n_layers": 4, "head_dim": 32, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 99}
     (folder / "params.json").write_text(json.dumps({**sizes, "norm_eps": 1e-5, "rope_theta": 1e6}))
     config = EngineConfig(model=str(folder), dtype="fp32", longest_sequence=8, seed=1)
-    read = EngineArgs(**engine_arguments(config, on_gpu=False)).create_model_config().hf_config
+    arguments = {**engine_arguments(config, on_gpu=False), "hf_overrides": {}}  # as vllm.LLM turns None into
+    read = EngineArgs(**arguments).create_model_config().hf_config
     assert (read.rope_parameters["rope_theta"], read.rms_norm_eps) == (1e4, 1e-6)
