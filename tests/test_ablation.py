@@ -86,7 +86,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_trial(recipes: list[str]) 
     [trial] = AblationOptions.parse(["top.yaml"], "1", "out").trials()
     trial.recipe.run_folder.mkdir(parents=True)
     (trial.recipe.run_folder / "recipe.yaml").write_text(trial.recipe.to_yaml())
-    for fine in ((), ("train.steps=4",), ("log.text=true",), ("run.ranks=2",)):
+    for fine in ((), ("train.steps=4",), ("log.text=true",), ("run.ranks=2",), ("rollout.max_empty_steps=20",)):
         check_begun(AblationOptions.parse(["top.yaml", *fine], "1", "out").trials()[0])
     for key, was, now in (("optimizer.lr", "0.003", "0.001"), ("train.steps", "3", "2"), ("forks.select", "top", "all")):
         [other] = AblationOptions.parse(["top.yaml", f"{key}={now}"], "1", "out").trials()

@@ -12,8 +12,9 @@ from megafork.recipe_file import load_recipe
 from megafork.run_folder import is_evaluated, is_exported, read_recipe
 
 OF_THE_TRIAL = ("run.name", "run.folder", "run.seed")
-OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.")
-"""Keys that may change when a run is resumed. A checkpoint knows its model."""
+OF_NO_EFFECT = ("run.ranks", "model.path", "log.", "checkpoint.", "rollout.max_empty_steps")
+"""Keys that may change when a run is resumed. A checkpoint knows its model; a run that reached its last step was not ended for having
+nothing to learn from."""
 
 
 Common = Literal["updates", "tokens"]
