@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that Git puts in place of a file which Git LFS has not fetched."""
+
 
 @contextmanager
 def whole(file: Path, *, alone: bool = True) -> Iterator[Path]:

@@ -29,7 +29,7 @@ FLOORS: list[dict[str, str]] = [  # from the top; each room with its purpose
     {"recipe": "one file specifies a run", "shape": "a model's sizes and layouts", "compat": "fixes to third-party code"},
 ]
 GROUND = (
-    *("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "did_you_mean"),
+    *("recipe_file", "recipe_yaml", "run_folder", "options", "user_code", "did_you_mean", "repeated"),
     *("files", "lock", "process", "secret", "joined", "gpus", "room"),
 )
 """Small modules on the lowest floor; on that floor rooms may import each other."""

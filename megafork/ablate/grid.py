@@ -13,6 +13,7 @@ from megafork.ablate.options import AblationOptions, Trial
 from megafork.ablate.results import Measured, OutcomeOf, measure, read_outcome
 from megafork.ablate.statistics import spread
 from megafork.recipe import RecipeError
+from megafork.repeated import repeated
 
 Setting = tuple[str, ...]
 """`section.key=value`, one for each key of the grid."""
@@ -29,7 +30,7 @@ def settings(grid: Sequence[str]) -> list[Setting]:
             raise RecipeError(f"--grid is {axis!r}: give a key and distinct values, such as optimizer.lr=3e-4,7e-4,1.5e-3")
         axes.append([f"{key}={value}" for value in values])
     keys = [axis.partition("=")[0] for axis in grid]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
+    if twice := repeated(keys):
         raise RecipeError(f"--grid has {twice} twice: give all its values in one --grid")
     return list(itertools.product(*axes))
 
@@ -44,7 +45,7 @@ def tuning_trials(options: AblationOptions) -> list[Trial]:
     """Each recipe with each setting and each tuning seed, one seed after another. Raises RecipeError."""
     every = settings(options.grid)
     names = [slug(setting) for setting in every]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := repeated(names):
         raise RecipeError(f"--grid has two settings that both make the folder name {twice!r}: write their values apart")
     return [
         options.trial(file, seed, setting, folder=f"{options.out}/tuning", suffix=f"-{slug(setting)}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from megafork.repeated import repeated
+
 DEEPEST = 64
 """Most nested levels of lists and objects. Python's own parsers fail after some hundreds, at a depth that varies between processes."""
 
 
 def parse(text: str) -> Any:
-    """Parse `text`. Raises ValueError with the reason: not JSON, nested too deeply, with a key twice in one
-    object, of which Python would keep the last, or containing half of a surrogate pair."""
+    """Parse `text`. Raises ValueError with the reason: not JSON, nested too deeply, with a key twice in one object, of which Python would
+    keep the last, or containing half of a surrogate pair."""
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -33,11 +35,9 @@ def is_unicode(text: str) -> bool:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.60} is there twice")
-    return found
+    if (twice := repeated([name for name, _ in pairs])) is not None:
+        raise ValueError(f"the key {twice!r:.60} is there twice")
+    return dict(pairs)
 
 
 def _too_deep(value: Any) -> bool:

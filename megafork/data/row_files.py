@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megafork.data.plain_json import parse
+from megafork.files import LFS_POINTER
 from megafork.recipe import RecipeError
 from megafork.recipe.kinds import shown
 
@@ -26,7 +27,7 @@ _IN_FOLDERS = (".jsonl", ".parquet")  # a folder's .json files mostly describe i
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _BOM = b"\xef\xbb\xbf"
 _PACKED = re.compile(r"(.*\.(?:jsonl|json|parquet))\.(?:gz|zst|bz2|xz|lz4|zip)", re.DOTALL)
-_OTHER_FORMS = {b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`"} | dict.fromkeys(
+_OTHER_FORMS = {LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull`"} | dict.fromkeys(
     (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04"), "compressed: unpack it first"
 )
 """What files named like data are too often, by their first bytes."""

@@ -11,6 +11,7 @@ from megafork.data.prompts import Prompt, Remark, load_prompts
 from megafork.data.tokenizer import Tokenizer
 from megafork.did_you_mean import did_you_mean
 from megafork.recipe import Data, RecipeError, Reward
+from megafork.repeated import repeated
 
 KNOWN = {
     "aime24": "hub:HuggingFaceH4/aime_2024:train",
@@ -47,9 +48,7 @@ def load_benchmarks(
     confidence interval is about. Raises RecipeError, naming the benchmark and the problem.
     """
     named = [_named(word) for word in words]
-    names = [name for name, _ in named]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    if (twice := repeated([name for name, _ in named])) is not None:
         raise RecipeError(f"--benchmarks names {twice!r} twice: rename one of them by NAME=SOURCE")
     needs, check_row = verifiers.needs(reward), verifiers.check_row(reward)
 

@@ -48,7 +48,9 @@ class ColocatedEngine(Engine):
             try:
                 self._llm = vllm.LLM(**self._arguments(config, mesh))
             except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
-                raise _refusal(config, error) or error from None
+                if (refusal := _refusal(config, error)) is None:
+                    raise
+                raise refusal from error
         self._routing = RoutingKeeper(self._llm) if config.routing and mesh.device.type != "cuda" else None
 
     def _arguments(self, config: EngineConfig, mesh: Mesh) -> dict[str, Any]:

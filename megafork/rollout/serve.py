@@ -102,7 +102,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; the weights' port is opened by the trainer.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
 ) -> None:
-    """Run vLLM's server, restarting it when it dies, until SIGTERM or Ctrl-C.
+    """Run vLLM's server, restarting it when it dies, until SIGTERM, Ctrl-C or the end of its terminal.
 
     Access requires the secret in MEGAFORK_SECRET, set both here and in the trainer; without one, the server listens on loopback only.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megafork.recipe import Key, RecipeError
+from megafork.repeated import repeated
 
 ADAPTER = "adapter_config.json"
 _SHOWN = 80
@@ -115,11 +116,9 @@ def refuse_adapter(folder: Path, *named: str) -> None:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs as a dict. Raises ValueError for a duplicate key: JSON readers differ in which value they keep."""
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return keys
+    if (twice := repeated([name for name, _ in pairs])) is not None:
+        raise ValueError(f"{twice!r} is given twice")
+    return dict(pairs)
 
 
 def _no_number(name: str) -> float:

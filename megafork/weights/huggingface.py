@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megafork.files import LFS_POINTER
 from megafork.recipe import Key, RecipeError
 from megafork.shape import Shape, read_config
 from megafork.weights.checksums import sync, sync_name
@@ -25,7 +26,6 @@ from megafork.weights.shards import CODES, INDEX, Spec, shard_names, write_file,
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BAND = 64 << 20
 """Bytes of a tensor compared at a time."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -157,9 +157,11 @@ class HuggingFaceWeights:
 
     def _refuse_other_names(self, embedding: str) -> None:
         """Raise RecipeError if the names of all tensors have another prefix, that of a wrapper around the model that was saved."""
+        if embedding in self._tensors:
+            return
         ending = ".".join(embedding.split(".")[-2:])
         other = next((name for name in sorted(self._tensors) if name.endswith(ending)), None)
-        if other is not None and embedding not in self._tensors:
+        if other is not None:
             raise RecipeError(
                 Key("model.path"),
                 f" is {str(self.folder)!r}: its tensors do not fit its config.json: they have other names, such as {other} in place of "
@@ -216,7 +218,7 @@ def _is_pointer(file: Path) -> bool:
     """Whether git cloned a note about the file in place of the file."""
     try:
         with file.open("rb") as content:
-            return content.read(len(_POINTER)) == _POINTER
+            return content.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
 

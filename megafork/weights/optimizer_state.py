@@ -52,7 +52,7 @@ def load_optimizer(optimizer: Any, loaded: Any) -> None:
 
 
 def _settings(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """The saved settings of a group of parameters, which are those of experts and of others alike; Adam's are the recipe's of today."""
+    """The saved settings of a group of parameters, which are those of experts and of others alike; Adam's come from the current recipe."""
     own = {key: group[key] for key in (*param_group_identifier_keys, *_OF_THE_RECIPE)}
     shared = set(param_group_identifier_keys) - {_OF_EXPERTS}
     return {**next(other for other in saved if all(other[key] == own[key] for key in shared)), **own}
