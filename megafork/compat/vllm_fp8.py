@@ -1,7 +1,7 @@
-"""Kernels for block-wise FP8 weights on CPUs without AMX, for which vLLM 0.32 has none and refuses the model.
+"""Kernels for block-wise FP8 weights on CPUs, slow ones that compute what the GPU kernels compute.
 
-They are slow and compute what the GPU kernels compute, so that FP8 folders and FP8 refits can be tested without a GPU. They can go when
-vLLM's own kernels support any CPU.
+With them FP8 folders and FP8 refits can be tested without a GPU, and give the same numbers on every CPU. vLLM 0.32 has kernels for CPUs
+with AMX only: they leave activations in bf16, and those for experts fail where a rank holds some of the experts. Other CPUs are refused.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def install() -> None:
-    """Add the kernels after vLLM's own, so that they are used only if none of those fits the CPU. Call before creating a model; further
-    calls change nothing."""
+    """Put the kernels before vLLM's own for CPUs. Call before creating a model; further calls change nothing."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.quantization import fp8
     from vllm.platforms import PlatformEnum
 
     kernels: list[Any] = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
     if not any(kernel.__name__ == "ReferenceBlockKernel" for kernel in kernels):
-        kernels.append(_kernel(linear.Fp8BlockScaledMMLinearKernel))
+        kernels.insert(0, _kernel(linear.Fp8BlockScaledMMLinearKernel))
     wrap_once(fp8, "select_fp8_moe_backend", _with_reference)
 
 
@@ -48,19 +47,19 @@ def _kernel(base: Any) -> type:
 
 
 def _with_reference(original: Any) -> Any:
-    """Chooses the reference for experts in blocks of 128 x 128 where vLLM finds no backend."""
+    """Chooses the reference for experts in blocks of 128 x 128 on a CPU."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static128BlockSym
+    from vllm.platforms import current_platform
 
     reference = _experts(CPUUnquantizedExperts)
 
     def select(config: Any, weight_key: Any, activation_key: Any, **kwargs: Any) -> tuple[Any, Any]:
-        backend, experts = original(config, weight_key, activation_key, **kwargs)
-        if experts is None and weight_key == kFp8Static128BlockSym and config.activation == MoEActivation.SILU:
+        if current_platform.is_cpu() and weight_key == kFp8Static128BlockSym and config.activation == MoEActivation.SILU:
             return Fp8MoeBackend.EMULATION, reference  # of all backends, it changes nothing about the weights
-        return backend, experts
+        return original(config, weight_key, activation_key, **kwargs)
 
     return select
 

@@ -104,8 +104,9 @@ class RunLog:
         os.fsync(self._file.fileno())
         for board in self._boards:
             board.write(row)
+        now = time.monotonic()
         for lines in self._lines:
-            lines.show(row)
+            lines.show(row, now)
 
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to the line of `step`, the last one of the previous process, or write a new line if that one was lost."""
@@ -156,8 +157,9 @@ class LiveLines:
         self._first_accuracy = first_accuracy
         self._ends: deque[tuple[float, int]] = deque(maxlen=11)  # when recent steps ended
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        self._ends.append((time.monotonic(), row["step"]))
+    def show(self, row: Mapping[str, Any], now: float) -> None:
+        """`now`: when the step ended, in seconds of one clock; every log of a run is given the same."""
+        self._ends.append((now, row["step"]))
         due = row["step"] % self._every == 0 or row["step"] in (1, self._steps)
         if due and any(column.key in row for column in COLUMNS):
             self._show_step(row)
