@@ -225,6 +225,7 @@ def test_a_run_folder_that_the_recipe_does_not_fit(task: Path) -> None:
     assert "data.train is 'held_out.jsonl', which is not what the run 'run' was started with" in refused(
         "data.train=held_out.jsonl", "data.eval=null", command="sft"
     )
+    assert "run.seed is 8, not the 7 that the run 'run' was started with" in refused("run.seed=8", command="sft")
 
     checkpoint = task / "runs/run/checkpoints/step_000002"
     part = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)

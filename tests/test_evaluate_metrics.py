@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -95,6 +96,13 @@ def test_equal_answers_vote_together() -> None:
     assert one.votes[4:6] == [None, None], "without a box, or with an empty one, it does not vote"
     assert other.accuracies == [0, 0] and other.votes[0] == other.votes[1]
     assert (one.lengths[1], one.errors) == (len(first[1].text), [])
+
+
+def test_an_answer_in_a_thought_that_the_template_opened_neither_counts_nor_votes() -> None:
+    opened = dataclasses.replace(_problem("7"), text="?<think>\n")
+    with Verifiers(Reward(verifier="math", overlong="none")) as verifiers:
+        (judged,) = judge([opened], [_answered(r"\boxed{7}", r"\boxed{8}</think>\boxed{7}")], verifiers, "math")
+    assert judged.accuracies == [0, 1] and judged.votes == [None, 0]
 
 
 def test_other_verifiers_compare_texts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -90,6 +91,26 @@ def test_a_run_repeats_and_a_killed_one_continues(layout: str, task: Path, monke
     for run in ("unbroken", "killed"):
         check_rollouts(task / "runs" / f"{name}-{run}", whole)
     check_evaluations(task / "runs" / f"{name}-unbroken", whole)
+
+
+def test_an_answer_in_a_thought_that_the_template_opened_does_not_count(task: Path) -> None:
+    """The model answers at once, and never writes </think>: what it writes is the thought."""
+    model = task / "model-that-thinks"
+    shutil.copytree(task / "runs/sft/hf", model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {
+        "type": "Replace",
+        "pattern": {"String": "<think>"},
+        "content": "",
+    }  # so that the prompts have the same tokens
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    accuracies = {}
+    for name, template in {"plain": "{prompt}", "opened": "{prompt} <think>\n"}.items():
+        recipe = write_recipe(task, model={"path": str(model)}, run={"name": name, "folder": str(task / "runs")}, train={"steps": 1})
+        run_on_forks("train", recipe, f"data.template={json.dumps(template)}", "data.max_prompt_length=8")
+        first, step = metrics(task / "runs" / name)
+        accuracies[name] = (first["eval/accuracy"], step["accuracy/mean"])
+    assert min(accuracies["plain"]) > 0.2 and accuracies["opened"] == (0, 0)
 
 
 def kill_a_rank_after_step(cwd: Path, recipe: str, run: Path, *, step: int) -> None:

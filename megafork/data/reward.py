@@ -15,7 +15,7 @@ from megafork.data.verifiers import BUILT_IN
 from megafork.recipe import Key, RecipeError
 from megafork.user_code import name_problem
 
-__all__ = ["Item", "Verdict", "Verifiers", "check_row", "check_verifier", "needs"]
+__all__ = ["Item", "Verdict", "Verifiers", "as_judged", "check_row", "check_verifier", "needs"]
 
 
 def check_verifier(reward: recipe.Reward) -> None:
@@ -49,6 +49,11 @@ def check_row(reward: recipe.Reward) -> Callable[[dict[str, Any]], None]:
         tests_of(row)
 
     return has_tests
+
+
+def as_judged(response: str, prompt: str, verifier: str) -> str:
+    """The response as the verifier of this name sees it: to a built-in one, a thought that the prompt's template opened is still open."""
+    return "<think>" + response if verifier in BUILT_IN and prompt.rstrip().endswith("<think>") else response
 
 
 class Verifiers:

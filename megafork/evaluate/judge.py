@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megafork.data.prompts import Prompt
-from megafork.data.reward import Item, Verifiers
+from megafork.data.reward import Item, Verifiers, as_judged
 from megafork.data.verifiers import after_thinking, final_answer, last_boxed
 
 
@@ -35,11 +35,14 @@ class Judged:
 
 def judge(problems: Sequence[Prompt], responses: Sequence[Sequence[Answered]], verifiers: Verifiers, verifier: str) -> list[Judged]:
     """Judge each problem's responses. `verifier`: its name, which determines what an answer is and when two are equal."""
-    items = [(response.text, problem.row) for problem, given in zip(problems, responses, strict=True) for response in given]
+    texts = [
+        [as_judged(response.text, problem.text, verifier) for response in given] for problem, given in zip(problems, responses, strict=True)
+    ]
+    items = [(text, problem.row) for problem, given in zip(problems, texts, strict=True) for text in given]
     verdicts = iter(verifiers.score(items))
     taken = [list(itertools.islice(verdicts, len(given))) for given in responses]
     accuracies = [[verdict.accuracy for verdict in part] for part in taken]
-    answers = [[answer_of(response.text, verifier) for response in given] for given in responses]
+    answers = [[answer_of(text, verifier) for text in given] for given in texts]
     votes = _votes_of_equals(answers, accuracies, verifiers) if verifier == "math" else [_votes(given) for given in answers]
     return [
         Judged(

@@ -73,7 +73,7 @@ def _check_rollout(shape: Shape, recipe: Recipe) -> None:
 def check_resume(recipe: Recipe, inputs: Inputs) -> int:
     """The step of the run's newest checkpoint, 0 without one. Needs no process group.
 
-    Raises RecipeError if it is damaged, or if the recipe now names a different model or different data than when the run started.
+    Raises RecipeError if it is damaged, or if the run was started with another model, other data or another seed.
     """
     found = checkpoint.complete(recipe.run_folder / "checkpoints")
     if not found:
@@ -89,4 +89,6 @@ def check_resume(recipe: Recipe, inputs: Inputs) -> int:
             raise RecipeError(f"model.path is {recipe.model.path!r}: its {name} is {value}, not the {before} that {fix}")
     if state["data"] != mine["data"]:
         raise RecipeError(f"data.train is {recipe.data.train!r}, which is not what {fix}")
+    if (seed := state["recipe"]["run"]["seed"]) != recipe.run.seed:
+        raise RecipeError(f"run.seed is {recipe.run.seed}, not the {seed} that {fix}")
     return step

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megafork.data.prompts import Prompt, PromptOrder
-from megafork.data.reward import Verdict, Verifiers
+from megafork.data.reward import Verdict, Verifiers, as_judged
 from megafork.data.tokenizer import Tokenizer
 from megafork.parallel.mesh import Mesh
 from megafork.recipe import Recipe, RecipeError
@@ -145,7 +145,7 @@ class Sampler:
             entropies=self.recipe.forks.entropy_from == "rollout",
         )
         started = time.perf_counter()
-        completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
+        completions, texts, verdicts, waited = self._judged(requests, sampling, [prompt for _, prompt, _ in keys])
         busy_s = time.perf_counter() - started - waited
         if self.verifiers is None:
             return [], busy_s
@@ -182,7 +182,7 @@ class Sampler:
         return held, busy_s
 
     def _judged(
-        self, requests: Sequence[Request], sampling: Sampling, rows: Sequence[dict[str, Any]]
+        self, requests: Sequence[Request], sampling: Sampling, prompts: Sequence[Prompt]
     ) -> tuple[list[Completion], list[str], list[Verdict], float]:
         """Completions, their texts, verdicts, and the seconds waited for the verdicts; empty except on the engine's first rank.
 
@@ -194,7 +194,8 @@ class Sampler:
         def judge(place: int, completion: Completion) -> None:
             assert self.verifiers is not None
             texts[place] = self.tokenizer.decode(completion.tokens)
-            begun[place] = self.verifiers.begin((texts[place], rows[place]))
+            seen = as_judged(texts[place], prompts[place].text, self.recipe.reward.verifier)
+            begun[place] = self.verifiers.begin((seen, prompts[place].row))
 
         completions = self.engine.generate(requests, sampling, judge if self.verifiers else None)
         if self.verifiers is None:
@@ -255,7 +256,7 @@ class Sampler:
         keys = [(n, prompt, sample) for n, prompt in ours for sample in range(spec.samples)]
         requests = [Request(prompt.tokens, request_seed(self.recipe.run.seed, -1, prompt.index, sample)) for _, prompt, sample in keys]
         sampling = Sampling(self.recipe.rollout.max_response_length, spec.temperature, spec.top_p, stop=self.tokenizer.eos_ids)
-        completions, _, verdicts, _ = self._judged(requests, sampling, [prompt.row for _, prompt, _ in keys])
+        completions, _, verdicts, _ = self._judged(requests, sampling, [prompt for _, prompt, _ in keys])
         first_error = None
         sums, right_of = torch.zeros(5, dtype=torch.float64), torch.zeros(len(prompts), dtype=torch.float64)
         if self.verifiers is not None:
