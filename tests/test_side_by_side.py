@@ -136,6 +136,14 @@ def test_a_record_of_other_runs_is_refused(recipes: list[str], tmp_path: Path) -
         assert refusal().startswith("--record is 'runs.json': it is no record of runs (")
 
 
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_trained(recipes: list[str], tmp_path: Path) -> None:
+    make_task(tmp_path)
+    done, ablation = trained(AblationOptions.parse(recipes, "1", "out", record="train.jsonl/runs.json"))
+    with pytest.raises(RecipeError, match=r"^--record is 'train\.jsonl/runs\.json': it can't be written \(.*\): choose another file$"):
+        ablation.run()
+    assert done == []
+
+
 def test_the_runs_of_one_seed_start_from_one_model(recipes: list[str], tmp_path: Path) -> None:
     """A warm start that was trained again, on another machine, may begin another seed but not end one."""
     make_task(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 from megafork.ablate.options import OF_NO_EFFECT, OF_THE_TRIAL, Trial, flat
 from megafork.ablate.results import Outcome
 from megafork.data.prompts import Prompt, fingerprint, problems
-from megafork.files import whole
+from megafork.files import check_room, whole
 from megafork.recipe import Recipe, RecipeError
 
 _FINGERPRINTED = ("data.train", "data.eval")
@@ -76,9 +76,16 @@ class Record:
         self.runs = [*_read(self.file), Recorded(trial.of, trial.seed, settings_of(trial.recipe), origin, outcome)]
         first = self.runs[0].settings
         shared = {key: first[key] for key in first if all(run.settings.get(key, ...) == first[key] for run in self.runs)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with whole(self.file) as unfinished:
             unfinished.write_text(_text(shared, self.runs))
+
+    def check_writable(self) -> None:
+        """Raise RecipeError if the file can't be written."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            check_room(self.file.parent)
+        except OSError as error:
+            raise RecipeError(f"--record is {str(self.file)!r}: it can't be written ({error.strerror}): choose another file") from None
 
     def check_settings(self, trials: Iterable[Trial], grid: Iterable[str]) -> None:
         """Raise RecipeError if a run of the same recipe and seed has other settings, apart from the keys of the grid."""

@@ -92,6 +92,7 @@ class Ablation:
     def _train(self, trials: Sequence[Trial]) -> None:
         numbered = {trial: f"run {number} of {len(trials)}: {trial}" for number, trial in enumerate(trials, 1)}
         if self.record is not None and not all(map(self._is_recorded, trials)):
+            self.record.check_writable()
             self.record.check_origin(trials, [self._origin(trial) for trial in trials])
         left = []
         for trial in trials:
