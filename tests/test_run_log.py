@@ -186,7 +186,8 @@ def test_live_lines_fit_and_line_up(tmp_path: Path, width: int) -> None:
     assert lines[0].strip() == "held-out accuracy 25.0% before training"
     assert lines[-1].strip() == "held-out accuracy 75.0% after step 1000 (+50.0 points since the first)"
     heading, first, last = lines[1], lines[2], lines[5]
-    cells = dict(zip(heading.split()[:-1], first.split(), strict=False))  # the time left may be two words
+    names = heading.split()[:-1]  # without the time left, which may be two words
+    cells = dict(zip(names, first.split()[: len(names)], strict=True))
     assert (cells["step"], cells["acc"], cells["entropy"], cells["tau"]) == ("1/1000", "50.0%", "0.410", "0.672")
     assert (cells["tok/s"], cells["rollout"], cells["score"], cells["update"], cells["refit"]) == (
         "12,345",

@@ -98,16 +98,13 @@ def test_an_answer_in_a_thought_that_the_template_opened_does_not_count(task: Pa
     model = task / "model-that-thinks"
     shutil.copytree(task / "runs/sft/hf", model)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {
-        "type": "Replace",
-        "pattern": {"String": "<think>"},
-        "content": "",
-    }  # so that the prompts have the same tokens
+    # so that the prompts have the same tokens with <think> and without
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "<think>"}, "content": ""}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     accuracies = {}
     for name, template in {"plain": "{prompt}", "opened": "{prompt} <think>\n"}.items():
         recipe = write_recipe(task, model={"path": str(model)}, run={"name": name, "folder": str(task / "runs")}, train={"steps": 1})
-        run_on_forks("train", recipe, f"data.template={json.dumps(template)}", "data.max_prompt_length=8")
+        run_on_forks("train", recipe, f"data.template={json.dumps(template)}")
         first, step = metrics(task / "runs" / name)
         accuracies[name] = (first["eval/accuracy"], step["accuracy/mean"])
     assert min(accuracies["plain"]) > 0.2 and accuracies["opened"] == (0, 0)
