@@ -4,6 +4,9 @@ BIN := .venv/bin
 # The stamp of an installed .venv: the CPU's stack unless `make cuda` has made it.
 READY := .venv/$(if $(filter cuda,$(MAKECMDGOALS))$(wildcard .venv/cuda),cuda,ready)
 
+# Where it is set, as in many containers, every process would compile thousands of imported modules again: ten seconds each.
+export PYTHONDONTWRITEBYTECODE :=
+
 PIP := $(BIN)/pip install --quiet --no-compile
 define VENV
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12: make PYTHON=/path/to/python3.11")'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import multiprocessing
 import os
 import runpy
 import signal
@@ -23,6 +24,7 @@ from megafork import ranks as launcher
 from megafork.ablate import side_by_side
 from megafork.recipe import Recipe
 from megafork.recipe_file import load_recipe
+from megafork.rollout import serve
 from megafork.user_code import import_file
 
 FAULTS = Path(__file__).with_name("faults")
@@ -77,13 +79,18 @@ def _become(args: list[str], env: dict[str, str] | None, before: set[int]) -> No
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww"))
     if "FAULT" in os.environ:  # this interpreter has started long ago
         import_file(FAULTS / "sitecustomize.py", "faults")
-    for starter in (launcher, side_by_side):
+    for starter in (launcher, side_by_side, serve):
         setattr(starter, "Popen", forked_python)  # noqa: B010 - of that module
+    forks = multiprocessing.get_context("fork")
+    setattr(multiprocessing, "get_context", lambda method=None: forks)  # noqa: B010 - vLLM's servers spawn their engines
     assert args[1] == "-m", args
     sys.argv = args[2:]
     code = 1
     try:
-        runpy.run_module(args[2], run_name="__main__", alter_sys=True)
+        if args[2] == serve.__name__:
+            serve.main()  # of the module above; run as __main__, it would be another
+        else:
+            runpy.run_module(args[2], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0

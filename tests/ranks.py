@@ -73,6 +73,13 @@ def import_vllm() -> None:
     setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(lambda: None))  # noqa: B010
 
 
+def import_vllm_server() -> None:
+    """The same for its server."""
+    import_vllm()
+    import vllm.entrypoints.launchers.api_server.entry
+    import vllm.v1.engine.async_llm  # noqa: F401
+
+
 def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     waiting = dict(enumerate(pipes))

@@ -121,8 +121,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 CASES = [
-    *((model, layout) for model in ("tied", "untied", "Qwen2.5 untied", "Phi-4") for layout in LAYOUTS if "EP" not in layout),
-    *((model, layout) for model in ("MoE", "MoE, some layers dense") for layout in LAYOUTS if "EP" in layout),
+    pytest.param(model, layout, marks=() if model in ("tied", "MoE") else pytest.mark.slow)
+    for models, experts in ((("tied", "untied", "Qwen2.5 untied", "Phi-4"), False), (("MoE", "MoE, some layers dense"), True))
+    for model in models
+    for layout in LAYOUTS
+    if ("EP" in layout) == experts
 ]
 
 

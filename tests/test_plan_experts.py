@@ -58,7 +58,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_built_model(name: str) -
 
 # ---- activations, traffic, arithmetic
 
-WIDE = Shape("Qwen3MoeForCausalLM", 4, 256, 512, 8, 2, 32, 512, False, 1e-6, 1e4, None, 2048, Mixture(8, 4, 128, True, (0, 1, 2, 3)))
+WIDE = Shape("Qwen3MoeForCausalLM", 4, 128, 256, 4, 2, 32, 512, False, 1e-6, 1e4, None, 2048, Mixture(8, 4, 64, True, (0, 1, 2, 3)))
 MICROS = 3
 
 

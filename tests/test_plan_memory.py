@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-SHAPE = Shape("Qwen3ForCausalLM", 4, 256, 768, 8, 2, 32, 512, False, 1e-6, 1e4, None, 2048)
+SHAPE = Shape("Qwen3ForCausalLM", 4, 128, 384, 4, 2, 32, 512, False, 1e-6, 1e4, None, 2048)
 """Wide enough that activations outweigh everything else at TOKENS tokens."""
 TOKENS, RESPONSES = 1024, 8
 """Of a micro-batch. The responses are short, for with context parallelism the CPU's attention keeps a mask that a GPU's does not need."""

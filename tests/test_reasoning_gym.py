@@ -40,6 +40,7 @@ def gym() -> Iterator[Verifiers]:
         yield scorer
 
 
+@pytest.mark.slow
 def test_reasoning_gym_takes_the_final_answer_only(gym: Verifiers) -> None:
     rows = [row for _, row in read_rows("reasoning_gym:chain_sum:3:5", "data.train")]
     right = [str(row["answer"]) for row in rows]
@@ -53,6 +54,7 @@ def test_reasoning_gym_takes_the_final_answer_only(gym: Verifiers) -> None:
     assert foreign.accuracy == 0.0 and foreign.error is not None and "metadata.source_dataset" in foreign.error
 
 
+@pytest.mark.slow
 def test_reasoning_gym_scorers_that_raise_or_accept_anything_give_0(gym: Verifiers) -> None:
     """prime_factorization's raises on garbage; game_of_life_halting's takes every text for right."""
     sources = ["reasoning_gym:prime_factorization:1", "reasoning_gym:game_of_life_halting:1"]

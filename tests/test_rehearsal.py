@@ -264,6 +264,7 @@ def noted(model: Path) -> dict[str, list[Event]]:
     return on_ranks(1, _with_faults, spec_of(model, {"forks": {"select": "random"}}))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str, noted: dict[str, list[Event]]) -> None:
     fault = FAULTS[name]

@@ -94,11 +94,11 @@ def pieces_at(parameter: Parameter, shape: Shape, layout: Parallel, place: int) 
 
 
 CASES = [
-    (layout, model, ("fp32", "bf16")[(n + m) % 2])
+    pytest.param(layout, model, ("fp32", "bf16")[(n + m) % 2], marks=pytest.mark.slow if (n + m) % 3 else ())
     for n, layout in enumerate(LAYOUTS)
     for m, model in enumerate(("tied", "untied", "Phi-4"))
 ]
-"""Every model in every layout, and both dtypes with each of either."""
+"""Every model in every layout, and both dtypes with each of either; a third of them fast, again with each of either."""
 
 
 @pytest.mark.parametrize(("layout", "model", "dtype"), CASES)

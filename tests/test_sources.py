@@ -300,6 +300,7 @@ def test_reasoning_gym_rows() -> None:
     assert len(rows) == 5 and all(row["metadata"]["source_dataset"] == "chain_sum" for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["word_ladder", "list_functions"])
 def test_reasoning_gym_rows_do_not_depend_on_the_process(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made in the process that asks, the first would depend on Python's hash seed and the second on the global random state."""
@@ -318,6 +319,7 @@ def tasks() -> Any:
     return tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "alike"), [("chain_sum", 3), ("knights_knaves", 0), ("countdown", 0), ("word_ladder", 0), ("pool_matrix", 0)]
 )

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 import torch
-from command import run_on_forks, start_megafork
+from command import forked_python, run_on_forks, start_megafork
 from entropies import check_entropies
-from ranks import free_port, on_ranks
+from ranks import free_port, import_vllm_server, on_ranks
 from stand_in_server import complete
 from task import make_task, write_recipe
 from tiny import Chosen, recipe
@@ -77,6 +77,7 @@ class Exported:
 @contextlib.contextmanager
 def vllm_servers(specs: list[Recipe], folder: Path) -> Iterator[list[tuple[str, subprocess.Popen[bytes]]]]:
     """(Address, process that keeps the server running) each. They take most of a minute to come up; nobody waits here."""
+    import_vllm_server()
     started = []
     try:
         for n, spec in enumerate(specs):
@@ -84,7 +85,7 @@ def vllm_servers(specs: list[Recipe], folder: Path) -> Iterator[list[tuple[str, 
             file.write_text(spec.to_yaml())
             words = [sys.executable, "-m", "megafork.rollout.serve", str(file), "--port", str(port)]
             log = (folder / f"server_{n}.log").open("wb")
-            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+            process = forked_python(words, stdout=log, stderr=subprocess.STDOUT)
             started.append((f"http://127.0.0.1:{port}", process))
         yield started
     finally:
@@ -100,6 +101,7 @@ def test_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One story, for servers are slow to start: five updates, the mistakes, strangers, and a kill. The servers' engines are of TP 1 and
     TP 2, the trainer's model is tied and of TP 2."""
     monkeypatch.setenv(NAME, "the-secret-of-this-job")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     folders = models(tmp_path)
     shared_keys = {"kv_cache_mb": 32, "max_running": 16, "fork_temperature": FORKS}
     specs = [spec_of(folders[0], rollout={"tp": tp, **shared_keys}) for tp in (1, 2)]
@@ -252,7 +254,7 @@ def whole_runs(folder: Path, servers: list[tuple[str, subprocess.Popen[bytes]]])
         return metrics(name)
 
     wanted, killed = run("colocated", "rollout.servers=[]"), run_and_kill("killed")
-    assert killed[-1]["refit/servers"] == 1
+    assert min(row["refit/servers"] for row in killed if "refit/servers" in row) == 1
     clocks = ("time/", "throughput/", "memory/", "rollout/idle_share", "refit/")
     for there, here in zip(killed, wanted, strict=True):
         mine, theirs = ({k: v for k, v in row.items() if not k.startswith(clocks)} for row in (there, here))

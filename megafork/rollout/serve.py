@@ -11,11 +11,11 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 from typing import Annotated
 
 import torch
@@ -70,13 +70,13 @@ def keep_running(words: list[str], host: str, port: int) -> int:
         if signal.getsignal(name) is not signal.SIG_IGN:  # as under nohup
             signal.signal(name, lambda number, frame: stop.append(number))
     while True:
-        server = subprocess.Popen(words, start_new_session=True)
+        server = Popen(words, start_new_session=True)
         came_up = False
         while server.poll() is None and not stop:
             came_up = came_up or _listens(host, port)
             time.sleep(_LOOK_S)
         server.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             server.wait(_STOP_LIMIT_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
