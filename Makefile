@@ -7,7 +7,7 @@ READY := .venv/$(if $(filter cuda,$(MAKECMDGOALS))$(wildcard .venv/cuda),cuda,re
 # Where it is set, as in many containers, every process would compile thousands of imported modules again: ten seconds each.
 export PYTHONDONTWRITEBYTECODE :=
 
-PIP := $(BIN)/pip install --quiet --no-compile
+PIP := $(BIN)/pip install --quiet
 define VENV
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12: make PYTHON=/path/to/python3.11")'
 $(PYTHON) -m venv .venv
@@ -64,7 +64,9 @@ clean:
 	rm -rf .venv runs build *.egg-info
 
 # torch is installed first, with its own dependencies (the CPU or CUDA build that the registry offers), then everything else exactly as
-# pinned, so that no resolver changes a version. A second call installs nothing.
+# pinned, so that no resolver changes a version. A second call installs nothing. Modules are compiled when they are first imported; for GPUs
+# all are compiled now, because a cluster's ranks would do it all at once.
+.venv/ready: PIP += --no-compile
 .venv/ready: requirements.txt pyproject.toml
 	$(VENV)
 	$(PIP) torch==$(TORCH)

@@ -15,7 +15,7 @@ TE=2.11.0                                      # the newest that megatron-core 0
 APEX=6424da3b4faa6c8f062da4a48c424fff3f02d42d  # a commit of July 2026; the last release is older than torch 2.13
 python=$venv/bin/python
 logs=$venv/build-logs
-pip=("$venv/bin/pip" install --no-compile --no-deps --no-build-isolation)
+pip=("$venv/bin/pip" install --no-deps --no-build-isolation)
 
 main() {
     mkdir -p "$logs"
