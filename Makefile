@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp of an installed .venv: the CPU's stack unless `make cuda` has made it.
 READY := .venv/$(if $(filter cuda,$(MAKECMDGOALS))$(wildcard .venv/cuda),cuda,ready)
 
-# Where it is set, as in many containers, every process would compile thousands of imported modules again: ten seconds each.
+# Where it is set, as in many containers, every process would compile thousands of imported modules again, which takes seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 PIP := $(BIN)/pip install --quiet

@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megafork.data import verifiers
 from megafork.data.row_files import LONGEST_LINE
-from megafork.data.rows import read_row
 from megafork.data.sources import read_rows
 from megafork.recipe import Data, RecipeError
 from megafork.recipe_file import load_recipe
@@ -290,63 +287,3 @@ def test_hub_without_the_package_says_what_to_install() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "RecipeError: data.eval is 'hub:a/b': the package `datasets` is missing; pip install 'megafork[hub]'" in result.stderr
-
-
-# ---------------------------------------------------------------- reasoning-gym
-
-
-def test_reasoning_gym_rows() -> None:
-    rows = [read_row(row, ("answer", "metadata"), {}) for _, row in read_rows("reasoning_gym:chain_sum:5:3", "data.train")]
-    assert len(rows) == 5 and all(row["metadata"]["source_dataset"] == "chain_sum" for row in rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["word_ladder", "list_functions"])
-def test_reasoning_gym_rows_do_not_depend_on_the_process(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made in the process that asks, the first would depend on Python's hash seed and the second on the global random state."""
-    made = []
-    for hash_seed in ("1", "2"):
-        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
-        made.append(list(read_rows(f"reasoning_gym:{task}:10:3", "data.train")))
-    assert made[0] == made[1]
-
-
-@pytest.fixture(scope="module")
-def tasks() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megafork.data import tasks
-    return tasks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "alike"), [("chain_sum", 3), ("knights_knaves", 0), ("countdown", 0), ("word_ladder", 0), ("pool_matrix", 0)]
-)
-def test_no_two_seeds_share_items_whatever_the_sizes(task: str, alike: int, tasks: Any) -> None:
-    """reasoning-gym alone draws item i from seed + i, and all of these would be shared. Of sums as short as 3 + 4 there are few."""
-    trained = {row["prompt"] for row in tasks.make(task, 300, 0)["rows"]}
-    for seed in (1, 7, 299):
-        held_out = [row["prompt"] for row in tasks.make(task, 50, seed)["rows"]]
-        assert sum(prompt in trained for prompt in held_out) <= alike, seed
-
-
-@pytest.mark.slow
-def test_every_tasks_own_answer_is_right_after_its_way_through_json(tasks: Any) -> None:
-    """Its own scorer alone gives some texts less, or has none to give; what it gives full marks has them here too."""
-    judged = 0
-    for task in sorted(tasks.DATASETS):
-        made = tasks.make(task, 3, 5)
-        if "rows" not in made:
-            assert task == "composite"
-            continue
-        items = list(made["rows"])
-        for item, line in zip(items, tasks._lines({"rows": items}), strict=True):
-            row = read_row(json.loads(line), ("answer", "metadata"), {})
-            assert row["answer"] == item["answer"]
-            entry = {"question": item["prompt"], "answer": item["answer"], "metadata": item["metadata"]}
-            score = 0.0 if item["answer"] is None else verifiers._scorer(task)(item["answer"].strip(), entry)
-            if score == 1.0 and "<answer>" not in item["answer"]:
-                judged += 1
-                assert verifiers.reasoning_gym(f"<answer>{item['answer']}</answer>", row) == 1.0, task
-    assert judged > 250
