@@ -27,7 +27,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests/faults"
 SCRIPT = ROOT / "slurm/qwen3_8b_fork.sh"
-STEPS = 400
+STEPS = 300
 
 
 class Job:
