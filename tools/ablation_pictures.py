@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from megafork.ablate.record import Record
 from megafork.ablate.statistics import paired, spread
 
-matplotlib.use("svg")
-matplotlib.rcParams.update(
-    {"svg.hashsalt": "megafork", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False}
-)
-matplotlib.rcParams.update({"axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True})
-
-from matplotlib import pyplot  # noqa: E402  after the backend has been chosen
-from matplotlib.axes import Axes  # noqa: E402
-
+STYLE = {
+    "svg.hashsalt": "megafork",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+}
 FOLDER = Path(__file__).resolve().parent.parent / "docs/ablation"
 TASKS = {"countdown": ("countdown.json", "rules.json"), "walks": ("walk.json", "walk-rules.json")}
 SIZES = {0.3: "small.json", 1.1: "countdown.json"}
@@ -33,8 +37,8 @@ Ends = dict[str, dict[int, float]]
 def ends(name: str) -> Ends:
     """Of the compared runs: a tuning seed has several for a recipe, with a learning rate each."""
     by_run: dict[tuple[str, int], list[float]] = {}
-    for run in json.loads((FOLDER / name).read_text())["runs"]:
-        by_run.setdefault((run["recipe"], run["seed"]), []).append(100 * run["outcome"]["curve"][-1][2])
+    for run in Record(FOLDER / name).runs:
+        by_run.setdefault((run.recipe, run.seed), []).append(100 * run.outcome.curve[-1][2])
     found: Ends = {}
     for (recipe, seed), accuracies in by_run.items():
         if len(accuracies) == 1:
@@ -62,7 +66,8 @@ def bar(panel: Axes, place: float, values: list[float], colour: str, *, across: 
 
 def draw_rules() -> None:
     """Each rule's difference from the baseline, on each task."""
-    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(8.4, 3.4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True)
     for panel, (task, names) in zip(panels, TASKS.items(), strict=True):
         measured = {rule: values for name in names for rule, values in differences(ends(name)).items()}
         for place, rule in enumerate(RULES):
@@ -76,7 +81,8 @@ def draw_rules() -> None:
 
 def draw_sizes() -> None:
     """Accuracy at the end, and its difference from the baseline, over the model's size."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for place, name in enumerate(SIZES.values()):
         found = ends(name)
         for recipe, colour in COLOURS.items():
@@ -97,5 +103,6 @@ def draw_sizes() -> None:
 
 
 if __name__ == "__main__":
+    matplotlib.rcParams.update(STYLE)
     draw_rules()
     draw_sizes()
